@@ -1,0 +1,410 @@
+//! What the supervisor and the engine say to each other: plain data and one trait. No gRPC here.
+
+use ramtorch_job::JobSpec;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A device that a worker drives.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeviceSpec {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Ordinal among its kind.
+    pub index: u32,
+    /// CPU threads that its worker may use.
+    pub threads: usize,
+    /// Bytes of device memory that a plan may use.
+    pub memory_bytes: u64,
+}
+
+/// Kind of device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// Threads of this machine, with a memory budget of its own.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl std::fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match self.kind {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+        };
+        write!(f, "{kind}:{}", self.index)
+    }
+}
+
+/// What one worker process is for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Assignment {
+    /// Job that it belongs to.
+    pub job_id: String,
+    /// Counts the gangs of this job, from 1.
+    pub generation: u64,
+    /// This worker, from 0.
+    pub rank: usize,
+    /// Workers in the gang.
+    pub world_size: usize,
+    /// Its device.
+    pub device: DeviceSpec,
+    /// Its work.
+    pub task: Task,
+}
+
+/// The work of a worker process. Everything that reads a user's file happens in one, never in the daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "lowercase")]
+pub enum Task {
+    /// Read model and data once, tokenise into the cache, find the checkpoint to resume from. Result: [`Prepared`].
+    Prepare {
+        /// The job.
+        spec: JobSpec,
+        /// Folder for token caches.
+        cache_dir: PathBuf,
+    },
+    /// Train. Result: [`TrainOutcome`].
+    Train {
+        /// The job.
+        spec: JobSpec,
+        /// What `Prepare` found.
+        prepared: Box<Prepared>,
+        /// The plan.
+        plan: Box<Plan>,
+        /// POSIX shared-memory name of the parameter store.
+        segment: String,
+    },
+    /// Sample text. Result: [`Generated`].
+    Generate {
+        /// Where the weights are.
+        source: Source,
+        /// What to generate.
+        request: GenerateRequest,
+    },
+    /// Perplexity of a model on data. Result: [`EvalResult`].
+    Eval {
+        /// Where the weights are.
+        source: Source,
+        /// On what.
+        request: EvalRequest,
+    },
+    /// Write a Hugging Face folder. Result: [`Exported`].
+    Export {
+        /// Where the weights are.
+        source: Source,
+        /// Folder to write.
+        path: PathBuf,
+        /// Number format; that of the source without it.
+        dtype: Option<ramtorch_job::Precision>,
+        /// Replace an existing folder.
+        overwrite: bool,
+    },
+    /// Describe tensors. Result: [`Inspected`].
+    Inspect {
+        /// Where the weights are.
+        source: Source,
+        /// Globs; all without any.
+        names: Vec<String>,
+        /// How many values of each to show.
+        values: usize,
+    },
+}
+
+/// Where weights are read from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// A Hugging Face folder or a checkpoint folder (or a folder of checkpoints: the newest sound one).
+    Path(PathBuf),
+    /// A live parameter store, attached read-only.
+    Segment(String),
+}
+
+/// Sampling.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct GenerateRequest {
+    pub prompts: Vec<String>,
+    pub max_new_tokens: usize,
+    /// 0: greedy.
+    pub temperature: f64,
+    /// 0: off.
+    pub top_k: usize,
+    /// 1: off.
+    pub top_p: f64,
+    pub seed: u64,
+    /// Each prompt is one user turn of the model's chat template.
+    pub chat: bool,
+    pub precision: Option<ramtorch_job::Precision>,
+}
+
+/// Result of [`Task::Generate`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Generated {
+    pub texts: Vec<String>,
+    pub prompt_tokens: u64,
+    pub new_tokens: u64,
+    pub seconds: f64,
+}
+
+/// Evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct EvalRequest {
+    pub format: ramtorch_job::DataFormat,
+    pub files: Vec<String>,
+    pub sequence_length: usize,
+    pub micro_batch_size: usize,
+    /// 0: all.
+    pub max_tokens: u64,
+    pub precision: Option<ramtorch_job::Precision>,
+    pub cache_dir: PathBuf,
+}
+
+/// Result of [`Task::Eval`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct EvalResult {
+    pub loss: f64,
+    pub perplexity: f64,
+    pub tokens: u64,
+    pub seconds: f64,
+}
+
+/// Result of [`Task::Export`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Exported {
+    pub path: PathBuf,
+    pub step: u64,
+    pub bytes: u64,
+}
+
+/// Result of [`Task::Inspect`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Inspected {
+    pub step: u64,
+    pub tensors: Vec<TensorSummary>,
+}
+
+/// One tensor, described.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct TensorSummary {
+    pub name: String,
+    pub shape: Vec<u64>,
+    pub dtype: String,
+    pub block: String,
+    pub parameters: u64,
+    pub mean: f64,
+    pub std: f64,
+    pub min: f64,
+    pub max: f64,
+    pub nonfinite: u64,
+    pub values: Vec<f32>,
+    pub pages: Vec<u32>,
+}
+
+/// What [`Task::Prepare`] found out: all that the plan needs to know of the job's files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Prepared {
+    /// The model, in the engine's terms (JSON of `ramtorch_modelio::Architecture`).
+    pub architecture: serde_json::Value,
+    /// Family and size in words.
+    pub description: String,
+    /// Where the initial weights come from (`None`: seeded).
+    pub weights: Option<PathBuf>,
+    /// Checkpoint to resume from.
+    pub resume: Option<ResumePoint>,
+    /// Sequences (rows, for a plain stack) to train on.
+    pub train_sequences: u64,
+    /// Sequences to validate on.
+    pub validation_sequences: u64,
+    /// Tokens a sequence; 1 for a plain stack.
+    pub sequence_length: usize,
+    /// Steps to train in all.
+    pub steps: u64,
+    /// Token caches or tensor files, opened by the workers.
+    pub dataset: serde_json::Value,
+}
+
+/// A checkpoint to go on from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResumePoint {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Its step.
+    pub step: u64,
+}
+
+/// Input of [`crate::plan`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlanRequest {
+    /// The job.
+    pub spec: JobSpec,
+    /// What `Prepare` found.
+    pub prepared: Prepared,
+    /// Devices of the gang, by rank.
+    pub devices: Vec<DeviceSpec>,
+    /// Bytes that a new segment may take: the least of what RAM and /dev/shm have free, less what the daemon
+    /// promised to others.
+    pub segment_bytes_available: u64,
+}
+
+/// The plan, as the daemon sees it. `detail` is the engine's own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// Parameters of the model (padding not counted).
+    pub parameters: u64,
+    /// Exact size of the segment.
+    pub segment_bytes: u64,
+    /// Device memory of each rank.
+    pub device_bytes: Vec<u64>,
+    /// Private host memory of all workers together, CPU devices' memory included.
+    pub host_bytes: u64,
+    /// Expected seconds a step, 0 where no rates are known.
+    pub step_seconds: f64,
+    /// What bounds the step.
+    pub bound_by: String,
+    /// For people.
+    pub text: String,
+    /// The engine's plan.
+    pub detail: serde_json::Value,
+}
+
+/// Result of [`Task::Train`], from every rank.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainOutcome {
+    /// Last committed step.
+    pub step: u64,
+    /// Ended early, by [`Command::Stop`].
+    pub stopped: bool,
+    /// Model folder, where one was asked for and this rank wrote it.
+    pub output: Option<PathBuf>,
+    /// Generated sample, where one was asked for and this rank made it.
+    pub sample: Option<String>,
+    /// Newest checkpoint written.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// One committed step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct StepMetrics {
+    pub step: u64,
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    pub tokens: u64,
+    pub tokens_per_second: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_loss: Option<f64>,
+    pub step_seconds: f64,
+    pub tokens_total: u64,
+    pub epoch: f64,
+    pub tflops: f64,
+    pub bytes_to_device: u64,
+    pub bytes_from_device: u64,
+    pub copy_wait_seconds: f64,
+}
+
+/// Severity of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Level {
+    Info,
+    Warn,
+    Error,
+}
+
+/// What the supervisor tells a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// End at the next step boundary.
+    Stop {
+        /// Write a checkpoint first.
+        checkpoint: bool,
+    },
+    /// Write a checkpoint at the next step boundary; answered by [`Control::checkpoint`].
+    Checkpoint {
+        /// Returned with the answer.
+        request: u64,
+    },
+}
+
+/// A worker's way to its supervisor. Every call returns at once.
+pub trait Control: Send + Sync {
+    /// Alive, in this phase of this step. The process's own timer repeats the last one every half second.
+    fn heartbeat(&self, step: u64, phase: &'static str);
+    /// A step was committed (rank 0 only). `line` is what stands in the metrics file.
+    fn metrics(&self, metrics: &StepMetrics, line: &str);
+    /// Something a user should know.
+    fn event(&self, level: Level, text: &str);
+    /// How far a long preparation is.
+    fn progress(&self, what: &str, done: u64, total: u64);
+    /// New text of prompt number `prompt`.
+    fn token(&self, prompt: usize, text: &str);
+    /// A checkpoint was written, or could not be.
+    fn checkpoint(&self, path: &std::path::Path, step: u64, request: u64, error: Option<&str>);
+    /// The next command, if any. Stop and checkpoint commands go to every rank; the gang agrees on the step.
+    fn command(&self) -> Option<Command>;
+}
+
+/// Why the engine gave up, and what the exit code will be.
+#[derive(Debug, Clone, thiserror::Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct EngineError {
+    /// Class.
+    pub kind: ErrorKind,
+    /// What was wrong, where, and what to do.
+    pub message: String,
+}
+
+/// Class of failure; the exit codes are documented in docs/exit-codes.md.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The job file is wrong: 10.
+    JobFile,
+    /// A model or data file is missing, damaged or does not fit: 11.
+    Input,
+    /// Not enough memory or devices: 12.
+    Resources,
+    /// A file cannot be written (disk full, permissions): 13.
+    Output,
+    /// A defect of ramtorch or of the machine: 1. Worth a restart.
+    Internal,
+}
+
+impl ErrorKind {
+    /// Process exit code.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            ErrorKind::JobFile => 10,
+            ErrorKind::Input => 11,
+            ErrorKind::Resources => 12,
+            ErrorKind::Output => 13,
+            ErrorKind::Internal => 1,
+        }
+    }
+}
+
+impl EngineError {
+    /// An error of class `kind`.
+    pub fn new(kind: ErrorKind, message: impl std::fmt::Display) -> Self {
+        EngineError { kind, message: message.to_string() }
+    }
+    /// A model or data file is wrong.
+    pub fn input(message: impl std::fmt::Display) -> Self {
+        Self::new(ErrorKind::Input, message)
+    }
+    /// A defect.
+    pub fn internal(message: impl std::fmt::Display) -> Self {
+        Self::new(ErrorKind::Internal, message)
+    }
+}
