@@ -32,7 +32,8 @@ impl JobSpec {
     /// Parses and checks `text`. Relative paths are resolved against `base_dir`, which must be absolute;
     /// `file` is for messages.
     pub fn parse(text: &str, base_dir: &Path, file: &str) -> Result<JobSpec, SpecError> {
-        let mut spec: JobSpec = toml::from_str(text).map_err(|e| SpecError::Parse { file: file.into(), detail: e.to_string().trim_end().to_string() })?;
+        let mut spec: JobSpec =
+            toml::from_str(text).map_err(|e| SpecError::Parse { file: file.into(), detail: e.to_string().trim_end().to_string() })?;
         spec.check().map_err(|(key, detail)| SpecError::Value { file: file.into(), line: line_of(text, &key), key, detail })?;
         spec.resolve(base_dir);
         Ok(spec)
@@ -67,7 +68,11 @@ impl JobSpec {
 
     fn check(&self) -> Result<(), (String, String)> {
         let no = |key: &str, detail: String| Err((key.to_string(), detail));
-        if self.name.is_empty() || self.name.len() > 64 || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) || self.name.starts_with('.') {
+        if self.name.is_empty()
+            || self.name.len() > 64
+            || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+            || self.name.starts_with('.')
+        {
             return no("name", format!("{:?} must be 1 to 64 letters, digits, `.`, `_` or `-`, not starting with a dot", self.name));
         }
         let m = &self.model;
@@ -87,7 +92,14 @@ impl JobSpec {
         }
         let d = &self.data;
         if stack != (d.format == DataFormat::Tensors) {
-            return no("data.format", if stack { "a plain stack (`model.layers`) trains on \"tensors\"".into() } else { "\"tensors\" is for plain stacks (`model.layers`); a language model takes text, jsonl, parquet or tokens".into() });
+            return no(
+                "data.format",
+                if stack {
+                    "a plain stack (`model.layers`) trains on \"tensors\"".into()
+                } else {
+                    "\"tensors\" is for plain stacks (`model.layers`); a language model takes text, jsonl, parquet or tokens".into()
+                },
+            );
         }
         if d.train.iter().next().is_none() || d.train.iter().any(str::is_empty) {
             return no("data.train", "names no file".into());
