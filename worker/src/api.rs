@@ -1,6 +1,7 @@
 //! What the supervisor and the engine say to each other: plain data and one trait. No gRPC here.
 
 use ramtorch_job::JobSpec;
+pub use ramtorch_device::{EngineError, ErrorKind};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -353,58 +354,4 @@ pub trait Control: Send + Sync {
     fn checkpoint(&self, path: &std::path::Path, step: u64, request: u64, error: Option<&str>);
     /// The next command, if any. Stop and checkpoint commands go to every rank; the gang agrees on the step.
     fn command(&self) -> Option<Command>;
-}
-
-/// Why the engine gave up, and what the exit code will be.
-#[derive(Debug, Clone, thiserror::Error, Serialize, Deserialize)]
-#[error("{message}")]
-pub struct EngineError {
-    /// Class.
-    pub kind: ErrorKind,
-    /// What was wrong, where, and what to do.
-    pub message: String,
-}
-
-/// Class of failure; the exit codes are documented in docs/exit-codes.md.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ErrorKind {
-    /// The job file is wrong: 10.
-    JobFile,
-    /// A model or data file is missing, damaged or does not fit: 11.
-    Input,
-    /// Not enough memory or devices: 12.
-    Resources,
-    /// A file cannot be written (disk full, permissions): 13.
-    Output,
-    /// A defect of ramtorch or of the machine: 1. Worth a restart.
-    Internal,
-}
-
-impl ErrorKind {
-    /// Process exit code.
-    pub fn exit_code(self) -> u8 {
-        match self {
-            ErrorKind::JobFile => 10,
-            ErrorKind::Input => 11,
-            ErrorKind::Resources => 12,
-            ErrorKind::Output => 13,
-            ErrorKind::Internal => 1,
-        }
-    }
-}
-
-impl EngineError {
-    /// An error of class `kind`.
-    pub fn new(kind: ErrorKind, message: impl std::fmt::Display) -> Self {
-        EngineError { kind, message: message.to_string() }
-    }
-    /// A model or data file is wrong.
-    pub fn input(message: impl std::fmt::Display) -> Self {
-        Self::new(ErrorKind::Input, message)
-    }
-    /// A defect.
-    pub fn internal(message: impl std::fmt::Display) -> Self {
-        Self::new(ErrorKind::Internal, message)
-    }
 }
