@@ -1,1 +1,3 @@
+//! The command `ramtorch`.
+#![forbid(unsafe_code)]
 fn main() {}

@@ -1,0 +1,5 @@
+//! A running job, shown to people and to programs.
+
+mod follow;
+
+pub use follow::{FollowOptions, Format, Interrupt, JobEnd, follow};
