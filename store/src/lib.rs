@@ -1,1 +1,26 @@
-//! placeholder
+//! The parameter store: weights, fp32 master, moments and gradients of a model, once, in a POSIX shared-memory segment
+//! that outlives every process.
+//!
+//! - [`Layout`] works out every size and place from a [`StoreSpec`].
+//! - [`Store`] is a mapping of a segment. Any number of processes may map one.
+//! - [`Owner`] is the right to bring one rank's pages from one step to the next. An update never overwrites a live page:
+//!   the new state is written into a spare page and published with one atomic store.
+//! - [`Registry`] is the durable list of segments, for sweeping up after a dead owner.
+//! - [`split`] takes a float apart into a bf16 and sixteen further bits, exactly.
+//!
+//! The layout of a segment is documented in `docs/store-format.md`.
+
+#[cfg(not(all(target_endian = "little", target_pointer_width = "64", target_os = "linux")))]
+compile_error!("the parameter store is for 64-bit little-endian Linux");
+
+mod error;
+mod format;
+mod layout;
+mod spec;
+pub mod split;
+mod store;
+
+pub use error::StoreError;
+pub use layout::{Block, Layout, Sections, Tensor};
+pub use spec::{BlockSpec, GradientFormat, MomentFormat, PageId, StoreSpec, TensorSpec};
+pub use store::*;

@@ -1,0 +1,98 @@
+//! What a store holds, as its creator describes it. Everything else (sizes, places, pages) follows from this: see
+//! [`Layout`](crate::Layout).
+
+use serde::{Deserialize, Serialize};
+
+/// Number of a page in the page table.
+pub type PageId = u32;
+
+/// Format of the two Adam moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MomentFormat {
+    /// None: weights only, for inference.
+    None,
+    /// 4 bytes a parameter each.
+    F32,
+    /// 2 bytes a parameter each.
+    Bf16,
+}
+
+impl MomentFormat {
+    /// Bytes of one moment of one parameter.
+    pub fn bytes(self) -> u64 {
+        match self {
+            MomentFormat::None => 0,
+            MomentFormat::F32 => 4,
+            MomentFormat::Bf16 => 2,
+        }
+    }
+}
+
+/// Format in which reduced gradients wait in the segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientFormat {
+    /// None: no room is set aside.
+    None,
+    /// 4 bytes a parameter.
+    F32,
+    /// 2 bytes a parameter.
+    Bf16,
+}
+
+impl GradientFormat {
+    /// Bytes of the gradient of one parameter.
+    pub fn bytes(self) -> u64 {
+        match self {
+            GradientFormat::None => 0,
+            GradientFormat::F32 => 4,
+            GradientFormat::Bf16 => 2,
+        }
+    }
+}
+
+/// One tensor, row-major.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorSpec {
+    /// Unique within the store.
+    pub name: String,
+    /// Dimensions, each at least 1; none for a scalar.
+    pub shape: Vec<u64>,
+    /// Starts right after the previous tensor of its block, without padding, so that the two are one matrix.
+    pub joined: bool,
+    /// Weight decay applies to it.
+    pub decay: bool,
+}
+
+/// Tensors that are streamed together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockSpec {
+    /// Unique within the store.
+    pub name: String,
+    /// In the order in which they lie.
+    pub tensors: Vec<TensorSpec>,
+}
+
+/// All that decides what a segment looks like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSpec {
+    /// In the order in which they lie and are streamed.
+    pub blocks: Vec<BlockSpec>,
+    /// Ranks that share the pages among them.
+    pub world_size: u32,
+    /// Format of the moments.
+    pub moments: MomentFormat,
+    /// Format of the gradients.
+    pub gradients: GradientFormat,
+    /// Parameters a page: a multiple of 1024. Without it the page is as large as leaves every rank 16 pages, at least
+    /// 4 Ki and at most 16 Mi parameters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_parameters: Option<u32>,
+    /// Pages a rank has beyond those that hold state: as many updates may be under way at once. 1 or 2 as a rule.
+    pub spare_pages_per_rank: u32,
+    /// Bytes of the exchange area, rounded up to 4096.
+    pub exchange_bytes: u64,
+    /// The caller's own; a JSON text by convention. Kept as it is.
+    pub metadata: String,
+}
