@@ -1,0 +1,152 @@
+//! Deterministic collectives between the processes of one node, through the store's shared memory.
+//!
+//! ```text
+//!   barrier:  every rank writes (generation, count) into its own word, then waits for all words to reach it.
+//!             Words only grow, and a gang's generation is larger than its predecessor's: what a killed gang left
+//!             behind never counts, and nothing needs to be reset.
+//!   reduce:   chunk by chunk, alternating between two halves of the exchange area:
+//!             copy own chunk in ── barrier ── owners add the chunks of all ranks, in rank order
+//! ```
+//! One barrier a chunk is enough: a half is written again two chunks later, after a barrier that its readers pass
+//! only when they are done.
+
+use crate::parameters::{add_scratch, put_gradients};
+use ramtorch_store::Store;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Ranks that the control words have room for.
+pub const MAX_RANKS: usize = 64;
+const VALUES: usize = 4;
+const VALUES_AT: usize = 1024;
+
+/// Independent sequences of collectives: one for each thread that takes part in some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channel {
+    /// The step loop.
+    Step = 0,
+    /// Gradient reduction (the copy-out stream).
+    Reduce = 1,
+    /// The optimizer.
+    Optimizer = 2,
+    /// Checkpoints.
+    Checkpoint = 3,
+}
+
+/// One rank's part in the collectives of a gang.
+pub struct Collectives {
+    store: Arc<Store>,
+    rank: usize,
+    world: usize,
+    generation: u64,
+    counts: [AtomicU64; 4],
+    /// Start of the exchange area, and f32 elements of one rank's half of it.
+    exchange: usize,
+    half: usize,
+}
+
+impl Collectives {
+    /// `generation` counts gangs: larger than that of any earlier gang on this store.
+    pub fn new(store: Arc<Store>, rank: usize, world: usize, generation: u64) -> Collectives {
+        assert!(rank < world && world <= MAX_RANKS, "rank {rank} of {world}: at most {MAX_RANKS}");
+        let (exchange, bytes) = store.exchange();
+        let half = bytes / 4 / world / 2;
+        Collectives { rank, world, generation, counts: Default::default(), exchange: exchange as usize, half, store }
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Ranks.
+    pub fn world(&self) -> usize {
+        self.world
+    }
+
+    /// Bytes of exchange area that `world` ranks use well.
+    pub fn exchange_bytes(world: usize) -> u64 {
+        if world == 1 { 0 } else { world as u64 * 2 * (1 << 20) }
+    }
+
+    /// Returns once every rank has come here.
+    pub fn barrier(&self, channel: Channel) {
+        self.arrive(channel);
+    }
+
+    fn arrive(&self, channel: Channel) -> u64 {
+        let count = self.counts[channel as usize].fetch_add(1, Ordering::Relaxed) + 1;
+        if self.world == 1 {
+            return count;
+        }
+        let mine = (self.generation << 40) | count;
+        let words = &self.store.control()[channel as usize * MAX_RANKS..][..self.world];
+        words[self.rank].store(mine, Ordering::Release);
+        for word in words {
+            let mut tries = 0u32;
+            while word.load(Ordering::Acquire) < mine {
+                tries += 1;
+                match tries {
+                    0..64 => std::hint::spin_loop(),
+                    64..2048 => std::thread::yield_now(),
+                    _ => std::thread::sleep(Duration::from_micros(50)),
+                }
+            }
+        }
+        count
+    }
+
+    /// Everyone's values, by rank.
+    pub fn gather(&self, channel: Channel, values: [f64; VALUES]) -> Vec<[f64; VALUES]> {
+        if self.world == 1 {
+            return vec![values];
+        }
+        // The next count's parity chooses the half: a rank that runs ahead by one gather writes the other one.
+        let parity = (self.counts[channel as usize].load(Ordering::Relaxed) & 1) as usize;
+        let base = VALUES_AT + (channel as usize * 2 + parity) * MAX_RANKS * VALUES;
+        let words = &self.store.control()[base..base + MAX_RANKS * VALUES];
+        for (w, v) in words[self.rank * VALUES..].iter().zip(values) {
+            w.store(v.to_bits(), Ordering::Relaxed);
+        }
+        self.arrive(channel);
+        (0..self.world).map(|r| std::array::from_fn(|i| f64::from_bits(words[r * VALUES + i].load(Ordering::Relaxed)))).collect()
+    }
+
+    /// Sums `gradients` (parameters `start..`) over ranks; each owner's part goes to the store's gradient array.
+    pub fn reduce_gradients(&self, gradients: &[f32], start: u64, accumulate: bool) {
+        let layout = self.store.layout();
+        assert!(start + gradients.len() as u64 <= layout.span(), "gradients past the end of the store");
+        if self.world == 1 {
+            put_gradients(gradients, &self.store, start, accumulate);
+            return;
+        }
+        let chunk = self.half.max(1);
+        let mut sum = Vec::new();
+        for (i, part) in gradients.chunks(chunk).enumerate() {
+            let parity = (self.counts[Channel::Reduce as usize].load(Ordering::Relaxed) & 1) as usize;
+            let area = |rank: usize| self.exchange + ((parity * self.world + rank) * self.half) * 4;
+            // SAFETY: this half of this rank's part of the exchange area is written by this rank alone, and its
+            // readers of two chunks ago have passed a barrier since (module text). In bounds by `half`.
+            unsafe { std::slice::from_raw_parts_mut(area(self.rank) as *mut f32, part.len()) }.copy_from_slice(part);
+            self.arrive(Channel::Reduce);
+            let first = start + (i * chunk) as u64;
+            let here = first..first + part.len() as u64;
+            for page in layout.pages_of(here.clone()) {
+                if layout.page_owner(page) as usize != self.rank {
+                    continue;
+                }
+                let range = layout.page_range(page);
+                let (a, b) = (range.start.max(here.start), range.end.min(here.end));
+                let (at, n) = ((a - here.start) as usize, (b - a) as usize);
+                sum.clear();
+                for rank in 0..self.world {
+                    // SAFETY: written before the barrier, not again before the next one.
+                    let theirs = unsafe { std::slice::from_raw_parts((area(rank) as *const f32).add(at), n) };
+                    if rank == 0 { sum.extend_from_slice(theirs) } else { add_scratch(theirs, &mut sum) }
+                }
+                put_gradients(&sum, &self.store, a, accumulate);
+            }
+        }
+    }
+}

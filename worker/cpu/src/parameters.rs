@@ -1,0 +1,62 @@
+//! Weights from the store into a slot, gradients from the device into the store.
+
+use crate::memory::{Bf16, Elem, view, view_mut};
+use crate::simd::simd;
+use ramtorch_device::{DevBuf, Dtype};
+use ramtorch_store::{GradientFormat, Store, split};
+use std::sync::Arc;
+
+simd! {
+    fn join(hi: &[u16], lo: &[u16], out: &mut [f32]) {
+        for ((o, h), l) in out.iter_mut().zip(hi).zip(lo) {
+            *o = split::join(*h, *l);
+        }
+    }
+    fn put_bf16(x: &[f32], out: &mut [Bf16]) {
+        for (o, x) in out.iter_mut().zip(x) { *o = Bf16::put(*x); }
+    }
+    fn add_bf16(x: &[f32], out: &mut [Bf16]) {
+        for (o, x) in out.iter_mut().zip(x) { *o = Bf16::put(o.get() + x); }
+    }
+    fn add_scratch(x: &[f32], out: &mut [f32]) {
+        for (o, x) in out.iter_mut().zip(x) { *o += x; }
+    }
+}
+
+pub(crate) fn load(dst: DevBuf, dtype: Dtype, store: &Arc<Store>, physical: u32, offset: u64, count: u64) {
+    let pages = store.page_ptrs(physical);
+    let n = count as usize;
+    // SAFETY: the caller checked that offset + count lies in the page. The page is published and its owner does not
+    // write it until every rank has passed the step's reduction (the store's protocol), which comes after this load.
+    let (hi, lo) = unsafe { (std::slice::from_raw_parts(pages.hi.add(offset as usize), n), std::slice::from_raw_parts(pages.lo.add(offset as usize), n)) };
+    match dtype {
+        // SAFETY: stream order.
+        Dtype::F32 => join(hi, lo, unsafe { view_mut::<f32>(dst, n) }),
+        // SAFETY: as above.
+        Dtype::Bf16 => unsafe { view_mut::<u16>(dst, n) }.copy_from_slice(hi),
+    }
+}
+
+/// Writes or adds `grads` to the store's gradient array from parameter `start` on. The caller owns that range for the
+/// time of the call.
+pub(crate) fn put_gradients(grads: &[f32], store: &Arc<Store>, start: u64, accumulate: bool) {
+    let p = store.gradient_ptr(start);
+    match store.layout().spec().gradients {
+        GradientFormat::None => {}
+        GradientFormat::F32 => {
+            // SAFETY: the range was checked by the caller and is this rank's own (one writer a parameter).
+            let out = unsafe { std::slice::from_raw_parts_mut(p.cast::<f32>(), grads.len()) };
+            if accumulate { add_scratch(grads, out) } else { out.copy_from_slice(grads) }
+        }
+        GradientFormat::Bf16 => {
+            // SAFETY: as above.
+            let out = unsafe { std::slice::from_raw_parts_mut(p.cast::<Bf16>(), grads.len()) };
+            if accumulate { add_bf16(grads, out) } else { put_bf16(grads, out) }
+        }
+    }
+}
+
+pub(crate) fn store_gradients(src: DevBuf, store: &Arc<Store>, start: u64, count: u64, accumulate: bool) {
+    // SAFETY: stream order.
+    put_gradients(unsafe { view::<f32>(src, count as usize) }, store, start, accumulate);
+}
