@@ -1,1 +1,27 @@
-//! placeholder
+//! Training data: documents in, fixed-length sequences of tokens out.
+//!
+//! ```text
+//!  text, JSONL, Parquet ──documents──▶ tokenizer, chat template ──▶ token cache (one file, mapped)  ┐
+//!  ready token files ─────────────────────────────────────────────checked──────────────────────────┼─▶ Dataset ─▶ Split
+//!  safetensors with inputs and targets ───────────────────────────checked──────────────────────────┘
+//! ```
+//!
+//! [`prepare`] runs once for a job: it checks every file, tokenises documents into a cache that is found again by its
+//! content, and returns a [`Dataset`], a small description that any process opens with [`Dataset::open`]. Which
+//! sequence a step takes is decided by [`Order`] alone. docs/data.md is the user's view of the same.
+#![deny(unsafe_code)]
+
+mod dataset;
+mod error;
+mod file;
+mod map;
+mod order;
+mod stream;
+mod tensors;
+
+pub use dataset::{DataKind, Dataset, OpenDataset, Source};
+pub use error::{DataError, DataErrorKind};
+pub use file::DataFile;
+pub use order::Order;
+pub use stream::Split;
+pub use tensors::{TargetLayout, TargetRow, TensorData, TensorLayout};
