@@ -178,7 +178,7 @@ struct Follower {
 enum Left {
     JobEnded,
     StreamLost(ClientError),
-    Interrupted(JobEnd),
+    Interrupted(Box<JobEnd>),
 }
 
 impl Follower {
@@ -192,7 +192,7 @@ impl Follower {
             };
             match self.receive(&mut stream, interrupts).await? {
                 Left::JobEnded => return self.end(),
-                Left::Interrupted(end) => return Ok(end),
+                Left::Interrupted(end) => return Ok(*end),
                 Left::StreamLost(error) => lost = Some(error),
             }
         }
@@ -248,7 +248,7 @@ impl Follower {
                 },
                 () = tokio::time::sleep(END_SILENCE), if ended => return Ok(Left::JobEnded),
                 () = interrupts.next() => if let Some(end) = self.on_interrupt()? {
-                    return Ok(Left::Interrupted(end));
+                    return Ok(Left::Interrupted(Box::new(end)));
                 },
                 answer = answered(&mut self.cancelling) => {
                     self.cancelling = None;

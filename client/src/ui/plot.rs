@@ -124,7 +124,7 @@ impl Range {
                 break;
             }
             let row = self.dot(value, rows * 4) / 4;
-            let label = if step >= 1e6 || step < 1e-6 { format!("{value:.1e}") } else { format!("{value:.decimals$}") };
+            let label = if (1e-6..1e6).contains(&step) { format!("{value:.decimals$}") } else { format!("{value:.1e}") };
             if ticks.iter().all(|t| t.row != row && t.label != label) {
                 ticks.push(Tick { row, label });
             }

@@ -39,7 +39,7 @@ impl Series {
         self.points.extend(self.pending_point());
         self.pending = (0.0, 0.0, 0);
         if self.points.len() == CAPACITY {
-            self.points = self.points.chunks(2).map(|p| mean(p)).collect();
+            self.points = self.points.chunks(2).map(mean).collect();
             self.stride = self.stride.saturating_mul(2);
         }
     }
