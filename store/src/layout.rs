@@ -198,7 +198,7 @@ impl Layout {
         }
         let none = Sections { manifest: 0..0, page_table: 0..0, control: 0..0, exchange: 0..0, gradients: 0..0, pages: 0..0 };
         Ok(Layout {
-            spec: spec.clone(),
+            spec: StoreSpec { page_parameters: Some(page_parameters), ..spec.clone() },
             blocks,
             tensors,
             by_name,
@@ -310,7 +310,7 @@ impl Layout {
         if start >= end { first..first } else { first..end.div_ceil(size) as PageId }
     }
 
-    /// What the store was laid out from.
+    /// What the store was laid out from, its page size filled in.
     pub fn spec(&self) -> &StoreSpec {
         &self.spec
     }

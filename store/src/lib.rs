@@ -13,14 +13,32 @@
 #[cfg(not(all(target_endian = "little", target_pointer_width = "64", target_os = "linux")))]
 compile_error!("the parameter store is for 64-bit little-endian Linux");
 
+mod commit;
 mod error;
 mod format;
 mod layout;
+mod mapping;
+mod name;
+mod owner;
+mod page;
+mod process;
+mod read;
+mod record;
+mod registry;
 mod spec;
 pub mod split;
 mod store;
+mod system;
 
+pub use commit::NEVER;
 pub use error::StoreError;
 pub use layout::{Block, Layout, Sections, Tensor};
+pub use owner::{Owner, Update};
+pub use page::{Gradients, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView};
+pub use process::ProcessIdentity;
+pub use read::Part;
+pub use record::{StepPhase, StepRecord};
+pub use registry::{Registration, Registry};
 pub use spec::{BlockSpec, GradientFormat, MomentFormat, PageId, StoreSpec, TensorSpec};
-pub use store::*;
+pub use store::{PageEntry, Store};
+pub use system::{ram_available_bytes, shm_free_bytes, shm_total_bytes};

@@ -1,261 +1,305 @@
-//! Interface; bodies follow.
-#![allow(missing_docs, unused_variables)]
-use crate::*;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+//! A mapped segment.
 
-/// Step of a page that was never published.
-pub const NEVER: u64 = u64::MAX;
+use crate::commit::{Entry, Memory, NEVER, Refusal, Table};
+use crate::error::StoreError;
+use crate::format::{self, HEADER_WORDS, Unusable};
+use crate::layout::{CONTROL_WORDS, Layout};
+use crate::mapping::Mapping;
+use crate::name::SegmentName;
+use crate::page::PagePtrs;
+use crate::record::{GENERATION, RECORD, StepPhase, StepRecord};
+use crate::spec::{MomentFormat, PageId, StoreSpec};
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// Where the state of a page is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageEntry {
+    /// Physical page, for [`Store::page_ptrs`].
     pub physical: u32,
-    /// [`NEVER`] before the first publication.
+    /// Step that the page is at; [`NEVER`] before it was first written.
     pub step: u64,
-}
-#[derive(Debug, Clone, Copy)]
-pub struct PagePtrs {
-    pub hi: *mut u16,
-    pub lo: *mut u16,
-    pub m: *mut u8,
-    pub v: *mut u8,
-}
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
-    Weight,
-    Moment1,
-    Moment2,
-}
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StepPhase {
-    Loading,
-    Computing,
-    GradientsComplete,
-    Committed,
-}
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct StepRecord {
-    pub step: u64,
-    pub phase: StepPhase,
-    pub values: [f64; 24],
-}
-#[derive(Debug, Clone, Copy)]
-pub enum MomentsRef<'a> {
-    None,
-    F32(&'a [f32]),
-    Bf16(&'a [u16]),
-}
-#[derive(Debug)]
-pub enum MomentsMut<'a> {
-    None,
-    F32(&'a mut [f32]),
-    Bf16(&'a mut [u16]),
-}
-#[derive(Debug, Clone, Copy)]
-pub enum Gradients<'a> {
-    None,
-    F32(&'a [f32]),
-    Bf16(&'a [u16]),
-}
-#[derive(Debug, Clone)]
-pub struct PageView<'a> {
-    pub params: Range<u64>,
-    pub hi: &'a [u16],
-    pub lo: &'a [u16],
-    pub m: MomentsRef<'a>,
-    pub v: MomentsRef<'a>,
-}
-#[derive(Debug)]
-pub struct PageMut<'a> {
-    pub params: Range<u64>,
-    pub hi: &'a mut [u16],
-    pub lo: &'a mut [u16],
-    pub m: MomentsMut<'a>,
-    pub v: MomentsMut<'a>,
-}
-/// An update under way: `old` and `new` are physical pages.
-#[derive(Debug)]
-#[must_use]
-pub struct Update {
-    pub(crate) page: PageId,
-    pub(crate) old: u32,
-    pub(crate) new: u32,
-}
-impl Update {
-    pub fn page(&self) -> PageId {
-        self.page
-    }
-    pub fn old(&self) -> u32 {
-        self.old
-    }
-    pub fn new(&self) -> u32 {
-        self.new
-    }
 }
 
+/// A mapping of a parameter store. Any number of processes may map one, and threads share a mapping freely. Dropping it
+/// unmaps; the segment stays until [`Store::unlink`].
+#[derive(Debug)]
 pub struct Store {
+    name: SegmentName,
     layout: Layout,
+    table: Table,
+    mapping: Mapping,
+    /// Ranks claimed through this mapping.
+    claims: Mutex<HashSet<u32>>,
+    /// Serialises writers of the record in this process.
+    record_writer: Mutex<()>,
 }
-pub struct Owner<'a> {
-    store: &'a Store,
-}
-fn soon() -> ! {
-    panic!("the store is being written")
-}
+
 impl Store {
+    /// Makes a segment, mode 0600, every page of it reserved and present, all pages unwritten. `name` is that of
+    /// shm_open; a missing slash in front is added.
+    ///
+    /// # Errors
+    /// A description that cannot be laid out, a name that is taken or not a name, too little room in /dev/shm or in RAM.
+    /// Nothing is left behind.
     pub fn create(name: &str, spec: &StoreSpec) -> Result<Store, StoreError> {
-        soon()
+        let name = SegmentName::new(name)?;
+        let layout = Layout::new(spec)?;
+        let manifest = format::manifest_bytes(&layout)?;
+        let started = std::time::Instant::now();
+        let mapping = Mapping::create(&name, layout.bytes())?;
+        let table = table(&layout);
+        table.format(&mapping);
+        write_bytes(&mapping, layout.sections().manifest.start, &manifest);
+        let header = format::header(&layout, &manifest);
+        (1..HEADER_WORDS).for_each(|i| mapping.write(i, header[i]));
+        // The magic number comes last: whoever sees it sees the rest.
+        mapping.publish(0, header[0]);
+        tracing::info!(segment = %name, bytes = layout.bytes(), parameters = layout.parameters(), pages = layout.page_count(),
+            seconds = started.elapsed().as_secs_f64(), "parameter store made");
+        Ok(Store::new(name, layout, table, mapping))
     }
+
+    /// Maps a segment for reading and writing.
+    ///
+    /// # Errors
+    /// None of that name, another user's, or one that is not sound: every number in its header, manifest, page table and
+    /// step record is checked before any is used.
     pub fn attach(name: &str) -> Result<Store, StoreError> {
-        soon()
+        Store::open(name, true)
     }
+
+    /// Maps a segment for reading. Nothing that the process does through this mapping can change the segment.
+    ///
+    /// # Errors
+    /// As [`Store::attach`].
     pub fn attach_read_only(name: &str) -> Result<Store, StoreError> {
-        soon()
+        Store::open(name, false)
     }
+
+    fn open(name: &str, writable: bool) -> Result<Store, StoreError> {
+        let name = SegmentName::new(name)?;
+        let mapping = Mapping::open(&name, writable)?;
+        let damaged = |reason: String| StoreError::Damaged { name: name.to_string(), reason };
+        if mapping.len() < HEADER_WORDS * 8 * 2 {
+            return Err(damaged(format!("{} bytes are too few for its header", mapping.len())));
+        }
+        // Numbers are copied before they are checked, so that they stay what they were when they were checked.
+        mapping.load(0);
+        let header = std::array::from_fn(|i| mapping.read(i));
+        let (start, len) = format::check_header(&header, mapping.len() as u64).map_err(|unusable| match unusable {
+            Unusable::Version(found) => StoreError::Version { name: name.to_string(), found, supported: format::VERSION },
+            Unusable::Because(reason) => damaged(reason),
+        })?;
+        let manifest = read_bytes(&mapping, start, len);
+        let layout = format::layout_of(&header, &manifest).map_err(damaged)?;
+        let table = table(&layout);
+        let store = Store::new(name, layout, table, mapping);
+        store.table.check(&store.mapping).map_err(|e| store.refusal(e, None))?;
+        if let Err(phase) = StepRecord::decode(&RECORD.read(&store.mapping)) {
+            return Err(StoreError::Damaged {
+                name: store.name().to_owned(),
+                reason: format!("its step record has the unknown phase {phase}"),
+            });
+        }
+        Ok(store)
+    }
+
+    fn new(name: SegmentName, layout: Layout, table: Table, mapping: Mapping) -> Store {
+        Store { name, layout, table, mapping, claims: Mutex::default(), record_writer: Mutex::default() }
+    }
+
+    /// Takes the name of a segment away; its memory goes when the last process unmaps it. A missing one is fine.
+    ///
+    /// # Errors
+    /// Not a name, or another user's segment.
     pub fn unlink(name: &str) -> Result<(), StoreError> {
-        soon()
+        Mapping::unlink(&SegmentName::new(name)?)
     }
+
+    /// Puts all of the segment into this process's page tables, with several threads, so that no access faults later.
+    ///
+    /// # Errors
+    /// [`StoreError::System`].
     pub fn populate(&self, threads: usize) -> Result<(), StoreError> {
-        soon()
+        self.mapping.populate(&self.name, threads)
     }
+
+    /// Name of the segment, with the slash.
     pub fn name(&self) -> &str {
-        soon()
+        self.name.as_str()
     }
+
+    /// Sizes and places.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
+
+    /// Generation of the gang that works on the store; 0 at first.
     pub fn generation(&self) -> u64 {
-        soon()
+        self.mapping.load(GENERATION)
     }
+
+    /// Sets the generation. On a read-only mapping it does nothing, and says so in the log.
     pub fn set_generation(&self, generation: u64) {
-        soon()
+        if self.mapping.is_writable() {
+            self.mapping.publish(GENERATION, generation);
+        } else {
+            tracing::error!(segment = %self.name, generation, "the generation was not set: the mapping is read-only");
+        }
     }
+
+    /// Where a page is: one atomic load, after which the page's contents at that step are visible. An entry that damage
+    /// has made meaningless reads as never written.
+    ///
+    /// # Panics
+    /// When there is no such page.
     pub fn entry(&self, page: PageId) -> PageEntry {
-        soon()
+        match self.table.entry(&self.mapping, page) {
+            Ok(Entry { physical, step, .. }) => PageEntry { physical, step },
+            Err(Refusal::Page(_)) => panic!("page {page} of {}", self.layout.page_count()),
+            Err(_) => PageEntry { physical: page, step: NEVER },
+        }
     }
+
+    /// Where the arrays of a physical page begin.
+    ///
+    /// # Panics
+    /// When there is no such physical page; those that entries and updates name are there.
     pub fn page_ptrs(&self, physical: u32) -> PagePtrs {
-        soon()
+        let parameters = u64::from(self.layout.page_parameters());
+        let moment = parameters * self.layout.spec().moments.bytes();
+        let at = |offset| self.mapping.at(self.page_offset(physical) + offset, 0);
+        let (m, v) = match self.layout.spec().moments {
+            MomentFormat::None => (std::ptr::null_mut(), std::ptr::null_mut()),
+            _ => (at(parameters * 4), at(parameters * 4 + moment)),
+        };
+        PagePtrs { hi: at(0).cast(), lo: at(parameters * 2).cast(), m, v }
     }
+
+    /// Bytes from the start of the segment to a physical page.
+    pub(crate) fn page_offset(&self, physical: u32) -> u64 {
+        assert!(physical < self.layout.physical_count(), "physical page {physical} of {}", self.layout.physical_count());
+        self.layout.sections().pages.start + u64::from(physical) * self.layout.page_bytes()
+    }
+
+    /// Where the gradient of a parameter is, in the store's format; those of the parameters behind it follow. Null in a
+    /// store without gradients.
+    ///
+    /// They are written by the ranks that reduced them, each its own part, before the step record says
+    /// [`StepPhase::GradientsComplete`], and must not be written from then until it says [`StepPhase::Committed`].
+    ///
+    /// # Panics
+    /// When the parameter is outside the index space.
     pub fn gradient_ptr(&self, parameter: u64) -> *mut u8 {
-        soon()
+        assert!(parameter <= self.layout.span(), "parameter {parameter} of {}", self.layout.span());
+        match self.layout.spec().gradients.bytes() {
+            0 => std::ptr::null_mut(),
+            bytes => self.mapping.at(self.layout.sections().gradients.start + parameter * bytes, 0),
+        }
     }
+
+    /// First byte of the mapping, page-aligned; for registration with a device.
     pub fn base(&self) -> *mut u8 {
-        soon()
+        self.mapping.base()
     }
-    #[allow(clippy::len_without_is_empty)]
+
+    /// Bytes of the mapping.
+    #[expect(clippy::len_without_is_empty, reason = "no store is empty")]
     pub fn len(&self) -> usize {
-        soon()
+        self.mapping.len()
     }
+
+    /// The exchange area, page-aligned, and its bytes. What is in it is the engine's. Read-only where the mapping is.
     pub fn exchange(&self) -> (*mut u8, usize) {
-        soon()
+        let range = &self.layout.sections().exchange;
+        (self.mapping.at(range.start, range.end - range.start), (range.end - range.start) as usize)
     }
+
+    /// The 4096 control words, zero at creation, for barriers between ranks. To be loaded only where the mapping is
+    /// read-only; a store to one would end the process.
     pub fn control(&self) -> &[AtomicU64] {
-        soon()
+        self.mapping.words(self.layout.sections().control.start as usize / 8, CONTROL_WORDS)
     }
+
+    /// The step record, whole. One that damage has made meaningless reads as [`StepPhase::Loading`].
     pub fn record(&self) -> StepRecord {
-        soon()
+        let words = RECORD.read(&self.mapping);
+        StepRecord::decode(&words).unwrap_or(StepRecord { step: words[0], phase: StepPhase::Loading, values: [0.0; 24] })
     }
+
+    /// Replaces the step record. Everything that this thread wrote before is visible to whoever reads it. One process at
+    /// a time (rank 0) may do this.
+    ///
+    /// # Errors
+    /// [`StoreError::ReadOnly`].
     pub fn set_record(&self, record: &StepRecord) -> Result<(), StoreError> {
-        soon()
+        if !self.mapping.is_writable() {
+            return Err(StoreError::ReadOnly(self.name.to_string()));
+        }
+        let _writer = self.record_writer.lock().unwrap_or_else(PoisonError::into_inner);
+        RECORD.write(&self.mapping, &record.encode());
+        Ok(())
     }
-    pub fn claim(&self, rank: u32) -> Result<Owner<'_>, StoreError> {
-        soon()
+
+    pub(crate) fn mapping(&self) -> &Mapping {
+        &self.mapping
     }
-    /// Returns the least step of the pages read.
-    pub fn read(&self, start: u64, part: Part, out: &mut [f32]) -> Result<u64, StoreError> {
-        soon()
+
+    pub(crate) fn table(&self) -> &Table {
+        &self.table
     }
-    /// Errors unless every page read is at `step`.
-    pub fn read_at_step(&self, start: u64, part: Part, step: u64, out: &mut [f32]) -> Result<(), StoreError> {
-        soon()
+
+    pub(crate) fn claims(&self) -> MutexGuard<'_, HashSet<u32>> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-impl Owner<'_> {
-    pub fn rank(&self) -> u32 {
-        soon()
-    }
-    pub fn pages(&self) -> impl Iterator<Item = PageId> {
-        std::iter::repeat_with(|| soon())
-    }
-    pub fn initialise(&mut self, page: PageId, step: u64, f: impl FnOnce(PageMut<'_>)) -> Result<(), StoreError> {
-        soon()
-    }
-    pub fn update(&mut self, page: PageId, step: u64, f: impl FnOnce(PageView<'_>, PageMut<'_>, Gradients<'_>)) -> Result<(), StoreError> {
-        let _ = self.store;
-        soon()
-    }
-    /// For writers that are not the CPU: takes a spare; `None` when the page is at `step` already.
-    pub fn begin(&mut self, page: PageId, step: u64) -> Result<Option<Update>, StoreError> {
-        soon()
-    }
-    /// The new physical page is whole and visible: publish it.
-    pub fn publish(&mut self, update: Update) -> Result<(), StoreError> {
-        soon()
-    }
-    /// Gives the spare back.
-    pub fn abandon(&mut self, update: Update) -> Result<(), StoreError> {
-        soon()
+
+    /// A refusal of the protocol, in the user's terms. `rank`: who asked.
+    pub(crate) fn refusal(&self, refusal: Refusal, rank: Option<u32>) -> StoreError {
+        let damaged = |reason: String| StoreError::Damaged { name: self.name.to_string(), reason };
+        let rank = rank.unwrap_or_default();
+        match refusal {
+            Refusal::Page(page) => StoreError::Page { page, page_count: self.layout.page_count() },
+            Refusal::NotOwner { page, owner } => StoreError::NotOwner { page, owner, rank },
+            Refusal::Step { page, found, wanted } => StoreError::Step { page, found, wanted },
+            Refusal::Uninitialised(page) => StoreError::Uninitialised(page),
+            Refusal::StepRange(step) => StoreError::StepRange(step),
+            Refusal::NoSpare => StoreError::NoSpare(rank),
+            Refusal::UnderWay(page) => StoreError::UnderWay(page),
+            Refusal::Foreign(page) => StoreError::ForeignUpdate(page),
+            Refusal::Busy(page) => StoreError::Busy(page),
+            Refusal::Stray { page, physical } => {
+                damaged(format!("page {page} is said to lie in physical page {physical}, which is not its rank's"))
+            }
+            Refusal::Shared { page, physical } => {
+                damaged(format!("page {page} is said to lie in physical page {physical}, as another page is"))
+            }
+        }
     }
 }
 
-/// Identity of a process that a reused pid cannot fake.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct ProcessIdentity {
-    pub boot_id: String,
-    pub pid: u32,
-    pub start_ticks: u64,
-}
-impl ProcessIdentity {
-    pub fn current() -> Result<ProcessIdentity, StoreError> {
-        soon()
-    }
-    pub fn of(pid: u32) -> Result<Option<ProcessIdentity>, StoreError> {
-        soon()
-    }
-    pub fn is_alive(&self) -> bool {
-        soon()
+fn table(layout: &Layout) -> Table {
+    Table {
+        first: layout.sections().page_table.start as usize / 8,
+        page_count: layout.page_count(),
+        world_size: layout.spec().world_size,
+        spares_per_rank: layout.spec().spare_pages_per_rank,
     }
 }
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Registration {
-    pub name: String,
-    pub job: String,
-    pub generation: u64,
-    pub bytes: u64,
-    pub owner: ProcessIdentity,
-}
-#[derive(Debug)]
-pub struct Registry {
-    pub(crate) folder: PathBuf,
-}
-impl Registry {
-    pub fn open(folder: &Path) -> Result<Registry, StoreError> {
-        soon()
-    }
-    /// Owner: this process. Replaces an earlier registration of the name. Call it before [`Store::create`].
-    pub fn register(&self, name: &str, job: &str, generation: u64, bytes: u64) -> Result<(), StoreError> {
-        let _ = &self.folder;
-        soon()
-    }
-    pub fn forget(&self, name: &str) -> Result<(), StoreError> {
-        soon()
-    }
-    pub fn list(&self) -> Result<Vec<Registration>, StoreError> {
-        soon()
-    }
-    /// Unlinks and forgets every segment for which `keep` says false (as a rule `|r| r.owner.is_alive()`); returns those.
-    pub fn sweep(&self, keep: impl FnMut(&Registration) -> bool) -> Result<Vec<Registration>, StoreError> {
-        soon()
+
+/// Writes bytes at a multiple of 8, zeros up to the next one.
+fn write_bytes(mapping: &Mapping, start: u64, bytes: &[u8]) {
+    for (i, chunk) in bytes.chunks(8).enumerate() {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        mapping.write(start as usize / 8 + i, u64::from_le_bytes(word));
     }
 }
-pub fn shm_free_bytes() -> Result<u64, StoreError> {
-    soon()
-}
-pub fn shm_total_bytes() -> Result<u64, StoreError> {
-    soon()
-}
-/// The least of MemAvailable and what the memory control groups leave.
-pub fn ram_available_bytes() -> Result<u64, StoreError> {
-    soon()
+
+fn read_bytes(mapping: &Mapping, start: u64, len: u64) -> Vec<u8> {
+    let words = mapping.words(start as usize / 8, (len as usize).div_ceil(8));
+    let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.load(Ordering::Relaxed).to_le_bytes()).collect();
+    bytes.truncate(len as usize);
+    bytes
 }

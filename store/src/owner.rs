@@ -1,0 +1,225 @@
+//! The right to update the pages of one rank.
+//!
+//! ```text
+//!            claim                          begin ──────▶ filling ──── publish ──▶ page at the new step
+//!   free ───────────▶ claimed (Owner) ──────┘                 └─────── abandon, drop, death ──▶ page as it was
+//!     ▲                    │
+//!     └── drop, or death ──┘
+//! ```
+//! A claim is a lock of the operating system on one byte of the segment, so it ends with the process that holds it,
+//! however that ends, and holds against other processes. Locks of one open file do not exclude each other; a list in
+//! [`Store`] does that.
+
+use crate::commit::{Expect, Spares, Ticket};
+use crate::error::StoreError;
+use crate::page::{Gradients, PageMut, PageView, gradients, page_mut, page_view};
+use crate::spec::PageId;
+use crate::store::Store;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+/// The right to update the pages of one rank. Ends when dropped.
+#[derive(Debug)]
+pub struct Owner<'a> {
+    store: &'a Store,
+    spares: Spares,
+}
+
+/// An update under way. Its physical page `new` may be written until it is published or abandoned; forgetting it leaves
+/// the spare taken until the claim ends.
+#[derive(Debug)]
+#[must_use = "an update takes effect when it is published"]
+pub struct Update {
+    ticket: Ticket,
+    step: u64,
+}
+
+impl Update {
+    /// Page that is updated.
+    pub fn page(&self) -> PageId {
+        self.ticket.page
+    }
+
+    /// Step that it will be at.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Physical page of the present state, for [`Store::page_ptrs`]. Not to be written.
+    pub fn old(&self) -> u32 {
+        self.ticket.old
+    }
+
+    /// Physical page of the next state, to be written whole.
+    pub fn new(&self) -> u32 {
+        self.ticket.new
+    }
+}
+
+impl Store {
+    /// Claims the pages of a rank. At most one claim a rank is live at any time, over all processes.
+    ///
+    /// # Errors
+    /// [`StoreError::Claimed`], [`StoreError::Rank`], [`StoreError::ReadOnly`], or [`StoreError::Damaged`] when the page
+    /// table makes no sense.
+    pub fn claim(&self, rank: u32) -> Result<Owner<'_>, StoreError> {
+        let world_size = self.layout().spec().world_size;
+        if rank >= world_size {
+            return Err(StoreError::Rank { rank, world_size });
+        }
+        if !self.mapping().is_writable() {
+            return Err(StoreError::ReadOnly(self.name().to_owned()));
+        }
+        let mut claims = self.claims();
+        if claims.contains(&rank) || !lock(self, rank, libc::F_WRLCK)? {
+            return Err(StoreError::Claimed { name: self.name().to_owned(), rank });
+        }
+        match Spares::recover(self.mapping(), *self.table(), rank) {
+            Ok(spares) => {
+                claims.insert(rank);
+                Ok(Owner { store: self, spares })
+            }
+            Err(refusal) => {
+                lock(self, rank, libc::F_UNLCK)?;
+                Err(self.refusal(refusal, Some(rank)))
+            }
+        }
+    }
+}
+
+impl Owner<'_> {
+    /// The rank.
+    pub fn rank(&self) -> u32 {
+        self.spares.rank()
+    }
+
+    /// Its pages, ascending.
+    pub fn pages(&self) -> impl Iterator<Item = PageId> + use<> {
+        let layout = self.store.layout();
+        (self.rank()..layout.page_count()).step_by(layout.spec().world_size as usize)
+    }
+
+    /// Gives a page contents that do not follow from its old ones: when it is loaded, or taken back to a checkpoint. `f`
+    /// gets the new page zeroed.
+    ///
+    /// # Errors
+    /// Not a page of this rank, a step out of range, or no spare page left.
+    pub fn initialise(&mut self, page: PageId, step: u64, f: impl FnOnce(PageMut<'_>)) -> Result<(), StoreError> {
+        if let Some(update) = self.start(page, step, Expect::Anything)? {
+            let store = self.store;
+            let unwinding = Unwinding { owner: self, update: Some(update) };
+            if let Some(update) = &unwinding.update {
+                // SAFETY: the spare belongs to the update, which this frame holds; nobody else has a reference to it.
+                let mut new = unsafe { page_mut(store, update.new(), store.layout().page_range(page)) };
+                new.clear();
+                f(new);
+            }
+            unwinding.publish()?;
+        }
+        Ok(())
+    }
+
+    /// Brings a page to `step` from the step before. `f` reads the old state and the gradients and writes the new state
+    /// whole; then it is published. Does nothing if the page is at `step` already. When `f` panics, the page stays as
+    /// it was.
+    ///
+    /// The gradients of the page must not change while `f` runs.
+    ///
+    /// # Errors
+    /// Not a page of this rank, a page that is neither at `step` nor one behind, or no spare page left.
+    pub fn update(&mut self, page: PageId, step: u64, f: impl FnOnce(PageView<'_>, PageMut<'_>, Gradients<'_>)) -> Result<(), StoreError> {
+        if let Some(update) = self.begin(page, step)? {
+            let store = self.store;
+            let range = store.layout().page_range(page);
+            let unwinding = Unwinding { owner: self, update: Some(update) };
+            if let Some(update) = &unwinding.update {
+                // SAFETY: the old page is live, and only this owner could make it a spare again, after `f`. The new page
+                // belongs to the update, which this frame holds. Writing gradients takes a raw pointer, whose
+                // documentation forbids it while pages are updated.
+                let (old, new, gradients) = unsafe {
+                    (page_view(store, update.old(), range.clone()), page_mut(store, update.new(), range.clone()), gradients(store, range))
+                };
+                f(old, new, gradients);
+            }
+            unwinding.publish()?;
+        }
+        Ok(())
+    }
+
+    /// First half of [`Owner::update`], for a writer that is not a closure: takes a spare page, to be filled through
+    /// [`Store::page_ptrs`] (by a device, say). As many may be under way as the rank has spares. `None`: the page is at
+    /// `step` already.
+    ///
+    /// # Errors
+    /// As [`Owner::update`].
+    pub fn begin(&mut self, page: PageId, step: u64) -> Result<Option<Update>, StoreError> {
+        self.start(page, step, Expect::StepBefore)
+    }
+
+    /// Second half: the new page is written whole, and everything written is visible to this thread (a device's copies
+    /// have ended, say). Makes it the page's state.
+    ///
+    /// # Errors
+    /// [`StoreError::ForeignUpdate`] for an update that another owner began.
+    pub fn publish(&mut self, update: Update) -> Result<(), StoreError> {
+        self.spares.publish(self.store.mapping(), update.ticket).map_err(|e| self.store.refusal(e, Some(self.spares.rank())))
+    }
+
+    /// Leaves the page as it is and gives the spare back.
+    ///
+    /// # Errors
+    /// As [`Owner::publish`].
+    pub fn abandon(&mut self, update: Update) -> Result<(), StoreError> {
+        self.spares.abandon(update.ticket).map_err(|e| self.store.refusal(e, Some(self.spares.rank())))
+    }
+
+    fn start(&mut self, page: PageId, step: u64, expect: Expect) -> Result<Option<Update>, StoreError> {
+        let begun = self.spares.begin(self.store.mapping(), page, step, expect);
+        let ticket = begun.map_err(|e| self.store.refusal(e, Some(self.spares.rank())))?;
+        Ok(ticket.map(|ticket| Update { ticket, step }))
+    }
+}
+
+impl Drop for Owner<'_> {
+    fn drop(&mut self) {
+        let mut claims = self.store.claims();
+        if let Err(error) = lock(self.store, self.rank(), libc::F_UNLCK) {
+            tracing::warn!(segment = self.store.name(), rank = self.rank(), %error, "a claim ends with the process only");
+        }
+        claims.remove(&self.rank());
+    }
+}
+
+/// Gives the spare back when a closure panics.
+struct Unwinding<'o, 's> {
+    owner: &'o mut Owner<'s>,
+    update: Option<Update>,
+}
+
+impl Unwinding<'_, '_> {
+    fn publish(mut self) -> Result<(), StoreError> {
+        match self.update.take() {
+            Some(update) => self.owner.publish(update),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Unwinding<'_, '_> {
+    fn drop(&mut self) {
+        if let Some(update) = self.update.take() {
+            // It was begun by this very owner, so there is nothing to refuse.
+            let _ = self.owner.abandon(update);
+        }
+    }
+}
+
+/// Locks (`F_WRLCK`) or unlocks (`F_UNLCK`) the byte of a rank. `false`: another process has it.
+fn lock(store: &Store, rank: u32, kind: i32) -> Result<bool, StoreError> {
+    let range = libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: rank.into(), l_len: 1, l_pid: 0 };
+    match fcntl(store.mapping().fd(), FcntlArg::F_OFD_SETLK(&range)) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(e) => Err(StoreError::system(format!("lock the pages of rank {rank} in segment {}", store.name()), e)),
+    }
+}
