@@ -238,6 +238,18 @@ impl Architecture {
         format!("{name}, {} parameters, {layers} layer{plural}", human_count(self.parameter_count()))
     }
 
+    /// Check the sizes and their relations. Architectures from [`crate::parse_config`] have passed this; one that was read
+    /// as JSON has not.
+    ///
+    /// # Errors
+    /// A sentence that names the first field that cannot be.
+    pub fn validate(&self) -> Result<(), String> {
+        match self {
+            Architecture::Transformer(c) => crate::validate::transformer(c),
+            Architecture::Stack(c) => crate::validate::stack(c),
+        }
+    }
+
     /// The transformer's configuration, if it is one.
     pub fn transformer(&self) -> Option<&TransformerConfig> {
         match self {

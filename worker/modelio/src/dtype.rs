@@ -63,10 +63,9 @@ impl Dtype {
         }
     }
 
-    /// Convert fp32 to little-endian elements, rounded to nearest even; `out` is replaced.
-    pub(crate) fn encode(self, values: &[f32], out: &mut Vec<u8>) {
-        out.clear();
-        out.resize(values.len() * self.size() as usize, 0);
+    /// Convert fp32 to little-endian elements, rounded to nearest even. `out` has room for exactly `values.len()` of them.
+    pub(crate) fn encode(self, values: &[f32], out: &mut [u8]) {
+        debug_assert_eq!(out.len() as u64, values.len() as u64 * self.size());
         match self {
             Dtype::F64 => put(values, out, |x| f64::from(x).to_le_bytes()),
             Dtype::F32 => put(values, out, f32::to_le_bytes),
@@ -117,9 +116,8 @@ mod tests {
             } else {
                 values.to_vec()
             };
-            let mut bytes = Vec::new();
+            let mut bytes = vec![0; values.len() * dtype.size() as usize];
             dtype.encode(&values, &mut bytes);
-            assert_eq!(bytes.len() as u64, dtype.size() * values.len() as u64);
             let mut back = [0.0; 7];
             dtype.decode(&bytes, &mut back);
             assert_eq!(back.map(f32::to_bits).to_vec(), exact.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), "{dtype:?}");

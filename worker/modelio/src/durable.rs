@@ -4,7 +4,8 @@
 //! All changes to the file system go through here, so that tests can let the n-th of them fail, or kill the writer there.
 
 use crate::error::ModelError;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, FallocateFlags, Flock, FlockArg, RenameFlags, fallocate, renameat2};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -25,14 +26,13 @@ pub(crate) fn create(path: &Path) -> Result<DurableFile, ModelError> {
 impl DurableFile {
     /// Reserve room for `bytes` bytes, where the file system can, so that a full disk is known at once.
     pub(crate) fn reserve(&mut self, bytes: u64) -> Result<(), ModelError> {
-        use nix::errno::Errno;
         let failed = |source| ModelError::write(&self.path, source);
         step().map_err(failed)?;
         let Ok(length) = i64::try_from(bytes) else {
             return Err(ModelError::Invalid(format!("{}: a file of {bytes} bytes is not possible", self.path.display())));
         };
         // fallocate and not posix_fallocate: the latter writes zeros where the file system cannot reserve.
-        match nix::fcntl::fallocate(&self.file, nix::fcntl::FallocateFlags::empty(), 0, length.max(1)) {
+        match fallocate(&self.file, FallocateFlags::empty(), 0, length.max(1)) {
             Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINTR) => Ok(()),
             Err(e) => Err(failed(e.into())),
         }
@@ -125,6 +125,24 @@ pub(crate) fn remove_folder(path: &Path) -> Result<(), ModelError> {
     match step().and_then(|()| std::fs::remove_dir_all(path)) {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(ModelError::write(path, e)),
         _ => Ok(()),
+    }
+}
+
+/// Keeps other processes from writing into a folder; ends with the process.
+pub(crate) struct FolderLock {
+    _lock: Option<Flock<File>>,
+}
+
+impl FolderLock {
+    /// Take the lock of a folder, or return `None` where another process holds it.
+    pub(crate) fn take(folder: &Path) -> Result<Option<FolderLock>, ModelError> {
+        let file = File::open(folder).map_err(|e| ModelError::read(folder, e))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(FolderLock { _lock: Some(lock) })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            // Some network file systems do not lock folders; writing there is still safe for one job.
+            Err(_) => Ok(Some(FolderLock { _lock: None })),
+        }
     }
 }
 

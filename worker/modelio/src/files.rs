@@ -3,7 +3,7 @@
 use crate::error::ModelError;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Component, Path};
 
 /// Read a whole file of at most `limit` bytes.
 pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
@@ -14,4 +14,10 @@ pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, ModelErro
         return Err(ModelError::format(path, format_args!("is longer than {limit} bytes, which is more than such a file can need")));
     }
     Ok(bytes)
+}
+
+/// Whether `name` names a file directly inside a folder: no separator, no `..`, not empty.
+pub(crate) fn plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) && !name.contains('/')
 }

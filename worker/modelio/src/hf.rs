@@ -3,13 +3,13 @@
 use crate::arch::{Architecture, Family};
 use crate::dtype::Dtype;
 use crate::error::ModelError;
-use crate::files::read_limited;
+use crate::files::{plain_name, read_limited};
 use crate::source::WeightSource;
 use crate::tensorfile::{TensorFile, TensorInfo};
 use ramtorch_store::BlockSpec;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 /// File name of unsharded weights.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -143,6 +143,10 @@ impl WeightSource for HfFolder {
         };
         self.files[*file].read(info, start, out)
     }
+
+    fn dtype(&self, tensor: &str) -> &'static str {
+        self.dtype_of(tensor).map_or("F32", Dtype::name)
+    }
 }
 
 /// Names and shapes of all tensors, in order.
@@ -208,9 +212,7 @@ impl Index {
             return Err(ModelError::format(path, format_args!("lists {} files; 1 to {MAX_SHARDS} are possible", files.len())));
         }
         for file in &files {
-            let mut parts = Path::new(file).components();
-            let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
-            if !plain {
+            if !plain_name(file) {
                 return Err(ModelError::format(path, format_args!("names \"{file}\", which is not a file of this folder")));
             }
         }

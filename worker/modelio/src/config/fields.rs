@@ -1,7 +1,7 @@
 //! Typed access to the fields of a JSON object, with errors that name the field.
 
-use super::{MAX_DIMENSION, MAX_LAYERS};
 use crate::error::ModelError;
+use crate::validate::{MAX_DIMENSION, MAX_LAYERS};
 use serde_json::{Map, Value};
 use std::fmt::Display;
 use std::path::Path;

@@ -14,12 +14,6 @@ use std::path::Path;
 
 /// Longest config.json that is read, in bytes.
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
-/// Largest size of one dimension, so that products of two fit far into 64 bits.
-const MAX_DIMENSION: u64 = 1 << 31;
-/// Most decoder layers.
-const MAX_LAYERS: u64 = 1 << 16;
-/// Most parameters: their fp32 state stays far below 2^63 bytes.
-const MAX_PARAMETERS: u128 = 1 << 50;
 
 /// A configuration file, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,7 +53,7 @@ pub fn parse_config(bytes: &[u8], origin: &Path) -> Result<ParsedConfig, ModelEr
     let family = family(&f)?;
     refuse_unsupported(&f)?;
     let config = if family == Family::Gpt2 { gpt2(&mut f)? } else { llama_like(&mut f, family)? };
-    check(&config, origin)?;
+    crate::validate::transformer(&config).map_err(|e| ModelError::format(origin, e))?;
     let dtype = declared_dtype(&f);
     Ok(ParsedConfig { config, dtype, warnings: f.warnings })
 }
@@ -216,7 +210,7 @@ fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Result<(Option<
 fn gpt2(f: &mut Fields<'_>) -> Result<TransformerConfig, ModelError> {
     let hidden_size = f.aliased_size("n_embd", "hidden_size", 768)?;
     let heads = f.aliased_size("n_head", "num_attention_heads", 12)?;
-    let layers = f.aliased_size("n_layer", "num_hidden_layers", 12)?;
+    let layers = f.layers(if f.present("n_layer") { "n_layer" } else { "num_hidden_layers" }, 12)?;
     let max_positions = f.aliased_size("n_positions", "max_position_embeddings", 1024)?;
     if hidden_size % heads != 0 {
         return Err(f.error("n_embd", format_args!("is {hidden_size}, not a multiple of n_head ({heads})")));
@@ -244,7 +238,7 @@ fn gpt2(f: &mut Fields<'_>) -> Result<TransformerConfig, ModelError> {
         mlp_bias: true,
         qk_norm: false,
         sliding_window: None,
-        layer_windows: vec![None; layers.min(MAX_LAYERS as usize)],
+        layer_windows: vec![None; layers],
         hidden_act: activation(f, "activation_function", "gelu_new")?,
         initializer_range: f.number("initializer_range", 0.02)?,
         bos_token_id: f.token("bos_token_id", Some(50_256))?,
@@ -269,38 +263,4 @@ fn declared_dtype(f: &Fields<'_>) -> Option<Precision> {
         Some("bfloat16") => Some(Precision::Bf16),
         _ => None,
     }
-}
-
-/// Relations between the fields, and the size of the whole.
-fn check(c: &TransformerConfig, origin: &Path) -> Result<(), ModelError> {
-    let refuse = |text: String| Err(ModelError::format(origin, text));
-    if c.heads % c.kv_heads != 0 {
-        return refuse(format!("num_attention_heads ({}) is not a multiple of num_key_value_heads ({})", c.heads, c.kv_heads));
-    }
-    if c.rope.is_some() && c.head_dim % 2 != 0 {
-        return refuse(format!("head_dim ({}) is odd; rotary positions need pairs", c.head_dim));
-    }
-    if !(c.norm_eps.is_finite() && c.norm_eps >= 0.0) {
-        return refuse(format!("the norm's epsilon ({}) must not be negative", c.norm_eps));
-    }
-    if !(c.initializer_range.is_finite() && c.initializer_range >= 0.0) {
-        return refuse(format!("initializer_range ({}) must not be negative", c.initializer_range));
-    }
-    let vocabulary = c.vocab_size as u64;
-    // Published configurations name special tokens that the embedding does not have; that matters only to generation. A
-    // padding index outside the embedding is an error in torch too.
-    if let Some(pad) = c.padding_idx.filter(|&pad| u64::from(pad) >= vocabulary) {
-        return refuse(format!("pad_token_id ({pad}) is not below vocab_size ({vocabulary})"));
-    }
-    let mul = |a: usize, b: usize| a as u128 * b as u128;
-    let attention = 2 * mul(c.heads, c.head_dim) + 2 * mul(c.kv_heads, c.head_dim);
-    if attention > u128::from(MAX_DIMENSION) * 4 {
-        return refuse(format!("{} heads of {} are too wide", c.heads, c.head_dim));
-    }
-    let layer = attention * c.hidden_size as u128 + 3 * mul(c.hidden_size, c.intermediate_size);
-    let total = layer * c.layers as u128 + 2 * mul(c.vocab_size, c.hidden_size) + mul(c.max_positions, c.hidden_size);
-    if total > MAX_PARAMETERS {
-        return refuse(format!("the model would have about {total} parameters; the sizes cannot be right"));
-    }
-    Ok(())
 }

@@ -32,6 +32,7 @@ pub struct TensorFile {
     by_name: HashMap<String, usize>,
     others: HashSet<String>,
     metadata: Vec<(String, String)>,
+    bytes: u64,
 }
 
 impl TensorFile {
@@ -63,12 +64,25 @@ impl TensorFile {
         file.read_exact_at(&mut text, 8).map_err(failed)?;
         let header = parse(&text, 8 + header_bytes, file_bytes).map_err(|e| ModelError::format(path, e))?;
         let by_name = header.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        Ok(TensorFile { path: path.to_owned(), file, tensors: header.tensors, by_name, others: header.others, metadata: header.metadata })
+        Ok(TensorFile {
+            path: path.to_owned(),
+            file,
+            tensors: header.tensors,
+            by_name,
+            others: header.others,
+            metadata: header.metadata,
+            bytes: file_bytes,
+        })
     }
 
     /// Path as it was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Size of the file.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// The tensors, in the order of the header.

@@ -1,0 +1,85 @@
+//! Finding the checkpoint to go on from.
+
+use super::{Checkpoint, step_of};
+use crate::error::ModelError;
+use std::path::{Path, PathBuf};
+
+/// Which checkpoints a search accepts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FindOptions {
+    /// Read everything and compare all checksums, not only the files' sizes and headers.
+    pub verify: bool,
+    /// Only those before this step: the search goes on behind one that turned out to be damaged.
+    pub before: Option<u64>,
+    /// Only those that this run wrote.
+    pub run: Option<String>,
+}
+
+/// What a search found.
+#[derive(Debug, Default)]
+pub struct Search {
+    /// The newest sound checkpoint.
+    pub found: Option<Checkpoint>,
+    /// Newer ones that were passed over.
+    pub skipped: Vec<Skipped>,
+}
+
+/// A checkpoint that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// Its folder.
+    pub path: PathBuf,
+    /// What is wrong with it, with the file and the tensor where there is one.
+    pub reason: String,
+}
+
+/// Find the newest sound checkpoint in folder `root`. A folder that does not exist holds none.
+///
+/// # Errors
+/// The folder itself cannot be read. What is wrong with single checkpoints is told in [`Search::skipped`].
+pub fn find_sound(root: &Path, options: &FindOptions) -> Result<Search, ModelError> {
+    let mut search = Search::default();
+    for (step, path) in list(root)? {
+        if options.before.is_some_and(|before| step >= before) {
+            continue;
+        }
+        let opened = Checkpoint::open(&path).and_then(|checkpoint| {
+            if checkpoint.step() != step {
+                return Err(ModelError::format(&path, format_args!("holds step {}: the folder was renamed", checkpoint.step())));
+            }
+            if options.verify {
+                checkpoint.verify()?;
+            }
+            Ok(checkpoint)
+        });
+        match opened {
+            Ok(checkpoint) => {
+                if options.run.as_ref().is_some_and(|run| *run != checkpoint.meta().run) {
+                    continue;
+                }
+                search.found = Some(checkpoint);
+                return Ok(search);
+            }
+            Err(e) => search.skipped.push(Skipped { path, reason: e.to_string() }),
+        }
+    }
+    Ok(search)
+}
+
+/// Checkpoint folders in `root`, newest first.
+pub(super) fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>, ModelError> {
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(ModelError::read(root, e)),
+    };
+    let mut folders = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|e| ModelError::read(root, e))?;
+        if let Some(step) = entry.file_name().to_str().and_then(step_of) {
+            folders.push((step, entry.path()));
+        }
+    }
+    folders.sort_unstable_by_key(|&(step, _)| std::cmp::Reverse(step));
+    Ok(folders)
+}
