@@ -19,7 +19,7 @@ pub enum DataKind {
 }
 
 /// One list of files, read as one stream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     /// Mapped one after the other.
     pub files: Vec<DataFile>,
@@ -59,6 +59,10 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    pub(crate) fn sources(&self) -> impl Iterator<Item = &Source> {
+        std::iter::once(&self.train).chain(&self.validation)
+    }
+
     /// Maps the files, after checking that they are those that were prepared. Loads no tokenizer and reads no data:
     /// memory stays small whatever the size of the files.
     ///

@@ -2,6 +2,7 @@
 
 use crate::{DataError, map::Map};
 use ramtorch_job::OneOrMany;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, Metadata};
 use std::io::Read;
@@ -17,7 +18,7 @@ pub struct DataFile {
     pub bytes: u64,
     /// Time of its last change, nanoseconds since 1970.
     pub modified_ns: i64,
-    /// BLAKE3 of its content, hexadecimal.
+    /// BLAKE3 of what follows `data_offset`, hexadecimal.
     pub blake3: String,
     /// Where its tokens begin (bytes).
     pub data_offset: u64,
@@ -39,7 +40,9 @@ impl DataFile {
             return Err(DataError::file(&self.path, "the description of this file is damaged; submit the job again"));
         }
         let map = Map::of(&file, &self.path)?;
-        if modified_ns(&meta) != self.modified_ns && blake3::Hasher::new().update_rayon(&map).finalize().to_hex().as_str() != self.blake3 {
+        if modified_ns(&meta) != self.modified_ns
+            && blake3::Hasher::new().update_rayon(&map[self.data_offset as usize..]).finalize().to_hex().as_str() != self.blake3
+        {
             return Err(DataError::Changed { path: self.path.clone(), reason: "its content is different".into() });
         }
         Ok(map)
@@ -99,8 +102,12 @@ pub(crate) struct Fingerprint {
     pub(crate) hash: blake3::Hash,
 }
 
-/// Reads and hashes a whole file, in blocks, on all threads. `progress` gets the bytes of each block.
-pub(crate) fn fingerprint(path: &Path, progress: &mut dyn FnMut(u64)) -> Result<Fingerprint, DataError> {
+/// Reads and hashes files, in blocks, on all threads. `progress` gets the bytes of each block.
+pub(crate) fn fingerprints(paths: &[PathBuf], progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<Fingerprint>, DataError> {
+    paths.par_iter().map(|path| fingerprint(path, progress)).collect()
+}
+
+fn fingerprint(path: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Fingerprint, DataError> {
     let mut file = File::open(path).map_err(DataError::read(path))?;
     let meta = file.metadata().map_err(DataError::read(path))?;
     let mut hasher = blake3::Hasher::new();
@@ -141,4 +148,4 @@ pub(crate) fn read_full(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Res
     Ok(n)
 }
 
-const HASH_BLOCK_BYTES: usize = 16 << 20;
+const HASH_BLOCK_BYTES: usize = 4 << 20;

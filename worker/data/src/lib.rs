@@ -11,17 +11,32 @@
 //! sequence a step takes is decided by [`Order`] alone. docs/data.md is the user's view of the same.
 #![deny(unsafe_code)]
 
+mod cache;
+mod chat;
 mod dataset;
+mod documents;
+mod encode;
 mod error;
 mod file;
 mod map;
 mod order;
+mod pieces;
+mod prepare;
+mod python;
+mod special;
 mod stream;
+mod template;
 mod tensors;
+mod text_stream;
+mod tokenizer;
 
 pub use dataset::{DataKind, Dataset, OpenDataset, Source};
+pub use encode::Progress;
 pub use error::{DataError, DataErrorKind};
 pub use file::DataFile;
 pub use order::Order;
+pub use prepare::prepare;
 pub use stream::Split;
 pub use tensors::{TargetLayout, TargetRow, TensorData, TensorLayout};
+pub use text_stream::TextStream;
+pub use tokenizer::{Tokenizer, TokenizerSource};

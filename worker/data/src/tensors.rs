@@ -16,6 +16,15 @@ pub struct TensorLayout {
     pub target: TargetLayout,
 }
 
+impl std::fmt::Display for TensorLayout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.target {
+            TargetLayout::Values { width } => write!(f, "inputs [N, {}] and targets [N, {width}]", self.input_width),
+            TargetLayout::Classes => write!(f, "inputs [N, {}] and targets [N] of classes", self.input_width),
+        }
+    }
+}
+
 /// What a row of `targets` is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
