@@ -30,6 +30,8 @@ pub struct Fixture {
     /// Before clipping.
     pub grad_norm: Vec<f64>,
     pub lr: Vec<f64>,
+    /// Loss of the trained model over `held-out.bin`; absent for a plain stack.
+    pub final_eval_loss: Option<f64>,
     #[serde(rename = "final")]
     pub last: BTreeMap<String, FinalTensor>,
 }

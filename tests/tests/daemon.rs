@@ -225,7 +225,7 @@ fn perplexity_of_every_family_is_pytorchs() {
     for (model, reference) in inference() {
         let folder = Fixture::model_path(&model);
         let length = reference.eval_sequence_length.to_string();
-        let arguments = ["eval".as_ref(), folder.as_os_str(), held_out.as_os_str()];
+        let arguments = ["eval".as_ref(), folder.as_os_str(), "--data".as_ref(), held_out.as_os_str()];
         let options = ["--format", "tokens", "--sequence-length", &length, "--precision", "fp32"].map(std::ffi::OsStr::new);
         let result = daemon.ask(arguments.into_iter().chain(options));
         let (loss, perplexity) = (result["loss"].as_f64().unwrap(), result["perplexity"].as_f64().unwrap());

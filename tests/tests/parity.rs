@@ -38,12 +38,18 @@ fn parity(name: &str) {
     let fixture = Fixture::load(name);
     for ranks in RANKS {
         for micro_batch in MICRO_BATCHES {
-            let job = fixture.job(name).set("train.micro_batch_size", micro_batch).set("output.path", "model");
+            let mut job = fixture.job(name).set("train.micro_batch_size", micro_batch).set("output.path", "model");
+            if fixture.model.is_some() {
+                job = job.set("data.validation", fixture_path("held-out.bin"));
+            }
             let (sandbox, lines) = run(name, &job, ranks);
             let what = format!("{name}, {ranks} ranks, micro-batch {micro_batch}");
             check_against(&fixture, &lines, TOLERANCE, &what);
-            if fixture.model.is_some() {
+            if let Some(reference) = fixture.final_eval_loss {
                 check_final_weights(&fixture, &sandbox, &what);
+                let ours = lines.last().and_then(|l| l.validation_loss).unwrap_or_else(|| panic!("{what}: no validation at the end"));
+                let off = relative_difference(ours, reference);
+                assert!(off < TOLERANCE, "{what}: validation after the last step gives {ours} and not {reference} ({off:.1e})");
             }
         }
     }
