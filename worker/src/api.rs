@@ -1,7 +1,7 @@
 //! What the supervisor and the engine say to each other: plain data and one trait. No gRPC here.
 
-use ramtorch_job::JobSpec;
 pub use ramtorch_device::{EngineError, ErrorKind};
+use ramtorch_job::JobSpec;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -231,6 +231,21 @@ pub struct Prepared {
     pub steps: u64,
     /// Token caches or tensor files, opened by the workers.
     pub dataset: serde_json::Value,
+    /// What this machine's processor does, measured; 0 where nothing was.
+    #[serde(default)]
+    pub rates: Rates,
+}
+
+/// Rates of a device, measured on this node.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Rates {
+    /// Matrix products in the compute format, operations a second.
+    pub gemm_flops: f64,
+    /// Host to device, bytes a second.
+    pub copy_bytes: f64,
+    /// AdamW, parameters a second, all threads.
+    pub optimizer_parameters: f64,
 }
 
 /// A checkpoint to go on from.
@@ -304,6 +319,9 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
+    /// On the line of step 1: validation loss before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial_validation_loss: Option<f64>,
     pub step_seconds: f64,
     pub tokens_total: u64,
     pub epoch: f64,

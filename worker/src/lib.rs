@@ -1,24 +1,58 @@
-//! The engine: devices, models, schedule, plan, optimizer.
+//! The engine: models, schedule, plan, optimizer.
 //!
 //! `ramtorchd` links this crate twice over: the daemon calls [`plan`] and [`create_segment`], which are pure or
 //! touch shared memory only, and the worker processes it spawns call [`run`].
+#![forbid(unsafe_code)]
 
 pub mod api;
+mod batch;
+mod checkpoint;
+mod device;
+mod errors;
+mod evaluate;
+mod generate;
+mod inference;
+mod metrics;
+mod model;
+mod optimizer;
+mod plan;
+mod prepare;
+mod rates;
+mod record;
+mod session;
+mod tools;
+mod train;
+mod weights;
 
 pub use api::*;
+pub use plan::plan;
 
-/// Works out where everything goes and what a step costs. Pure: opens no file and allocates nothing.
-pub fn plan(_request: &PlanRequest) -> Result<Plan, EngineError> {
-    Err(EngineError::internal("not built in this binary"))
-}
+use ramtorch_store::Store;
 
 /// Reserves the parameter store of a planned job under `name` (POSIX shared memory), empty.
-pub fn create_segment(_name: &str, _plan: &Plan) -> Result<(), EngineError> {
-    Err(EngineError::internal("not built in this binary"))
+///
+/// # Errors
+/// Too little memory (with the bytes wanted and free), or the name is taken.
+pub fn create_segment(name: &str, plan: &Plan) -> Result<(), EngineError> {
+    let engine = plan::EnginePlan::of(plan)?;
+    Store::create(name, &engine.store).map_err(errors::store).map(drop)
 }
 
 /// Does what `assignment` says, in this process, until it is done or told to stop. The value is role-specific:
 /// [`Prepared`] for `Prepare`, [`TrainOutcome`] for `Train`, and so on.
-pub fn run(_assignment: &Assignment, _control: &dyn Control) -> Result<serde_json::Value, EngineError> {
-    Err(EngineError::internal("not built in this binary"))
+///
+/// # Errors
+/// With the class that becomes the exit code.
+pub fn run(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::Value, EngineError> {
+    fn value<T: serde::Serialize>(x: T) -> Result<serde_json::Value, EngineError> {
+        serde_json::to_value(x).map_err(EngineError::internal)
+    }
+    match &assignment.task {
+        Task::Prepare { spec, cache_dir } => value(prepare::run(spec, cache_dir, control)?),
+        Task::Train { spec, prepared, plan, segment } => value(train::run(assignment, spec, prepared, plan, segment, control)?),
+        Task::Generate { source, request } => value(generate::run(assignment, source, request, control)?),
+        Task::Eval { source, request } => value(evaluate::run(assignment, source, request, control)?),
+        Task::Export { source, path, dtype, overwrite } => value(tools::export(source, path, *dtype, *overwrite, control)?),
+        Task::Inspect { source, names, values } => value(tools::describe(source, names, *values, control)?),
+    }
 }

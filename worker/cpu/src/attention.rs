@@ -98,7 +98,27 @@ fn product(m: usize, n: usize, k: usize, a: Mat, b: Mat, out: &mut [f32], stride
     let ((a_rs, a_cs), (b_rs, b_cs)) = (st(&a), st(&b));
     // SAFETY: all elements under these strides lie inside the slices (asserted); out is exclusively borrowed.
     unsafe {
-        gemm::gemm(m, n, k, out.as_mut_ptr(), 1, stride as isize, accumulate, a.data.as_ptr(), a_cs, a_rs, b.data.as_ptr(), b_cs, b_rs, 1.0, 1.0, false, false, false, gemm::Parallelism::None)
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a_cs,
+            a_rs,
+            b.data.as_ptr(),
+            b_cs,
+            b_rs,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        )
     }
 }
 
@@ -178,7 +198,8 @@ pub(crate) fn backward<T: Elem>(s: AttentionShape, dout: DevBuf, qkv: DevBuf, ou
     let (d, row, size) = (s.head_dim, s.row(), size_of::<T>() as u64);
     let out_row = s.heads * d;
     // SAFETY: stream order.
-    let (qkv, dout, out) = unsafe { (view::<T>(qkv, s.rows() * row), view::<T>(dout, s.rows() * out_row), view::<T>(out, s.rows() * out_row)) };
+    let (qkv, dout, out) =
+        unsafe { (view::<T>(qkv, s.rows() * row), view::<T>(dout, s.rows() * out_row), view::<T>(out, s.rows() * out_row)) };
     // SAFETY: as above.
     let lse = unsafe { view::<f32>(lse, s.batch * s.heads * s.seq) };
     let masks = Masks::new(&s);
@@ -247,40 +268,44 @@ pub(crate) fn cached<T: Elem>(s: CachedAttentionShape, qkv: DevBuf, keys: DevBuf
     let d = s.head_dim;
     let (row, cache_row, out_row) = ((s.heads + 2 * s.kv_heads) * d, s.kv_heads * d, s.heads * d);
     // SAFETY: stream order.
-    let (qkv, past, out) = unsafe { (view::<T>(qkv, s.batch * s.new * row), view::<i32>(past, s.batch), view_mut::<T>(out, s.batch * s.new * out_row)) };
+    let (qkv, past, out) =
+        unsafe { (view::<T>(qkv, s.batch * s.new * row), view::<i32>(past, s.batch), view_mut::<T>(out, s.batch * s.new * out_row)) };
     // SAFETY: as above; keys and values are different buffers.
-    let (keys, values) = unsafe { (view_mut::<T>(keys, s.batch * s.capacity * cache_row), view_mut::<T>(values, s.batch * s.capacity * cache_row)) };
+    let (keys, values) =
+        unsafe { (view_mut::<T>(keys, s.batch * s.capacity * cache_row), view_mut::<T>(values, s.batch * s.capacity * cache_row)) };
     let cache_len = s.capacity * cache_row;
-    keys.par_chunks_mut(cache_len).zip(values.par_chunks_mut(cache_len)).zip(out.par_chunks_mut(s.new * out_row)).enumerate().for_each(|(b, ((keys, values), out))| {
-        let past = past[b].max(0) as usize;
-        let group = s.heads / s.kv_heads;
-        let (mut q, mut line, mut scores, mut sum) = (vec![0f32; d], vec![0f32; d], Vec::new(), vec![0f32; d]);
-        for t in 0..s.new {
-            let source = &qkv[(b * s.new + t) * row..][..row];
-            let at = past + t;
-            if at >= s.capacity {
-                return; // the caller's plan holds this from happening
-            }
-            keys[at * cache_row..][..cache_row].copy_from_slice(&source[s.heads * d..][..cache_row]);
-            values[at * cache_row..][..cache_row].copy_from_slice(&source[s.heads * d + cache_row..][..cache_row]);
-            let first = s.window.map_or(0, |w| (at + 1).saturating_sub(w));
-            for head in 0..s.heads {
-                let kv = head / group;
-                widen(&source[head * d..][..d], &mut q);
-                scores.clear();
-                for j in first..=at {
-                    widen(&keys[j * cache_row + kv * d..][..d], &mut line);
-                    scores.push(dot(&q, &line));
+    keys.par_chunks_mut(cache_len).zip(values.par_chunks_mut(cache_len)).zip(out.par_chunks_mut(s.new * out_row)).enumerate().for_each(
+        |(b, ((keys, values), out))| {
+            let past = past[b].max(0) as usize;
+            let group = s.heads / s.kv_heads;
+            let (mut q, mut line, mut scores, mut sum) = (vec![0f32; d], vec![0f32; d], Vec::new(), vec![0f32; d]);
+            for t in 0..s.new {
+                let source = &qkv[(b * s.new + t) * row..][..row];
+                let at = past + t;
+                if at >= s.capacity {
+                    return; // the caller's plan holds this from happening
                 }
-                let max = row_max(&scores) * s.scale;
-                let total = exp_row(&mut scores, s.scale, max);
-                sum.fill(0.0);
-                for (p, j) in scores.iter().zip(first..) {
-                    widen(&values[j * cache_row + kv * d..][..d], &mut line);
-                    axpy(*p / total, &line, &mut sum);
+                keys[at * cache_row..][..cache_row].copy_from_slice(&source[s.heads * d..][..cache_row]);
+                values[at * cache_row..][..cache_row].copy_from_slice(&source[s.heads * d + cache_row..][..cache_row]);
+                let first = s.window.map_or(0, |w| (at + 1).saturating_sub(w));
+                for head in 0..s.heads {
+                    let kv = head / group;
+                    widen(&source[head * d..][..d], &mut q);
+                    scores.clear();
+                    for j in first..=at {
+                        widen(&keys[j * cache_row + kv * d..][..d], &mut line);
+                        scores.push(dot(&q, &line));
+                    }
+                    let max = row_max(&scores) * s.scale;
+                    let total = exp_row(&mut scores, s.scale, max);
+                    sum.fill(0.0);
+                    for (p, j) in scores.iter().zip(first..) {
+                        widen(&values[j * cache_row + kv * d..][..d], &mut line);
+                        axpy(*p / total, &line, &mut sum);
+                    }
+                    narrow(&sum, &mut out[t * out_row + head * d..][..d]);
                 }
-                narrow(&sum, &mut out[t * out_row + head * d..][..d]);
             }
-        }
-    });
+        },
+    );
 }

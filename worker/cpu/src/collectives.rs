@@ -11,9 +11,10 @@
 //! only when they are done.
 
 use crate::parameters::{add_scratch, put_gradients};
-use ramtorch_store::Store;
+use ramtorch_device::EngineError;
+use ramtorch_store::{GradientFormat, Gradients, Store};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Ranks that the control words have room for.
@@ -41,6 +42,7 @@ pub struct Collectives {
     world: usize,
     generation: u64,
     counts: [AtomicU64; 4],
+    aborted: AtomicBool,
     /// Start of the exchange area, and f32 elements of one rank's half of it.
     exchange: usize,
     half: usize,
@@ -52,7 +54,16 @@ impl Collectives {
         assert!(rank < world && world <= MAX_RANKS, "rank {rank} of {world}: at most {MAX_RANKS}");
         let (exchange, bytes) = store.exchange();
         let half = bytes / 4 / world / 2;
-        Collectives { rank, world, generation, counts: Default::default(), exchange: exchange as usize, half, store }
+        Collectives {
+            rank,
+            world,
+            generation,
+            counts: Default::default(),
+            aborted: AtomicBool::new(false),
+            exchange: exchange as usize,
+            half,
+            store,
+        }
     }
 
     /// This rank.
@@ -70,15 +81,32 @@ impl Collectives {
         if world == 1 { 0 } else { world as u64 * 2 * (1 << 20) }
     }
 
-    /// Returns once every rank has come here.
-    pub fn barrier(&self, channel: Channel) {
-        self.arrive(channel);
+    /// Makes every wait of this rank end with an error, now and later: this rank gives up.
+    pub fn abort(&self) {
+        self.aborted.store(true, Ordering::Release);
     }
 
-    fn arrive(&self, channel: Channel) -> u64 {
+    /// Whether [`Collectives::abort`] was called.
+    pub fn aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
+    }
+
+    /// Returns once every rank has come here.
+    ///
+    /// # Errors
+    /// This rank has given up meanwhile.
+    pub fn barrier(&self, channel: Channel) -> Result<(), EngineError> {
+        self.arrive(channel)
+    }
+
+    fn arrive(&self, channel: Channel) -> Result<(), EngineError> {
+        let gave_up = || EngineError::internal("this rank has given up, after an error of its own");
+        if self.aborted() {
+            return Err(gave_up());
+        }
         let count = self.counts[channel as usize].fetch_add(1, Ordering::Relaxed) + 1;
         if self.world == 1 {
-            return count;
+            return Ok(());
         }
         let mine = (self.generation << 40) | count;
         let words = &self.store.control()[channel as usize * MAX_RANKS..][..self.world];
@@ -90,17 +118,21 @@ impl Collectives {
                 match tries {
                     0..64 => std::hint::spin_loop(),
                     64..2048 => std::thread::yield_now(),
+                    _ if self.aborted() => return Err(gave_up()),
                     _ => std::thread::sleep(Duration::from_micros(50)),
                 }
             }
         }
-        count
+        Ok(())
     }
 
     /// Everyone's values, by rank.
-    pub fn gather(&self, channel: Channel, values: [f64; VALUES]) -> Vec<[f64; VALUES]> {
+    ///
+    /// # Errors
+    /// As [`Collectives::barrier`].
+    pub fn gather(&self, channel: Channel, values: [f64; VALUES]) -> Result<Vec<[f64; VALUES]>, EngineError> {
         if self.world == 1 {
-            return vec![values];
+            return Ok(vec![values]);
         }
         // The next count's parity chooses the half: a rank that runs ahead by one gather writes the other one.
         let parity = (self.counts[channel as usize].load(Ordering::Relaxed) & 1) as usize;
@@ -109,8 +141,8 @@ impl Collectives {
         for (w, v) in words[self.rank * VALUES..].iter().zip(values) {
             w.store(v.to_bits(), Ordering::Relaxed);
         }
-        self.arrive(channel);
-        (0..self.world).map(|r| std::array::from_fn(|i| f64::from_bits(words[r * VALUES + i].load(Ordering::Relaxed)))).collect()
+        self.arrive(channel)?;
+        Ok((0..self.world).map(|r| std::array::from_fn(|i| f64::from_bits(words[r * VALUES + i].load(Ordering::Relaxed)))).collect())
     }
 
     /// Sums `gradients` (parameters `start..`) over ranks; each owner's part goes to the store's gradient array.
@@ -129,7 +161,9 @@ impl Collectives {
             // SAFETY: this half of this rank's part of the exchange area is written by this rank alone, and its
             // readers of two chunks ago have passed a barrier since (module text). In bounds by `half`.
             unsafe { std::slice::from_raw_parts_mut(area(self.rank) as *mut f32, part.len()) }.copy_from_slice(part);
-            self.arrive(Channel::Reduce);
+            if self.arrive(Channel::Reduce).is_err() {
+                return; // the step is given up; its gradients are never used
+            }
             let first = start + (i * chunk) as u64;
             let here = first..first + part.len() as u64;
             for page in layout.pages_of(here.clone()) {
@@ -148,5 +182,19 @@ impl Collectives {
                 put_gradients(&sum, &self.store, a, accumulate);
             }
         }
+    }
+}
+
+/// Reads the reduced gradients of page `page`. Only its owner calls this, after the reduction of the whole step.
+pub fn read_gradients<R>(store: &Store, page: u32, f: impl FnOnce(Gradients<'_>) -> R) -> R {
+    let range = store.layout().page_range(page);
+    let n = (range.end - range.start) as usize;
+    let p = store.gradient_ptr(range.start);
+    match store.layout().spec().gradients {
+        GradientFormat::None => f(Gradients::None),
+        // SAFETY: in bounds of the gradient array; the owner is the only writer of this range, and it reads now.
+        GradientFormat::F32 => f(Gradients::F32(unsafe { std::slice::from_raw_parts(p.cast(), n) })),
+        // SAFETY: as above.
+        GradientFormat::Bf16 => f(Gradients::Bf16(unsafe { std::slice::from_raw_parts(p.cast(), n) })),
     }
 }

@@ -4,7 +4,15 @@ use crate::memory::{Elem, view, view_mut};
 use ramtorch_device::{DevBuf, TokenIndex};
 use rayon::prelude::*;
 
-pub(crate) fn forward<T: Elem>(t: TokenIndex, table: DevBuf, width: usize, position_table: Option<DevBuf>, seq: usize, positions: Option<DevBuf>, x: DevBuf) {
+pub(crate) fn forward<T: Elem>(
+    t: TokenIndex,
+    table: DevBuf,
+    width: usize,
+    position_table: Option<DevBuf>,
+    seq: usize,
+    positions: Option<DevBuf>,
+    x: DevBuf,
+) {
     let all = |b: DevBuf| b.bytes as usize / size_of::<T>();
     // SAFETY: stream order.
     let (ids, table, x) = unsafe { (view::<i32>(t.ids, t.rows), view::<T>(table, all(table)), view_mut::<T>(x, t.rows * width)) };
@@ -25,8 +33,9 @@ pub(crate) fn forward<T: Elem>(t: TokenIndex, table: DevBuf, width: usize, posit
 
 pub(crate) fn backward<T: Elem>(t: TokenIndex, dx: DevBuf, width: usize, dtable: DevBuf, dpositions: Option<DevBuf>, seq: usize) {
     // SAFETY: stream order.
-    let (ids, order, bounds, dx) =
-        unsafe { (view::<i32>(t.ids, t.rows), view::<i32>(t.order, t.rows), view::<i32>(t.bounds, t.unique + 1), view::<T>(dx, t.rows * width)) };
+    let (ids, order, bounds, dx) = unsafe {
+        (view::<i32>(t.ids, t.rows), view::<i32>(t.order, t.rows), view::<i32>(t.bounds, t.unique + 1), view::<T>(dx, t.rows * width))
+    };
     (0..t.unique).into_par_iter().for_each(|u| {
         let rows = &order[bounds[u] as usize..bounds[u + 1] as usize];
         let id = ids[rows[0] as usize] as u64;

@@ -16,8 +16,8 @@ mod pointwise;
 mod simd;
 mod stream;
 
+pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradients};
 use memory::{Arena, Bf16, view, view_mut};
-pub use collectives::{Channel, Collectives};
 use ramtorch_device::*;
 use ramtorch_store::Store;
 use std::sync::Arc;
@@ -142,7 +142,15 @@ impl Device for CpuDevice {
         // SAFETY: stream order.
         self.queue(stream).run(move || unsafe { view_mut::<u8>(dst, dst.bytes as usize) }.fill(0))
     }
-    fn load_parameters(&self, stream: Stream, dst: DevBuf, store: &Arc<Store>, physical: u32, offset: u64, count: u64) -> Result<(), EngineError> {
+    fn load_parameters(
+        &self,
+        stream: Stream,
+        dst: DevBuf,
+        store: &Arc<Store>,
+        physical: u32,
+        offset: u64,
+        count: u64,
+    ) -> Result<(), EngineError> {
         let (store, dtype) = (store.clone(), self.dtype);
         let page = store.layout().page_range(0);
         if offset + count > page.end {
@@ -150,7 +158,15 @@ impl Device for CpuDevice {
         }
         self.queue(stream).run(move || parameters::load(dst, dtype, &store, physical, offset, count))
     }
-    fn store_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64, accumulate: bool) -> Result<(), EngineError> {
+    fn store_gradients(
+        &self,
+        stream: Stream,
+        src: DevBuf,
+        store: &Arc<Store>,
+        start: u64,
+        count: u64,
+        accumulate: bool,
+    ) -> Result<(), EngineError> {
         let store = store.clone();
         if start + count > store.layout().span() {
             return Err(EngineError::internal("gradients past the end of the store"));
@@ -169,11 +185,30 @@ impl Device for CpuDevice {
     fn column_sum(&self, x: DevBuf, rows: usize, n: usize, out: DevBuf) -> Result<(), EngineError> {
         compute!(self, pointwise::column_sum, x, rows, n, out)
     }
-    fn norm_forward(&self, s: &NormShape, x: DevBuf, weight: DevBuf, bias: Option<DevBuf>, y: DevBuf, stats: DevBuf) -> Result<(), EngineError> {
+    fn norm_forward(
+        &self,
+        s: &NormShape,
+        x: DevBuf,
+        weight: DevBuf,
+        bias: Option<DevBuf>,
+        y: DevBuf,
+        stats: DevBuf,
+    ) -> Result<(), EngineError> {
         let s = *s;
         compute!(self, norm::forward, s, x, weight, bias, y, stats)
     }
-    fn norm_backward(&self, s: &NormShape, dy: DevBuf, x: DevBuf, weight: DevBuf, stats: DevBuf, add: Option<DevBuf>, dx: DevBuf, dweight: DevBuf, dbias: Option<DevBuf>) -> Result<(), EngineError> {
+    fn norm_backward(
+        &self,
+        s: &NormShape,
+        dy: DevBuf,
+        x: DevBuf,
+        weight: DevBuf,
+        stats: DevBuf,
+        add: Option<DevBuf>,
+        dx: DevBuf,
+        dweight: DevBuf,
+        dbias: Option<DevBuf>,
+    ) -> Result<(), EngineError> {
         let s = *s;
         compute!(self, norm::backward, s, norm::Backward { dy, x, weight, stats, add, dx, dweight, dbias })
     }
@@ -185,14 +220,31 @@ impl Device for CpuDevice {
         let s = *s;
         compute!(self, attention::forward, s, qkv, out, lse)
     }
-    fn attention_backward(&self, s: &AttentionShape, dout: DevBuf, qkv: DevBuf, out: DevBuf, lse: DevBuf, dqkv: DevBuf, _workspace: DevBuf) -> Result<(), EngineError> {
+    fn attention_backward(
+        &self,
+        s: &AttentionShape,
+        dout: DevBuf,
+        qkv: DevBuf,
+        out: DevBuf,
+        lse: DevBuf,
+        dqkv: DevBuf,
+        _workspace: DevBuf,
+    ) -> Result<(), EngineError> {
         let s = *s;
         compute!(self, attention::backward, s, dout, qkv, out, lse, dqkv)
     }
     fn attention_workspace(&self, _s: &AttentionShape) -> Result<u64, EngineError> {
         Ok(0)
     }
-    fn attention_cached(&self, s: &CachedAttentionShape, qkv: DevBuf, keys: DevBuf, values: DevBuf, past: DevBuf, out: DevBuf) -> Result<(), EngineError> {
+    fn attention_cached(
+        &self,
+        s: &CachedAttentionShape,
+        qkv: DevBuf,
+        keys: DevBuf,
+        values: DevBuf,
+        past: DevBuf,
+        out: DevBuf,
+    ) -> Result<(), EngineError> {
         let s = *s;
         compute!(self, attention::cached, s, qkv, keys, values, past, out)
     }
@@ -208,15 +260,40 @@ impl Device for CpuDevice {
     fn activation_backward(&self, act: ActivationKind, dy: DevBuf, x: DevBuf, count: usize, dx: DevBuf) -> Result<(), EngineError> {
         compute!(self, pointwise::activation_backward, act, dy, x, count, dx)
     }
-    fn embedding_forward(&self, t: &TokenIndex, table: DevBuf, width: usize, position_table: Option<DevBuf>, seq: usize, positions: Option<DevBuf>, x: DevBuf) -> Result<(), EngineError> {
+    fn embedding_forward(
+        &self,
+        t: &TokenIndex,
+        table: DevBuf,
+        width: usize,
+        position_table: Option<DevBuf>,
+        seq: usize,
+        positions: Option<DevBuf>,
+        x: DevBuf,
+    ) -> Result<(), EngineError> {
         let t = *t;
         compute!(self, embedding::forward, t, table, width, position_table, seq, positions, x)
     }
-    fn embedding_backward(&self, t: &TokenIndex, dx: DevBuf, width: usize, dtable: DevBuf, dpositions: Option<DevBuf>, seq: usize) -> Result<(), EngineError> {
+    fn embedding_backward(
+        &self,
+        t: &TokenIndex,
+        dx: DevBuf,
+        width: usize,
+        dtable: DevBuf,
+        dpositions: Option<DevBuf>,
+        seq: usize,
+    ) -> Result<(), EngineError> {
         let t = *t;
         compute!(self, embedding::backward, t, dx, width, dtable, dpositions, seq)
     }
-    fn cross_entropy(&self, logits: DevBuf, rows: usize, classes: usize, targets: DevBuf, weights: DevBuf, out: &LossOut) -> Result<(), EngineError> {
+    fn cross_entropy(
+        &self,
+        logits: DevBuf,
+        rows: usize,
+        classes: usize,
+        targets: DevBuf,
+        weights: DevBuf,
+        out: &LossOut,
+    ) -> Result<(), EngineError> {
         let out = *out;
         compute!(self, loss::cross_entropy, logits, rows, classes, targets, weights, out)
     }

@@ -42,8 +42,9 @@ simd! {
 /// gives NaN.
 pub(crate) fn cross_entropy<T: Elem>(logits: DevBuf, rows: usize, classes: usize, targets: DevBuf, weights: DevBuf, out: LossOut) {
     // SAFETY: stream order.
-    let (logits, targets, weights, losses) =
-        unsafe { (view_mut::<T>(logits, rows * classes), view::<i32>(targets, rows), view::<f32>(weights, rows), view_mut::<f32>(out.losses, rows)) };
+    let (logits, targets, weights, losses) = unsafe {
+        (view_mut::<T>(logits, rows * classes), view::<i32>(targets, rows), view::<f32>(weights, rows), view_mut::<f32>(out.losses, rows))
+    };
     logits.par_chunks_mut(classes).zip(losses).enumerate().for_each(|(r, (x, loss))| {
         let (target, weight) = (targets[r], weights[r]);
         if weight == 0.0 {
@@ -71,8 +72,9 @@ pub(crate) fn cross_entropy<T: Elem>(logits: DevBuf, rows: usize, classes: usize
 
 pub(crate) fn squared_error<T: Elem>(x: DevBuf, rows: usize, n: usize, targets: DevBuf, weights: DevBuf, out: LossOut) {
     // SAFETY: stream order.
-    let (x, targets, weights, losses) =
-        unsafe { (view_mut::<T>(x, rows * n), view::<f32>(targets, rows * n), view::<f32>(weights, rows), view_mut::<f32>(out.losses, rows)) };
+    let (x, targets, weights, losses) = unsafe {
+        (view_mut::<T>(x, rows * n), view::<f32>(targets, rows * n), view::<f32>(weights, rows), view_mut::<f32>(out.losses, rows))
+    };
     x.par_chunks_mut(n).zip(losses).enumerate().for_each(|(r, (x, loss))| {
         let mut sum = 0f64;
         for (x, t) in x.iter_mut().zip(&targets[r * n..]) {

@@ -28,7 +28,11 @@ impl Arena {
         let full = || {
             EngineError::new(
                 ErrorKind::Resources,
-                format!("{device}: {what} needs {rounded} bytes, {} of {} are left; give the device more memory or use a smaller micro-batch", self.budget - self.used, self.budget),
+                format!(
+                    "{device}: {what} needs {rounded} bytes, {} of {} are left; give the device more memory or use a smaller micro-batch",
+                    self.budget - self.used,
+                    self.budget
+                ),
             )
         };
         if rounded > self.budget - self.used {

@@ -28,7 +28,9 @@ pub(crate) fn load(dst: DevBuf, dtype: Dtype, store: &Arc<Store>, physical: u32,
     let n = count as usize;
     // SAFETY: the caller checked that offset + count lies in the page. The page is published and its owner does not
     // write it until every rank has passed the step's reduction (the store's protocol), which comes after this load.
-    let (hi, lo) = unsafe { (std::slice::from_raw_parts(pages.hi.add(offset as usize), n), std::slice::from_raw_parts(pages.lo.add(offset as usize), n)) };
+    let (hi, lo) = unsafe {
+        (std::slice::from_raw_parts(pages.hi.add(offset as usize), n), std::slice::from_raw_parts(pages.lo.add(offset as usize), n))
+    };
     match dtype {
         // SAFETY: stream order.
         Dtype::F32 => join(hi, lo, unsafe { view_mut::<f32>(dst, n) }),

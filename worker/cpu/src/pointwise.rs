@@ -15,7 +15,15 @@ fn act(kind: ActivationKind, x: f32) -> f32 {
         ActivationKind::Silu => x * sigmoid(x),
         ActivationKind::GeluTanh => 0.5 * x * (1.0 + tanh(GELU_A * (x + GELU_B * x * x * x))),
         ActivationKind::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-        ActivationKind::Relu => if x > 0.0 { x } else if x.is_nan() { x } else { 0.0 },
+        ActivationKind::Relu => {
+            if x > 0.0 {
+                x
+            } else if x.is_nan() {
+                x
+            } else {
+                0.0
+            }
+        }
         ActivationKind::Tanh => tanh(x),
     }
 }
@@ -32,7 +40,13 @@ fn slope(kind: ActivationKind, x: f32) -> f32 {
             0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * GELU_A * (1.0 + 3.0 * GELU_B * x * x)
         }
         ActivationKind::Gelu => 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)) + x * exp(-0.5 * x * x) * 0.398_942_3,
-        ActivationKind::Relu => if x > 0.0 { 1.0 } else { 0.0 },
+        ActivationKind::Relu => {
+            if x > 0.0 {
+                1.0
+            } else {
+                0.0
+            }
+        }
         ActivationKind::Tanh => {
             let t = tanh(x);
             1.0 - t * t
@@ -44,11 +58,26 @@ fn slope(kind: ActivationKind, x: f32) -> f32 {
 macro_rules! by_kind {
     ($kind:expr, $k:ident => $e:expr) => {
         match $kind {
-            ActivationKind::Silu => { const $k: ActivationKind = ActivationKind::Silu; $e }
-            ActivationKind::GeluTanh => { const $k: ActivationKind = ActivationKind::GeluTanh; $e }
-            ActivationKind::Gelu => { const $k: ActivationKind = ActivationKind::Gelu; $e }
-            ActivationKind::Relu => { const $k: ActivationKind = ActivationKind::Relu; $e }
-            ActivationKind::Tanh => { const $k: ActivationKind = ActivationKind::Tanh; $e }
+            ActivationKind::Silu => {
+                const $k: ActivationKind = ActivationKind::Silu;
+                $e
+            }
+            ActivationKind::GeluTanh => {
+                const $k: ActivationKind = ActivationKind::GeluTanh;
+                $e
+            }
+            ActivationKind::Gelu => {
+                const $k: ActivationKind = ActivationKind::Gelu;
+                $e
+            }
+            ActivationKind::Relu => {
+                const $k: ActivationKind = ActivationKind::Relu;
+                $e
+            }
+            ActivationKind::Tanh => {
+                const $k: ActivationKind = ActivationKind::Tanh;
+                $e
+            }
         }
     };
 }

@@ -1,0 +1,74 @@
+//! Perplexity of a model on data.
+
+use crate::api::*;
+use crate::batch::{Part, Reader};
+use crate::errors;
+use crate::inference::LoadedModel;
+use crate::model::Model;
+use crate::plan;
+use crate::session::Session;
+use ramtorch_device::Dtype;
+use ramtorch_job::{DataSpec, OneOrMany, Precision};
+use std::time::Instant;
+
+pub(crate) fn run(a: &Assignment, source: &Source, request: &EvalRequest, control: &dyn Control) -> Result<EvalResult, EngineError> {
+    control.heartbeat(0, "loading");
+    let loaded = LoadedModel::open(source, control)?;
+    let config =
+        loaded.architecture.transformer().ok_or_else(|| EngineError::input("eval is for language models; a plain stack has no tokens"))?;
+    if config.rope.is_none() && request.sequence_length > config.max_positions {
+        return Err(EngineError::input(format!(
+            "sequences of {} tokens are longer than the model's {} learned positions",
+            request.sequence_length, config.max_positions
+        )));
+    }
+    let spec = DataSpec {
+        format: request.format,
+        train: OneOrMany::Many(request.files.clone()),
+        validation: None,
+        validation_fraction: 0.0,
+        sequence_length: request.sequence_length,
+        shuffle: false,
+        seed: 0,
+        document_mask: false,
+        cache: None,
+        column: None,
+    };
+    let progress = |what: &str, done: u64, total: u64| control.progress(what, done, total);
+    let dataset =
+        ramtorch_data::prepare(&spec, loaded.tokenizer(), Some(config.vocab_size), &request.cache_dir, &progress).map_err(errors::data)?;
+    let data = dataset.open().map_err(errors::data)?;
+    let store = loaded.private_store(control)?;
+    let dtype = match (request.precision, a.device.kind) {
+        (Some(Precision::Fp32), _) | (None, DeviceKind::Cpu) => Dtype::F32,
+        _ => Dtype::Bf16,
+    };
+    let model = Model::new(&loaded.architecture, store.layout(), dtype)?;
+    let micro_batch = if request.micro_batch_size > 0 { request.micro_batch_size } else { (2048 / request.sequence_length).max(1) };
+    let plan = plan::inference(
+        &model,
+        store.layout().spec(),
+        micro_batch,
+        request.sequence_length,
+        a.device.memory_bytes,
+        &plan::assumed_workspace(a.device.kind),
+    )?;
+    let dev = crate::device::open(&a.device, dtype, plan.uses.total(), true)?;
+    let mut session = Session::new(dev, model, store, &plan, false)?;
+    let reader = Reader { data: &data, seq: request.sequence_length, document_mask: false, padding: None };
+    let begin = Instant::now();
+    let mut sequences = reader.len(Part::Train);
+    if request.max_tokens > 0 {
+        sequences = sequences.min((request.max_tokens / request.sequence_length as u64).max(1));
+    }
+    let (mut sum, mut weight) = (0f64, 0f64);
+    let all: Vec<u64> = (0..sequences).collect();
+    for (i, some) in all.chunks(micro_batch).enumerate() {
+        control.heartbeat(i as u64, "evaluating");
+        control.progress("evaluating", (i * micro_batch) as u64, sequences);
+        sum += session.evaluate(&reader, Part::Train, some, 1, 0)?;
+        weight += reader.weight(Part::Train, some)?;
+    }
+    let loss = sum / weight.max(1.0);
+    Ok(EvalResult { loss, perplexity: loss.exp(), tokens: weight as u64, seconds: begin.elapsed().as_secs_f64() })
+}

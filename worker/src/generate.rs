@@ -1,0 +1,420 @@
+//! Sampling text: prompts of any lengths side by side, layers streamed as in training, keys and values cached on the
+//! device.
+//!
+//! ```text
+//!   prefill: chunks of the padded prompts, positions 0 … longest ─► first token of each
+//!   decode:  one token of every prompt a sweep, until all have ended
+//! ```
+//! A short prompt's padding writes keys past its end; they are overwritten before anything looks at them, since a
+//! token sees only positions up to its own.
+
+use crate::api::*;
+use crate::errors;
+use crate::inference::LoadedModel;
+use crate::model::{Block, Cache, MicroBatch, Model, Shape, Tables, Visit};
+use crate::plan::rounded;
+use crate::prepare::tokenizer_source;
+use crate::session::rope_table;
+use crate::weights::WeightCache;
+use ramtorch_data::{TextStream, Tokenizer, TokenizerSource};
+use ramtorch_device::{DevBuf, Device, Dtype, Stream, TokenIndex};
+use ramtorch_job::{JobSpec, Precision, SampleSpec};
+use ramtorch_modelio::{Architecture, TransformerConfig};
+use ramtorch_store::Store;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Prompt tokens a sequence that one sweep takes.
+const PREFILL: usize = 128;
+
+/// The sample at the end of a job.
+pub(crate) fn sample(
+    a: &Assignment,
+    spec: &JobSpec,
+    architecture: &Architecture,
+    store: &Arc<Store>,
+    dtype: Dtype,
+    s: &SampleSpec,
+) -> Result<String, EngineError> {
+    let source = tokenizer_source(&spec.model)
+        .ok_or_else(|| EngineError::new(ErrorKind::JobFile, "`sample` needs a tokenizer; the model has none"))?;
+    let request = GenerateRequest {
+        prompts: vec![s.prompt.clone()],
+        max_new_tokens: s.max_new_tokens,
+        temperature: s.temperature,
+        top_k: s.top_k,
+        top_p: s.top_p,
+        seed: s.seed,
+        chat: false,
+        precision: None,
+    };
+    let done = generate(&a.device, architecture, store, store.record().step, &source, dtype, &request, &|_, _| {})?;
+    Ok(format!("{}{}", s.prompt, done.texts.first().map_or("", String::as_str)))
+}
+
+/// [`Task::Generate`].
+pub(crate) fn run(a: &Assignment, source: &Source, request: &GenerateRequest, control: &dyn Control) -> Result<Generated, EngineError> {
+    control.heartbeat(0, "loading");
+    let model = LoadedModel::open(source, control)?;
+    let tokenizer =
+        model.tokenizer().cloned().ok_or_else(|| EngineError::input("the model has no tokenizer.json, so prompts cannot be read"))?;
+    let store = model.private_store(control)?;
+    control.heartbeat(0, "generating");
+    let dtype = match (request.precision, a.device.kind) {
+        (Some(Precision::Fp32), _) | (None, DeviceKind::Cpu) => Dtype::F32,
+        _ => Dtype::Bf16,
+    };
+    generate(&a.device, &model.architecture, &store, 0, &tokenizer, dtype, request, &|i, text| control.token(i, text))
+}
+
+fn generate(
+    device: &DeviceSpec,
+    architecture: &Architecture,
+    store: &Arc<Store>,
+    version: u64,
+    tokenizer: &TokenizerSource,
+    dtype: Dtype,
+    request: &GenerateRequest,
+    token: &dyn Fn(usize, &str),
+) -> Result<Generated, EngineError> {
+    let begin = Instant::now();
+    let config = architecture.transformer().ok_or_else(|| EngineError::input("a plain stack generates no text"))?;
+    let tokenizer = Tokenizer::load(tokenizer).map_err(errors::data)?;
+    let prompts = encode(&tokenizer, config, request)?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let capacity = longest + request.max_new_tokens;
+    if config.rope.is_none() && capacity > config.max_positions {
+        return Err(EngineError::input(format!(
+            "{longest} prompt tokens and {} new ones are more than the model's {} positions; ask for fewer",
+            request.max_new_tokens, config.max_positions
+        )));
+    }
+    let mut runner = Runner::open(device, architecture, store, version, dtype, prompts.len(), longest.min(PREFILL), capacity)?;
+    let mut streams: Vec<TextStream> = prompts.iter().map(|_| tokenizer.stream(true)).collect();
+    let mut texts = vec![String::new(); prompts.len()];
+    let mut ended = vec![request.max_new_tokens == 0; prompts.len()];
+    let stop = |id: u32| tokenizer.eos_ids().contains(&id) || config.eos_token_ids.contains(&id);
+    let mut logits = runner.prefill(&prompts)?;
+    let mut new_tokens = 0u64;
+    for step in 0..request.max_new_tokens {
+        let mut next = vec![0u32; prompts.len()];
+        for (i, logits) in logits.iter_mut().enumerate() {
+            if ended[i] {
+                continue;
+            }
+            let id = pick(logits, request, i, step)?;
+            if stop(id) {
+                ended[i] = true;
+                continue;
+            }
+            new_tokens += 1;
+            next[i] = id;
+            let text = streams[i].push(id).map_err(errors::data)?;
+            token(i, &text);
+            texts[i].push_str(&text);
+        }
+        if ended.iter().all(|e| *e) || step + 1 == request.max_new_tokens {
+            break;
+        }
+        logits = runner.decode(&next, &prompts, step)?;
+    }
+    for (i, stream) in streams.iter_mut().enumerate() {
+        let rest = stream.finish().map_err(errors::data)?;
+        token(i, &rest);
+        texts[i].push_str(&rest);
+    }
+    let prompt_tokens = prompts.iter().map(|p| p.len() as u64).sum();
+    Ok(Generated { texts, prompt_tokens, new_tokens, seconds: begin.elapsed().as_secs_f64() })
+}
+
+fn encode(tokenizer: &Tokenizer, config: &TransformerConfig, request: &GenerateRequest) -> Result<Vec<Vec<u32>>, EngineError> {
+    if request.prompts.is_empty() {
+        return Err(EngineError::input("no prompt"));
+    }
+    request
+        .prompts
+        .iter()
+        .map(|p| {
+            let mut ids = if request.chat {
+                let text =
+                    tokenizer.apply_chat_template(&[serde_json::json!({ "role": "user", "content": p })], true).map_err(errors::data)?;
+                tokenizer.encode(&text, false)
+            } else {
+                tokenizer.encode(p, true)
+            }
+            .map_err(errors::data)?;
+            if ids.is_empty() {
+                // Nothing to go on from: the text begins where a document does.
+                ids.extend(tokenizer.bos().or(config.bos_token_id).or(tokenizer.eos()));
+            }
+            if ids.is_empty() {
+                return Err(EngineError::input("an empty prompt needs a beginning-of-sequence token, and the tokenizer has none"));
+            }
+            match ids.iter().find(|id| **id as usize >= config.vocab_size) {
+                Some(id) => Err(EngineError::input(format!("the tokenizer gives id {id}, but the model has {} tokens", config.vocab_size))),
+                None => Ok(ids),
+            }
+        })
+        .collect()
+}
+
+/// Device state of a generation.
+struct Runner {
+    dev: Box<dyn Device>,
+    model: Model,
+    weights: WeightCache,
+    version: u64,
+    tables: Tables,
+    batch: usize,
+    chunk: usize,
+    capacity: usize,
+    ids: DevBuf,
+    positions: DevBuf,
+    past: DevBuf,
+    rows: DevBuf,
+    x: [DevBuf; 2],
+    saved: DevBuf,
+    scratch: DevBuf,
+    caches: Vec<(DevBuf, DevBuf)>,
+}
+
+impl Runner {
+    fn open(
+        spec: &DeviceSpec,
+        architecture: &Architecture,
+        store: &Arc<Store>,
+        version: u64,
+        dtype: Dtype,
+        batch: usize,
+        chunk: usize,
+        capacity: usize,
+    ) -> Result<Self, EngineError> {
+        let model = Model::new(architecture, store.layout(), dtype)?;
+        let shape = Shape { sequences: batch, seq: chunk, head_rows: batch };
+        let rows = batch * chunk;
+        let saved_bytes = (0..model.len()).map(|b| model.saved_bytes(b, shape)).max().unwrap_or(0);
+        let head_bytes = match model.blocks.last() {
+            Some(Block::Head(h)) => h.predict_bytes(batch, dtype),
+            _ => 0,
+        };
+        let hidden = model.width(0) as u64;
+        let cache = |b: usize| match &model.blocks[b] {
+            Block::Layer(l) => l.cache_bytes(batch, capacity, dtype),
+            _ => 0,
+        };
+        let caches_bytes: u64 = (0..model.len()).map(|b| 2 * rounded(cache(b))).sum();
+        let fixed = caches_bytes
+            + rounded(saved_bytes)
+            + rounded(head_bytes)
+            + 2 * rounded(rows as u64 * hidden * dtype.size())
+            + 4 * rounded(rows as u64 * 4)
+            + crate::plan::rope_table_bytes(architecture, capacity);
+        let size = |b: usize| rounded(model.places[b].1 * dtype.size());
+        let largest = (0..model.len()).map(size).max().unwrap_or(0);
+        let total: u64 = (0..model.len()).map(size).sum();
+        let budget = spec.memory_bytes;
+        let mut resident = vec![true; model.len()];
+        let mut slots = 0;
+        let mut need = fixed + total;
+        if need > budget {
+            slots = 3;
+            need += slots as u64 * largest;
+            for b in (0..model.len()).rev() {
+                if need > budget {
+                    resident[b] = false;
+                    need -= size(b);
+                }
+            }
+        }
+        if need > budget {
+            return Err(EngineError::new(
+                ErrorKind::Resources,
+                format!(
+                    "generating {batch} texts of {capacity} tokens needs {need} bytes of device memory, {budget} are given; use fewer prompts or tokens, or give the device more memory"
+                ),
+            ));
+        }
+        let mut dev = crate::device::open(spec, dtype, need, true)?;
+        let d = dev.as_mut();
+        d.register_store(store)?;
+        let weights = WeightCache::new(d, store.clone(), &model, &resident, slots)?;
+        let tables = Tables { rope: rope_table(d, architecture, capacity)? };
+        let caches = (0..model.len())
+            .map(|b| Ok((d.alloc(cache(b), "key cache")?, d.alloc(cache(b), "value cache")?)))
+            .collect::<Result<_, EngineError>>()?;
+        let small = |d: &mut dyn Device| d.alloc(rows as u64 * 4, "ids");
+        let (ids, positions, past, at) = (small(d)?, small(d)?, small(d)?, small(d)?);
+        let x_bytes = rows as u64 * hidden * dtype.size();
+        let x = [d.alloc(x_bytes, "activations")?, d.alloc(x_bytes, "activations")?];
+        let saved = d.alloc(saved_bytes, "activations")?;
+        let scratch = d.alloc(head_bytes, "logits")?;
+        Ok(Runner {
+            dev,
+            model,
+            weights,
+            version,
+            tables,
+            batch,
+            chunk,
+            capacity,
+            ids,
+            positions,
+            past,
+            rows: at,
+            x,
+            saved,
+            scratch,
+            caches,
+        })
+    }
+
+    fn put(&self, dst: DevBuf, values: impl Iterator<Item = u32>) -> Result<(), EngineError> {
+        let bytes: Vec<u8> = values.flat_map(u32::to_le_bytes).collect();
+        self.dev.upload(Stream::Compute, dst, &bytes)
+    }
+
+    /// One sweep over `new` tokens of every sequence from position `past[b]` on; f32 logits of the rows `wanted`.
+    fn sweep(&mut self, tokens: &[u32], new: usize, past: &[usize], wanted: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
+        self.put(self.ids, tokens.iter().copied())?;
+        self.put(self.positions, past.iter().flat_map(|p| (*p..*p + new).map(|x| x as u32)))?;
+        self.put(self.past, past.iter().map(|p| *p as u32))?;
+        let none = DevBuf { ptr: 0, bytes: 0 };
+        let tokens = TokenIndex { rows: tokens.len(), ids: self.ids, order: none, bounds: none, unique: 0 };
+        let mb =
+            MicroBatch { sequences: self.batch, seq: new, tokens, input: none, targets: none, weights: none, losses: none, starts: None };
+        let shape = Shape { sequences: self.batch, seq: self.chunk, head_rows: self.batch };
+        let visits: Vec<usize> = (0..self.model.len()).flat_map(|b| self.model.forward_needs(b)).collect();
+        self.weights.plan_visits(visits, self.version);
+        let mut at = 0;
+        for b in 0..self.model.len() {
+            let needs = self.model.forward_needs(b);
+            let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
+            let v = Visit { dev: self.dev.as_ref(), shape, tables: self.tables, mb: &mb, scratch: self.scratch };
+            let mut out = None;
+            match &self.model.blocks[b] {
+                Block::Embed(e) => e.at_positions(&v, w[0], self.positions, self.x[at])?,
+                Block::Layer(l) => {
+                    let (keys, values) = self.caches[b];
+                    let cache = Cache { keys, values, capacity: self.capacity, past: self.past, positions: self.positions };
+                    l.step(&v, w[0], self.x[at], self.saved, self.x[1 - at], &cache)?;
+                    at = 1 - at;
+                }
+                Block::Head(h) if !wanted.is_empty() => {
+                    self.put(self.rows, wanted.iter().copied())?;
+                    out = Some((h.predict(self.dev.as_ref(), &w, self.x[at], self.rows, wanted.len(), self.scratch)?, h.vocab));
+                }
+                Block::Head(_) => {}
+                Block::Stack(_) => return Err(EngineError::internal("a stack has no tokens")),
+            }
+            self.weights.release(self.dev.as_ref(), &needs)?;
+            if let Some((logits, vocab)) = out {
+                let mut raw = vec![0u8; wanted.len() * vocab * 4];
+                self.dev.download(Stream::Compute, logits.slice(0, raw.len() as u64), &mut raw)?;
+                return Ok(raw
+                    .chunks_exact(vocab * 4)
+                    .map(|r| r.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect())
+                    .collect());
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    /// Runs the prompts; logits after the last token of each.
+    fn prefill(&mut self, prompts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let mut out = vec![Vec::new(); prompts.len()];
+        for first in (0..longest).step_by(self.chunk) {
+            let new = self.chunk.min(longest - first);
+            let tokens: Vec<u32> = prompts.iter().flat_map(|p| (first..first + new).map(|t| p.get(t).copied().unwrap_or(0))).collect();
+            let ends: Vec<usize> = (0..prompts.len()).filter(|b| (first..first + new).contains(&(prompts[*b].len() - 1))).collect();
+            let wanted: Vec<u32> = ends.iter().map(|b| (b * new + prompts[*b].len() - 1 - first) as u32).collect();
+            let logits = self.sweep(&tokens, new, &vec![first; prompts.len()], &wanted)?;
+            for (b, l) in ends.into_iter().zip(logits) {
+                out[b] = l;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Runs token number `step` after each prompt; logits after it.
+    fn decode(&mut self, tokens: &[u32], prompts: &[Vec<u32>], step: usize) -> Result<Vec<Vec<f32>>, EngineError> {
+        let past: Vec<usize> = prompts.iter().map(|p| p.len() + step).collect();
+        let wanted: Vec<u32> = (0..prompts.len() as u32).collect();
+        self.sweep(tokens, 1, &past, &wanted)
+    }
+}
+
+/// The next token. The random number is a function of (seed, prompt, step), so that a text does not depend on what is
+/// generated beside it.
+fn pick(logits: &mut [f32], request: &GenerateRequest, prompt: usize, step: usize) -> Result<u32, EngineError> {
+    let best = logits.iter().enumerate().fold((0usize, f32::NEG_INFINITY), |b, (i, x)| if *x > b.1 { (i, *x) } else { b });
+    if !best.1.is_finite() {
+        return Err(EngineError::input("the model's logits are not finite: its weights are damaged or training has diverged"));
+    }
+    if request.temperature <= 0.0 {
+        return Ok(best.0 as u32);
+    }
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    order.sort_unstable_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+    if request.top_k > 0 {
+        order.truncate(request.top_k);
+    }
+    let weight = |i: &u32| ((logits[*i as usize] - best.1) as f64 / request.temperature).exp();
+    let total: f64 = order.iter().map(weight).sum();
+    if request.top_p > 0.0 && request.top_p < 1.0 {
+        let mut sum = 0.0;
+        let keep = order.iter().take_while(|i| {
+            let before = sum;
+            sum += weight(i) / total;
+            before < request.top_p
+        });
+        let n = keep.count().max(1);
+        order.truncate(n);
+    }
+    let total: f64 = order.iter().map(weight).sum();
+    let mut left = uniform(request.seed, prompt as u64, step as u64) * total;
+    for i in &order {
+        left -= weight(i);
+        if left < 0.0 {
+            return Ok(*i);
+        }
+    }
+    Ok(order.last().copied().unwrap_or(best.0 as u32))
+}
+
+/// A number in [0, 1) from three (SplitMix64's finaliser, twice).
+fn uniform(seed: u64, a: u64, b: u64) -> f64 {
+    let mix = |mut x: u64| {
+        x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        x ^ (x >> 31)
+    };
+    (mix(mix(seed ^ a.rotate_left(32)) ^ b) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(temperature: f64, top_k: usize, top_p: f64) -> GenerateRequest {
+        GenerateRequest { prompts: vec![], max_new_tokens: 1, temperature, top_k, top_p, seed: 1, chat: false, precision: None }
+    }
+
+    #[test]
+    fn sampling_follows_the_distribution_and_its_cuts() {
+        let logits = [1.0f32, 3.0, 2.0, -1.0];
+        assert_eq!(pick(&mut logits.clone(), &request(0.0, 0, 1.0), 0, 0).unwrap(), 1);
+        let mut counts = [0usize; 4];
+        for step in 0..20_000 {
+            counts[pick(&mut logits.clone(), &request(1.0, 0, 1.0), 0, step).unwrap() as usize] += 1;
+        }
+        let total: f64 = logits.iter().map(|x| (*x as f64).exp()).sum();
+        for (c, x) in counts.iter().zip(logits) {
+            assert!((*c as f64 / 2e4 - (x as f64).exp() / total).abs() < 0.015, "{counts:?}");
+        }
+        assert!((0..500).all(|s| [1, 2].contains(&pick(&mut logits.clone(), &request(5.0, 2, 1.0), 0, s).unwrap())));
+        assert!((0..500).all(|s| pick(&mut logits.clone(), &request(1.0, 0, 0.5), 0, s).unwrap() == 1));
+        assert!(pick(&mut [f32::NAN; 3], &request(1.0, 0, 1.0), 0, 0).is_err());
+    }
+}

@@ -1,0 +1,58 @@
+//! A short measurement of what this machine does, for the plan's estimate of time.
+
+use crate::api::Rates;
+use ramtorch_cpu::CpuDevice;
+use ramtorch_device::{Device, Dtype, Gemm, Stream};
+use std::time::Instant;
+
+/// Matrix products, copies and AdamW on all cores: a quarter of a second in all. Zeros where it could not be taken.
+pub(crate) fn measure() -> Rates {
+    try_measure().unwrap_or_default()
+}
+
+fn try_measure() -> Option<Rates> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let n = 768usize;
+    let bytes = (n * n * 4) as u64;
+    let mut dev = CpuDevice::open(0, Dtype::F32, threads, 8 * bytes).ok()?;
+    let (a, b, d) = (dev.alloc(bytes, "a").ok()?, dev.alloc(bytes, "b").ok()?, dev.alloc(bytes, "d").ok()?);
+    // Not zeros: denormals and zeros have speeds of their own.
+    let values: Vec<u8> = (0..n * n).flat_map(|i| (((i * 2_654_435_761) % 1000) as f32 * 1e-3 - 0.5).to_le_bytes()).collect();
+    for x in [a, b] {
+        dev.upload(Stream::Compute, x, &values).ok()?;
+    }
+    let product = |dev: &CpuDevice| {
+        dev.gemm(&Gemm {
+            m: n,
+            n,
+            k: n,
+            transpose_a: false,
+            transpose_b: true,
+            a,
+            b,
+            d,
+            d_dtype: Dtype::F32,
+            accumulate: false,
+            add: None,
+            bias: None,
+        })
+    };
+    product(&dev).ok()?;
+    dev.synchronize(Stream::Compute).ok()?;
+    let (begin, mut count) = (Instant::now(), 0u32);
+    while begin.elapsed().as_millis() < 120 {
+        product(&dev).ok()?;
+        dev.synchronize(Stream::Compute).ok()?;
+        count += 1;
+    }
+    let gemm_flops = 2.0 * (n * n * n) as f64 * count as f64 / begin.elapsed().as_secs_f64();
+    // A load reads two halves and writes four bytes: 8 bytes of traffic a parameter, as a copy of f32 has.
+    let len = 8 << 20;
+    let (src, mut dst) = (vec![1.5f32; len], vec![0f32; len]);
+    let begin = Instant::now();
+    dst.copy_from_slice(&src);
+    let copy_bytes = (len * 4) as f64 / begin.elapsed().as_secs_f64();
+    std::hint::black_box(&dst);
+    // AdamW moves 28 bytes a parameter, and is bound by that.
+    Some(Rates { gemm_flops, copy_bytes, optimizer_parameters: 2.0 * copy_bytes / 28.0 })
+}

@@ -1,0 +1,118 @@
+//! The numbers of a step that must outlive every process: what the step record in the segment carries.
+
+use crate::api::StepMetrics;
+use ramtorch_store::{StepPhase, StepRecord};
+
+/// Numbers of one step, complete before any page is updated.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct StepNumbers {
+    pub step: u64,
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    pub tokens: u64,
+    pub tokens_total: u64,
+    pub gradient_scale: f64,
+    pub epoch: f64,
+    pub seconds: f64,
+    pub tflops: f64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub waited: f64,
+    /// NaN where none was taken.
+    pub validation_loss: f64,
+    /// Validation loss before the first step, on step 1's line; NaN elsewhere.
+    pub initial_validation_loss: f64,
+}
+
+impl StepNumbers {
+    pub fn record(&self, phase: StepPhase) -> StepRecord {
+        let mut values = [0f64; 24];
+        let mine = [
+            self.loss,
+            self.grad_norm,
+            self.lr,
+            self.tokens as f64,
+            self.tokens_total as f64,
+            self.gradient_scale,
+            self.epoch,
+            self.seconds,
+            self.tflops,
+            self.bytes_in as f64,
+            self.bytes_out as f64,
+            self.waited,
+            self.validation_loss,
+            self.initial_validation_loss,
+        ];
+        values[..mine.len()].copy_from_slice(&mine);
+        StepRecord { step: self.step, phase, values }
+    }
+
+    pub fn from_record(r: &StepRecord) -> Self {
+        let v = &r.values;
+        StepNumbers {
+            step: r.step,
+            loss: v[0],
+            grad_norm: v[1],
+            lr: v[2],
+            tokens: v[3] as u64,
+            tokens_total: v[4] as u64,
+            gradient_scale: v[5],
+            epoch: v[6],
+            seconds: v[7],
+            tflops: v[8],
+            bytes_in: v[9] as u64,
+            bytes_out: v[10] as u64,
+            waited: v[11],
+            validation_loss: v[12],
+            initial_validation_loss: v[13],
+        }
+    }
+
+    pub fn metrics(&self) -> StepMetrics {
+        StepMetrics {
+            step: self.step,
+            loss: self.loss,
+            grad_norm: self.grad_norm,
+            lr: self.lr,
+            tokens: self.tokens,
+            tokens_per_second: if self.seconds > 0.0 { self.tokens as f64 / self.seconds } else { 0.0 },
+            validation_loss: Some(self.validation_loss).filter(|v| !v.is_nan()),
+            initial_validation_loss: Some(self.initial_validation_loss).filter(|v| !v.is_nan()),
+            step_seconds: self.seconds,
+            tokens_total: self.tokens_total,
+            epoch: self.epoch,
+            tflops: self.tflops,
+            bytes_to_device: self.bytes_in,
+            bytes_from_device: self.bytes_out,
+            copy_wait_seconds: self.waited,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_carries_every_number() {
+        let n = StepNumbers {
+            step: 7,
+            loss: 1.25,
+            grad_norm: 0.1,
+            lr: 3e-4,
+            tokens: 99,
+            tokens_total: 1 << 40,
+            gradient_scale: 0.5,
+            epoch: 1.5,
+            seconds: 2.5,
+            tflops: 3.5,
+            bytes_in: 4,
+            bytes_out: 5,
+            waited: 6.5,
+            validation_loss: 8.5,
+            initial_validation_loss: 9.5,
+        };
+        assert_eq!(StepNumbers::from_record(&n.record(StepPhase::Committed)), n);
+    }
+}

@@ -1,0 +1,397 @@
+//! Everything a rank holds on its device, and the sweeps over it.
+//!
+//! ```text
+//!   group:  inputs up ─► forward sweep: block 0 … n-2, every micro-batch ─► last block: loss and its gradient
+//!           ─► backward sweep: block n-2 … 0, every micro-batch ─► gradients of each block out as it is done
+//! ```
+//! All buffers are allocated in [`Session::new`], from the plan; a sweep allocates nothing and waits for nothing on the
+//! host but for pages that their owners have not published yet.
+
+use crate::api::EngineError;
+use crate::batch::{HostBatch, InputBuffers, Part, Reader};
+use crate::model::{Grads, LossGrads, MicroBatch, Model, Shape, Tables, Visit, Weights};
+use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes};
+use crate::weights::WeightCache;
+use ramtorch_cpu::Collectives;
+use ramtorch_device::{AttentionShape, DevBuf, Device, Event, Stream};
+use ramtorch_modelio::Architecture;
+use ramtorch_store::Store;
+use std::sync::Arc;
+
+struct GradientBuffer {
+    buf: DevBuf,
+    /// Its last contents are out.
+    free: Event,
+    full: Event,
+}
+
+/// Gradient buffers: one a block, or a ring (and one for an embedding that the head shares).
+struct GradientBuffers {
+    buffers: Vec<GradientBuffer>,
+    /// Buffer of a block that has its own.
+    own: Vec<Option<usize>>,
+    ring: std::ops::Range<usize>,
+    next: usize,
+}
+
+/// See the module.
+pub(crate) struct Session {
+    pub dev: Box<dyn Device>,
+    pub model: Model,
+    pub store: Arc<Store>,
+    pub weights: WeightCache,
+    shape: Shape,
+    tables: Tables,
+    scratch: DevBuf,
+    inputs: Vec<InputBuffers>,
+    losses: DevBuf,
+    /// `[block][micro-batch]`: what the block put out.
+    boundaries: Vec<Vec<DevBuf>>,
+    /// Gradient that travels down, a micro-batch.
+    d: Vec<DevBuf>,
+    /// `[block][micro-batch]`, empty for blocks that are recomputed.
+    saved: Vec<Vec<DevBuf>>,
+    shared_saved: Option<DevBuf>,
+    gradients: Option<GradientBuffers>,
+    pub bytes_out: u64,
+}
+
+/// Sequences of one step on one rank, cut up.
+pub(crate) struct StepBatches {
+    /// Indices of the sequences of each micro-batch.
+    pub micro: Vec<Vec<u64>>,
+    /// Micro-batches of each group.
+    pub groups: Vec<std::ops::Range<usize>>,
+}
+
+impl StepBatches {
+    /// Cuts `indices` into micro-batches, and those into at most `groups` groups of at most `group_len`.
+    pub fn new(indices: &[u64], micro_batch: usize, group_len: usize) -> Self {
+        let micro: Vec<Vec<u64>> = indices.chunks(micro_batch.max(1)).map(<[u64]>::to_vec).collect();
+        let groups = (0..micro.len()).step_by(group_len.max(1)).map(|a| a..(a + group_len).min(micro.len())).collect();
+        StepBatches { micro, groups }
+    }
+}
+
+impl Session {
+    /// Opens buffers for `plan`. Without `train` there are none for gradients, and activations are not kept.
+    pub fn new(mut dev: Box<dyn Device>, model: Model, store: Arc<Store>, plan: &EnginePlan, train: bool) -> Result<Session, EngineError> {
+        let d = dev.as_mut();
+        d.register_store(&store)?;
+        let shape = plan.shape();
+        let rows = shape.rows() as u64;
+        let dt = model.dtype.size();
+        let tables = Tables { rope: rope_table(d, &model.architecture, plan.seq)? };
+        let needed = {
+            let ask = |s: &AttentionShape| d.attention_workspace(s);
+            model.scratch_bytes(shape, &ask)?
+        };
+        let scratch = d.alloc(needed.max(plan.uses.scratch), "scratch")?;
+        let weights = WeightCache::new(d, store.clone(), &model, &plan.resident, plan.slots)?;
+        let last = model.len() - 1;
+        let group = plan.group_len;
+        let gradients = if train { Some(GradientBuffers::new(d, &model, plan.resident_gradients)?) } else { None };
+        let inputs = (0..group).map(|_| InputBuffers::new(d, &model, shape)).collect::<Result<_, _>>()?;
+        let losses = d.alloc(rows * 4 * plan.micro_batches as u64, "losses")?;
+        let mut boundaries = Vec::new();
+        for b in 0..last {
+            boundaries.push((0..group).map(|_| d.alloc(rows * model.width(b) as u64 * dt, "block inputs")).collect::<Result<Vec<_>, _>>()?);
+        }
+        let widest = (0..model.len()).map(|b| model.width(b)).max().unwrap_or(0) as u64;
+        let travelling = (0..group).map(|_| d.alloc(rows * widest * dt, "block gradients")).collect::<Result<Vec<_>, _>>()?;
+        let mut saved = vec![Vec::new(); last];
+        for b in 0..last {
+            if plan.keep[b] {
+                saved[b] = (0..group).map(|_| d.alloc(model.saved_bytes(b, shape), "activations")).collect::<Result<Vec<_>, _>>()?;
+            }
+        }
+        let shared = (0..last).map(|b| model.saved_bytes(b, shape)).max().unwrap_or(0);
+        let shared_saved = if (0..last).all(|b| plan.keep[b]) { None } else { Some(d.alloc(shared, "recomputed activations")?) };
+        Ok(Session {
+            dev,
+            model,
+            store,
+            weights,
+            shape,
+            tables,
+            scratch,
+            inputs,
+            losses,
+            boundaries,
+            d: travelling,
+            saved,
+            shared_saved,
+            gradients,
+            bytes_out: 0,
+        })
+    }
+
+    fn saved(&self, b: usize, m: usize) -> Result<DevBuf, EngineError> {
+        self.saved[b].get(m).copied().or(self.shared_saved).ok_or_else(|| EngineError::internal("no buffer for activations"))
+    }
+
+    fn kept(&self, b: usize) -> bool {
+        !self.saved[b].is_empty()
+    }
+
+    /// Input of block `b` for micro-batch `m` of the group.
+    fn input(&self, b: usize, m: usize, mb: &MicroBatch) -> DevBuf {
+        if b == 0 { mb.input } else { self.boundaries[b - 1][m] }
+    }
+
+    /// Blocks in the order in which a training step (or an evaluation) acquires their weights.
+    pub fn visits(&self, groups: usize, train: bool) -> Vec<usize> {
+        let n = self.model.len();
+        let mut list = Vec::new();
+        for _ in 0..groups {
+            list.extend((0..n).flat_map(|b| self.model.forward_needs(b)));
+            if train {
+                list.extend((0..n - 1).rev().filter(|b| self.model.backward_needs(*b)));
+            }
+        }
+        list
+    }
+
+    /// Reads a group's micro-batches and sends them up.
+    fn upload(
+        &mut self,
+        reader: &Reader,
+        part: Part,
+        batches: &StepBatches,
+        group: std::ops::Range<usize>,
+        host: &mut HostBatch,
+    ) -> Result<Vec<MicroBatch>, EngineError> {
+        let rows = self.shape.rows() as u64;
+        group
+            .enumerate()
+            .map(|(m, i)| {
+                reader.read(part, &batches.micro[i], host)?;
+                let losses = self.losses.slice(i as u64 * rows * 4, rows * 4);
+                reader.upload(self.dev.as_ref(), &self.inputs[m], host, losses)
+            })
+            .collect()
+    }
+
+    fn forward(&mut self, mbs: &[MicroBatch]) -> Result<(), EngineError> {
+        for b in 0..self.model.len() - 1 {
+            let needs = self.model.forward_needs(b);
+            let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
+            for (m, mb) in mbs.iter().enumerate() {
+                let (x, y, saved) = (self.input(b, m, mb), self.boundaries[b][m], self.saved(b, m)?);
+                let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
+                self.model.forward(b, &v, w[0], x, saved, y)?;
+            }
+            self.weights.release(self.dev.as_ref(), &needs)?;
+        }
+        Ok(())
+    }
+
+    fn last(&mut self, mbs: &[MicroBatch], scale: Option<f32>, grads: Option<(Grads, Option<Grads>)>) -> Result<(), EngineError> {
+        let last = self.model.len() - 1;
+        let needs = self.model.forward_needs(last);
+        let w: Vec<Weights> = self.weights.acquire(self.dev.as_ref(), &needs)?;
+        for (m, mb) in mbs.iter().enumerate() {
+            let x = self.input(last, m, mb);
+            let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
+            let train = match (scale, grads) {
+                (Some(scale), Some((grads, tied))) => Some(LossGrads { scale, d: self.d[m], grads, tied }),
+                _ => None,
+            };
+            self.model.loss(&v, &w, x, train.as_ref())?;
+        }
+        self.weights.release(self.dev.as_ref(), &needs)
+    }
+
+    /// One training step's sweeps on this rank: gradients of `scale` × Σ weighted loss, reduced over ranks into the
+    /// store. `before_gradients` is called once, before the first gradient leaves the device. Everything is enqueued
+    /// when this returns; [`Session::finish_gradients`] waits.
+    pub fn train_step(
+        &mut self,
+        reader: &Reader,
+        batches: &StepBatches,
+        scale: f32,
+        comm: &Arc<Collectives>,
+        groups: usize,
+        mut before_gradients: impl FnMut() -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        let mut host = HostBatch::default();
+        let mut ready = false;
+        // Ranks with fewer groups take part in every reduction all the same.
+        for g in 0..groups {
+            let mbs = match batches.groups.get(g) {
+                Some(range) => self.upload(reader, Part::Train, batches, range.clone(), &mut host)?,
+                None => Vec::new(),
+            };
+            self.forward(&mbs)?;
+            let final_group = g + 1 == groups;
+            let last = self.model.len() - 1;
+            let tied = if self.model.tied() { Some(self.open_gradient(0, g == 0)?) } else { None };
+            let own = self.open_gradient(last, g == 0)?;
+            self.last(&mbs, Some(scale), Some((own, tied)))?;
+            if !ready {
+                before_gradients()?;
+                ready = true;
+            }
+            self.close_gradient(last, g, final_group, comm)?;
+            for b in (0..last).rev() {
+                let needs: Vec<usize> = if self.model.backward_needs(b) { vec![b] } else { vec![] };
+                let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
+                let grads = match tied.filter(|_| b == 0) {
+                    Some(g) => g,
+                    None => self.open_gradient(b, g == 0)?,
+                };
+                for (m, mb) in mbs.iter().enumerate() {
+                    let (x, saved) = (self.input(b, m, mb), self.saved(b, m)?);
+                    let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
+                    if !self.kept(b) && !w.is_empty() {
+                        self.model.recompute(b, &v, w[0], x, saved)?;
+                    }
+                    self.model.backward(b, &v, w.first().copied(), x, saved, self.d[m], grads)?;
+                }
+                self.weights.release(self.dev.as_ref(), &needs)?;
+                self.close_gradient(b, g, final_group, comm)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks until every gradient of the step is where it belongs.
+    pub fn finish_gradients(&self) -> Result<(), EngineError> {
+        self.dev.synchronize(Stream::CopyOut)
+    }
+
+    /// Σ of the losses of the micro-batches of a step.
+    pub fn sum_losses(&self, batches: &StepBatches) -> Result<f64, EngineError> {
+        let rows = self.shape.rows();
+        let mut raw = vec![0u8; rows * 4 * batches.micro.len()];
+        self.dev.download(Stream::Compute, self.losses.slice(0, raw.len() as u64), &mut raw)?;
+        let mut sum = 0f64;
+        for (i, micro) in batches.micro.iter().enumerate() {
+            let part = &raw[i * rows * 4..][..micro.len() * self.shape.seq * 4];
+            sum += part.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c) as f64).sum::<f64>();
+        }
+        Ok(sum)
+    }
+
+    /// Σ of weighted losses over the sequences `indices`, forward only.
+    pub fn evaluate(
+        &mut self,
+        reader: &Reader,
+        part: Part,
+        indices: &[u64],
+        micro_batches: usize,
+        version: u64,
+    ) -> Result<f64, EngineError> {
+        let mut total = 0f64;
+        let mut host = HostBatch::default();
+        for some in indices.chunks((self.shape.sequences * micro_batches).max(1)) {
+            let batches = StepBatches::new(some, self.shape.sequences, self.inputs.len());
+            self.weights.plan_visits(self.visits(batches.groups.len(), false), version);
+            for range in batches.groups.clone() {
+                let mbs = self.upload(reader, part, &batches, range, &mut host)?;
+                self.forward(&mbs)?;
+                self.last(&mbs, None, None)?;
+            }
+            total += self.sum_losses(&batches)?;
+        }
+        Ok(total)
+    }
+
+    /// The gradient buffer of block `b`, zeroed when it is opened for a new sum.
+    fn open_gradient(&mut self, b: usize, first_group: bool) -> Result<Grads, EngineError> {
+        let len = self.model.places[b].1 * 4;
+        let dev = self.dev.as_ref();
+        let g = self.gradients.as_mut().ok_or_else(|| EngineError::internal("this session does not train"))?;
+        let i = g.buffer_of(b);
+        let buffer = &g.buffers[i];
+        let buf = buffer.buf.slice(0, len);
+        if first_group || !g.resident() {
+            dev.wait(Stream::Compute, buffer.free)?;
+            dev.zero(Stream::Compute, buf)?;
+        }
+        Ok(Grads { buf })
+    }
+
+    /// The sum in block `b`'s buffer is complete for this group: send it out where it is due.
+    fn close_gradient(&mut self, b: usize, group: usize, final_group: bool, comm: &Arc<Collectives>) -> Result<(), EngineError> {
+        let (start, len) = self.model.places[b];
+        let dev = self.dev.as_ref();
+        let g = self.gradients.as_mut().ok_or_else(|| EngineError::internal("this session does not train"))?;
+        let i = g.buffer_of(b);
+        let resident = g.resident();
+        if resident && !final_group {
+            return Ok(());
+        }
+        let buffer = &g.buffers[i];
+        let accumulate = group > 0 && !resident;
+        dev.record(buffer.full, Stream::Compute)?;
+        dev.wait(Stream::CopyOut, buffer.full)?;
+        let src = buffer.buf.slice(0, len * 4);
+        if comm.world() == 1 {
+            dev.store_gradients(Stream::CopyOut, src, &self.store, start, len, accumulate)?;
+        } else {
+            let comm = comm.clone();
+            dev.host_reduce(Stream::CopyOut, src, Box::new(move |sum| comm.reduce_gradients(sum, start, accumulate)))?;
+        }
+        self.bytes_out += len * self.store.layout().spec().gradients.bytes();
+        dev.record(buffer.free, Stream::CopyOut)?;
+        g.advance(b);
+        Ok(())
+    }
+}
+
+impl GradientBuffers {
+    fn new(dev: &mut dyn Device, model: &Model, resident: bool) -> Result<Self, EngineError> {
+        let mut g = GradientBuffers { buffers: Vec::new(), own: vec![None; model.len()], ring: 0..0, next: 0 };
+        let new = |dev: &mut dyn Device, len: u64| -> Result<GradientBuffer, EngineError> {
+            Ok(GradientBuffer { buf: dev.alloc(len * 4, "gradients")?, free: dev.event()?, full: dev.event()? })
+        };
+        for b in 0..model.len() {
+            if resident || (b == 0 && model.tied()) {
+                g.buffers.push(new(dev, model.places[b].1)?);
+                g.own[b] = Some(g.buffers.len() - 1);
+            }
+        }
+        if !resident {
+            let largest = (0..model.len()).filter(|b| g.own[*b].is_none()).map(|b| model.places[b].1).max().unwrap_or(0);
+            let first = g.buffers.len();
+            for _ in 0..GRADIENT_RING {
+                g.buffers.push(new(dev, largest)?);
+            }
+            g.ring = first..g.buffers.len();
+        }
+        Ok(g)
+    }
+
+    fn buffer_of(&self, b: usize) -> usize {
+        self.own[b].unwrap_or(self.ring.start + self.next)
+    }
+
+    /// Whether sums stay over groups. A tied embedding's buffer is its own, but goes out with every group like the others.
+    fn resident(&self) -> bool {
+        self.ring.is_empty()
+    }
+
+    fn advance(&mut self, b: usize) {
+        if self.own[b].is_none() {
+            self.next = (self.next + 1) % self.ring.len();
+        }
+    }
+}
+
+/// `[positions, head_dim/2, 2]` f32 cosines and sines on the device.
+pub(crate) fn rope_table(dev: &mut dyn Device, a: &Architecture, positions: usize) -> Result<Option<DevBuf>, EngineError> {
+    let Some(c) = a.transformer().filter(|c| c.rope.is_some()) else { return Ok(None) };
+    let (frequencies, factor) = c.rope_inv_freq();
+    let mut table = Vec::with_capacity(positions * c.head_dim * 4);
+    for p in 0..positions {
+        for f in &frequencies {
+            let angle = p as f32 * f;
+            table.extend_from_slice(&(angle.cos() * factor).to_le_bytes());
+            table.extend_from_slice(&(angle.sin() * factor).to_le_bytes());
+        }
+    }
+    let buf = dev.alloc(rope_table_bytes(a, positions), "rotary table")?;
+    dev.upload(Stream::Compute, buf, &table)?;
+    Ok(Some(buf))
+}

@@ -1,0 +1,537 @@
+//! Training: the life of one rank in a gang.
+//!
+//! ```text
+//!             ┌────────────────────── a gang starts ──────────────────────┐
+//!             ▼                                                           │
+//!   record: Loading ─► (pages filled) ─► Committed(s₀)                    │
+//!   Committed(s-1) ─► sweeps of step s ─► gradients of all ranks in the segment
+//!        ─► GradientsComplete(s): loss, norm and rate are in the record   │
+//!        ─► every owner brings its pages to s ─► Committed(s) ─► metrics line ─► next step
+//!   killed before GradientsComplete(s): the gradients are thrown away, step s runs again
+//!   killed after it: pages still at s-1 are updated from the gradients in the segment
+//! ```
+//! The optimizer of step s runs on a thread of its own beside the forward sweep of step s+1, which takes each page as
+//! soon as it is published. Nothing of step s+1 leaves the device before step s is committed.
+
+use crate::api::*;
+use crate::batch::{Part, Reader};
+use crate::checkpoint;
+use crate::metrics::MetricsFile;
+use crate::model::{Block, Model};
+use crate::optimizer::{StepScalars, sum_of_squares, update_page};
+use crate::plan::{EnginePlan, rank_share};
+use crate::record::StepNumbers;
+use crate::session::{Session, StepBatches};
+use ramtorch_cpu::{Channel, Collectives, read_gradients};
+use ramtorch_data::{Dataset, Order};
+use ramtorch_job::JobSpec;
+use ramtorch_job::schedule::learning_rate;
+use ramtorch_modelio::Architecture;
+use ramtorch_store::{NEVER, Owner, StepPhase, Store};
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+/// What every part of a rank's life refers to.
+struct Rank<'a> {
+    assignment: &'a Assignment,
+    spec: &'a JobSpec,
+    prepared: &'a Prepared,
+    plan: EnginePlan,
+    architecture: Architecture,
+    store: Arc<Store>,
+    comm: Arc<Collectives>,
+    control: &'a dyn Control,
+}
+
+/// Work for the optimizer's thread.
+struct OptimizerJob {
+    numbers: StepNumbers,
+    /// The line of this step is written by the step loop, after a validation.
+    line_later: bool,
+    begun: Instant,
+}
+
+/// Its answer.
+struct Committed {
+    numbers: StepNumbers,
+    at: Instant,
+}
+
+pub(crate) fn run(
+    assignment: &Assignment,
+    spec: &JobSpec,
+    prepared: &Prepared,
+    plan: &Plan,
+    segment: &str,
+    control: &dyn Control,
+) -> Result<TrainOutcome, EngineError> {
+    control.heartbeat(0, "attaching");
+    let store = Arc::new(Store::attach(segment).map_err(EngineError::internal)?);
+    let plan = EnginePlan::of(plan)?;
+    let architecture: Architecture = serde_json::from_value(prepared.architecture.clone()).map_err(EngineError::internal)?;
+    let comm = Arc::new(Collectives::new(store.clone(), assignment.rank, assignment.world_size, assignment.generation));
+    let rank = Rank { assignment, spec, prepared, plan, architecture, store: store.clone(), comm, control };
+    let mut owner = store.claim(assignment.rank as u32).map_err(EngineError::internal)?;
+    rank.load(&mut owner)?;
+    rank.recover(&mut owner)?;
+    rank.steps(owner)
+}
+
+impl Rank<'_> {
+    fn leader(&self) -> bool {
+        self.assignment.rank == 0
+    }
+
+    fn set_record(&self, numbers: &StepNumbers, phase: StepPhase) -> Result<(), EngineError> {
+        self.store.set_record(&numbers.record(phase)).map_err(EngineError::internal)
+    }
+
+    /// Fills this rank's pages, if the store was never filled whole.
+    fn load(&self, owner: &mut Owner<'_>) -> Result<(), EngineError> {
+        if self.store.record().phase != StepPhase::Loading {
+            return Ok(());
+        }
+        self.control.heartbeat(0, "loading");
+        let source = checkpoint::open_source(self.spec, self.prepared, &self.architecture)?;
+        let step = self.prepared.resume.as_ref().map_or(0, |r| r.step);
+        let pages: Vec<u32> = owner.pages().collect();
+        for (i, page) in pages.iter().enumerate() {
+            if self.store.entry(*page).step == NEVER {
+                source.fill(owner, self.store.layout(), *page, step)?;
+            }
+            if self.leader() && i % 16 == 0 {
+                self.control.progress("loading weights", i as u64, pages.len() as u64);
+            }
+            self.control.heartbeat(step, "loading");
+        }
+        self.comm.barrier(Channel::Step)?;
+        if self.leader() {
+            let numbers = StepNumbers {
+                step,
+                tokens_total: source.tokens_total(),
+                validation_loss: f64::NAN,
+                initial_validation_loss: f64::NAN,
+                ..Default::default()
+            };
+            self.set_record(&numbers, StepPhase::Committed)?;
+        }
+        self.comm.barrier(Channel::Step)?;
+        Ok(())
+    }
+
+    /// Finishes a step that was interrupted after its gradients were complete.
+    fn recover(&self, owner: &mut Owner<'_>) -> Result<(), EngineError> {
+        let record = self.store.record();
+        if record.phase != StepPhase::GradientsComplete {
+            return Ok(());
+        }
+        self.control.heartbeat(record.step, "recovering");
+        let numbers = StepNumbers::from_record(&record);
+        self.update_pages(owner, &numbers)?;
+        self.comm.barrier(Channel::Optimizer)?;
+        if self.leader() {
+            self.set_record(&numbers, StepPhase::Committed)?;
+            self.control.event(
+                Level::Info,
+                &format!("step {} was interrupted after its gradients were complete; finished it from the segment", numbers.step),
+            );
+        }
+        self.comm.barrier(Channel::Optimizer)?;
+        Ok(())
+    }
+
+    fn update_pages(&self, owner: &mut Owner<'_>, n: &StepNumbers) -> Result<(), EngineError> {
+        let scalars = StepScalars { step: n.step, lr: n.lr, gradient_scale: n.gradient_scale as f32 };
+        let layout = self.store.layout();
+        for page in owner.pages() {
+            owner
+                .update(page, n.step, |old, new, g| update_page(layout, &self.spec.optimizer, &scalars, old, new, g))
+                .map_err(EngineError::internal)?;
+        }
+        Ok(())
+    }
+
+    fn commit(&self, owner: &mut Owner<'_>, mut job: OptimizerJob, metrics: &mut MetricsFile) -> Result<Committed, EngineError> {
+        self.update_pages(owner, &job.numbers)?;
+        self.comm.barrier(Channel::Optimizer)?;
+        let at = Instant::now();
+        job.numbers.seconds = (at - job.begun).as_secs_f64();
+        if job.numbers.seconds > 0.0 {
+            job.numbers.tflops /= job.numbers.seconds;
+        }
+        if self.leader() {
+            self.set_record(&job.numbers, StepPhase::Committed)?;
+            if !job.line_later {
+                self.report(metrics, &job.numbers)?;
+            }
+        }
+        // Nobody begins to overwrite gradients before the leader has said that they are not needed any more.
+        self.comm.barrier(Channel::Optimizer)?;
+        Ok(Committed { numbers: job.numbers, at })
+    }
+
+    fn report(&self, metrics: &mut MetricsFile, n: &StepNumbers) -> Result<(), EngineError> {
+        let m = n.metrics();
+        let line = metrics.write(&m)?;
+        self.control.metrics(&m, &line);
+        Ok(())
+    }
+
+    fn steps(&self, owner: Owner<'_>) -> Result<TrainOutcome, EngineError> {
+        let rank = self.assignment.rank;
+        let dataset: Dataset = serde_json::from_value(self.prepared.dataset.clone()).map_err(EngineError::internal)?;
+        let data = dataset.open().map_err(EngineError::input)?;
+        self.control.heartbeat(self.store.record().step, "opening the device");
+        let model = Model::new(&self.architecture, self.store.layout(), self.plan.dtype)?;
+        let dev = crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.total(), self.spec.train.deterministic)?;
+        let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
+        session.weights.comm = Some(self.comm.clone());
+        let committed = self.store.record().step;
+        let (mut metrics, last_line) = if self.leader() {
+            MetricsFile::open(self.spec.output.metrics.as_deref(), committed)?
+        } else {
+            MetricsFile::open(None, committed)?
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(self.assignment.device.threads.max(1))
+            .thread_name(move |i| format!("adamw{rank}-{i}"))
+            .build()
+            .map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's threads: {e}")))?;
+        let mut state = Loop {
+            rank: self,
+            reader: Reader {
+                data: &data,
+                seq: self.prepared.sequence_length,
+                document_mask: dataset.document_mask,
+                padding: self.architecture.transformer().and_then(|c| c.padding_idx),
+            },
+            order: Order::new(self.prepared.train_sequences, self.spec.data.shuffle, self.spec.data.seed),
+            session,
+            committed: StepNumbers::from_record(&self.store.record()),
+            commit_time: Instant::now(),
+            newest_checkpoint: None,
+            initial_validation: f64::NAN,
+            pool: &pool,
+        };
+        // The writer may have died between a commit and its line.
+        let recorded = self.store.record();
+        let missing =
+            self.leader() && recorded.step > 0 && last_line + 1 == recorded.step && StepNumbers::from_record(&recorded).tokens > 0;
+        if self.comm.gather(Channel::Step, [f64::from(u8::from(missing)), 0.0, 0.0, 0.0])?[0][0] > 0.0 {
+            let mut n = StepNumbers::from_record(&recorded);
+            if state.validation_due(n.step) && n.validation_loss.is_nan() {
+                n.validation_loss = state.validate(n.step)?;
+            }
+            if self.leader() {
+                self.report(&mut metrics, &n)?;
+            }
+        }
+        let (to_optimizer, jobs) = mpsc::channel::<OptimizerJob>();
+        let (done, from_optimizer) = mpsc::channel::<Result<Committed, EngineError>>();
+        let metrics = std::sync::Mutex::new(metrics);
+        let stopped = std::thread::scope(|scope| {
+            let metrics = &metrics;
+            let pool = &pool;
+            let mut owner = owner;
+            let spawned = std::thread::Builder::new().name(format!("optimizer{rank}")).spawn_scoped(scope, move || {
+                for job in jobs {
+                    let result = {
+                        let mut guard = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                        let (file, owner) = (&mut *guard, &mut owner);
+                        pool.install(move || self.commit(owner, job, file))
+                    };
+                    if result.is_err() {
+                        self.comm.abort(); // the step loop may be waiting for pages that will not come
+                    }
+                    if done.send(result).is_err() {
+                        return;
+                    }
+                }
+            });
+            spawned.map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's thread: {e}")))?;
+            let result = state.run(&to_optimizer, &from_optimizer, metrics);
+            if result.is_err() {
+                self.comm.abort();
+            }
+            drop(to_optimizer);
+            // The first error is the optimizer's where the loop only noticed that it was gone.
+            match (result, from_optimizer.try_iter().find_map(Result::err)) {
+                (Err(_), Some(first)) => Err(first),
+                (result, _) => result,
+            }
+        })?;
+        let Loop { session, committed, newest_checkpoint, .. } = state;
+        drop(session); // frees the device for the sample
+        self.finish(committed.step, stopped, newest_checkpoint)
+    }
+
+    /// Model folder and sample, by the leader.
+    fn finish(&self, step: u64, stopped: bool, checkpoint: Option<std::path::PathBuf>) -> Result<TrainOutcome, EngineError> {
+        let mut outcome = TrainOutcome { step, stopped, output: None, sample: None, checkpoint };
+        if !self.leader() || stopped {
+            return Ok(outcome);
+        }
+        if let Some(path) = &self.spec.output.path {
+            self.control.heartbeat(step, "exporting");
+            checkpoint::export_store(&self.store, self.spec, &self.architecture, path)?;
+            outcome.output = Some(path.clone());
+        }
+        if let Some(sample) = &self.spec.sample {
+            self.control.heartbeat(step, "sampling");
+            outcome.sample =
+                Some(crate::generate::sample(self.assignment, self.spec, &self.architecture, &self.store, self.plan.dtype, sample)?);
+        }
+        Ok(outcome)
+    }
+}
+
+/// The step loop's state.
+struct Loop<'a> {
+    rank: &'a Rank<'a>,
+    reader: Reader<'a>,
+    order: Order,
+    session: Session,
+    committed: StepNumbers,
+    commit_time: Instant,
+    newest_checkpoint: Option<std::path::PathBuf>,
+    initial_validation: f64,
+    pool: &'a rayon::ThreadPool,
+}
+
+/// What the gang agreed to do after a step.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+struct Wishes {
+    stop: bool,
+    checkpoint_then_stop: bool,
+    checkpoint: u64,
+}
+
+impl Wishes {
+    fn add(&mut self, c: Command) {
+        match c {
+            Command::Stop { checkpoint } => {
+                self.stop = true;
+                self.checkpoint_then_stop |= checkpoint;
+            }
+            Command::Checkpoint { request } => self.checkpoint = self.checkpoint.max(request + 1),
+        }
+    }
+    fn encode(&self) -> [f64; 2] {
+        [f64::from(u8::from(self.stop) + 2 * u8::from(self.checkpoint_then_stop)), self.checkpoint as f64]
+    }
+    fn decode(all: &[[f64; 4]]) -> Self {
+        let flags = all.iter().map(|v| v[2] as u8).fold(0, |a, b| a | b);
+        let checkpoint = all.iter().map(|v| v[3] as u64).max().unwrap_or(0);
+        Wishes { stop: flags & 1 != 0, checkpoint_then_stop: flags & 2 != 0, checkpoint }
+    }
+}
+
+impl Loop<'_> {
+    fn validation_due(&self, step: u64) -> bool {
+        let every = self.rank.spec.train.validate_every;
+        self.rank.prepared.validation_sequences > 0
+            && (step == 0 || step == self.rank.prepared.steps || (every > 0 && step.is_multiple_of(every)))
+    }
+
+    /// Runs to the last step; true when told to stop before it.
+    fn run(
+        &mut self,
+        to_optimizer: &mpsc::Sender<OptimizerJob>,
+        from_optimizer: &mpsc::Receiver<Result<Committed, EngineError>>,
+        metrics: &std::sync::Mutex<MetricsFile>,
+    ) -> Result<bool, EngineError> {
+        let r = self.rank;
+        let gone = || EngineError::internal("the optimizer's thread has ended");
+        let steps = r.prepared.steps;
+        if self.committed.step == 0 && self.validation_due(0) {
+            self.initial_validation = self.validate(0)?;
+            if r.leader() {
+                r.control.event(Level::Info, &format!("validation loss before the first step: {:.4}", self.initial_validation));
+            }
+        }
+        let mut wishes = Wishes::default();
+        let mut pending = false;
+        self.commit_time = Instant::now();
+        for step in self.committed.step + 1..=steps {
+            let begun = self.commit_time;
+            let numbers = {
+                // The optimizer's answer for step - 1 is taken inside the sweep, before the first gradient leaves.
+                let mut committed = None;
+                let numbers = self.sweep(step, &mut wishes, || {
+                    if pending {
+                        let c: Committed = from_optimizer.recv().map_err(|_| gone())??;
+                        committed = Some(c);
+                    }
+                    Ok(())
+                })?;
+                if let Some(c) = committed.take() {
+                    self.took(&c);
+                }
+                numbers
+            };
+            let begun = if pending { self.commit_time } else { begun };
+            let mut numbers = numbers;
+            numbers.tokens_total = self.committed.tokens_total + numbers.tokens;
+            if step == 1 {
+                numbers.initial_validation_loss = self.initial_validation;
+            }
+            if r.leader() {
+                r.set_record(&numbers, StepPhase::GradientsComplete)?;
+            }
+            r.comm.barrier(Channel::Step)?;
+            let spec = &r.spec.checkpoint;
+            let checkpoint_due =
+                (spec.every_steps > 0 && step.is_multiple_of(spec.every_steps)) || (spec.at_end && step == steps) || wishes.checkpoint > 0;
+            let validation_due = self.validation_due(step);
+            r.control.heartbeat(step, "optimizing");
+            to_optimizer.send(OptimizerJob { numbers, line_later: validation_due, begun }).map_err(|_| gone())?;
+            pending = true;
+            if checkpoint_due || validation_due || wishes.stop || step == steps {
+                let c = from_optimizer.recv().map_err(|_| gone())??;
+                self.took(&c);
+                pending = false;
+                if validation_due {
+                    self.committed.validation_loss = self.validate(step)?;
+                    if r.leader() {
+                        let mut file = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                        r.report(&mut file, &self.committed)?;
+                    }
+                    self.commit_time = Instant::now();
+                }
+                let stop = wishes.stop && step < steps;
+                if checkpoint_due || (stop && wishes.checkpoint_then_stop) {
+                    self.checkpoint(step, wishes.checkpoint)?;
+                    self.commit_time = Instant::now();
+                }
+                wishes.checkpoint = 0;
+                if stop {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn took(&mut self, c: &Committed) {
+        self.committed = c.numbers;
+        self.commit_time = c.at;
+    }
+
+    /// Forward and backward of step `step`; its gradients are in the segment, its numbers agreed, when this returns.
+    fn sweep(
+        &mut self,
+        step: u64,
+        wishes: &mut Wishes,
+        before_gradients: impl FnMut() -> Result<(), EngineError>,
+    ) -> Result<StepNumbers, EngineError> {
+        let r = self.rank;
+        let (spec, plan) = (r.spec, &r.plan);
+        r.control.heartbeat(step, "computing");
+        let batch = spec.train.batch_size as u64;
+        let first = (step - 1) * batch;
+        let all: Vec<u64> = (0..batch).map(|j| self.order.sequence_index(first + j)).collect();
+        let share = rank_share(all.len(), r.assignment.rank, r.assignment.world_size);
+        let batches = StepBatches::new(&all[share], plan.micro_batch, plan.group_len);
+        let tokens = self.reader.weight(Part::Train, &all)?;
+        let divisor = (tokens * self.session.model.loss_divisor()).max(1.0);
+        self.session.weights.bytes = 0;
+        self.session.weights.waited = Duration::ZERO;
+        self.session.bytes_out = 0;
+        let visits = self.session.visits(plan.groups, true);
+        self.session.weights.plan_visits(visits, step - 1);
+        self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, &r.comm, plan.groups, before_gradients)?;
+        let loss = self.session.sum_losses(&batches)?;
+        r.control.heartbeat(step, "reducing");
+        self.session.finish_gradients()?;
+        // All ranks' parts of this rank's pages have to be in before they are read.
+        r.comm.barrier(Channel::Step)?;
+        let owned = (r.assignment.rank as u32..r.store.layout().page_count()).step_by(r.assignment.world_size);
+        let squares: f64 = self.pool.install(|| owned.map(|p| read_gradients(&r.store, p, sum_of_squares)).sum());
+        while let Some(c) = r.control.command() {
+            wishes.add(c);
+        }
+        let [stop, checkpoint] = wishes.encode();
+        let gathered = r.comm.gather(Channel::Step, [loss, squares, stop, checkpoint])?;
+        *wishes = Wishes::decode(&gathered);
+        let loss = gathered.iter().map(|v| v[0]).sum::<f64>() / divisor;
+        let norm = gathered.iter().map(|v| v[1]).sum::<f64>().sqrt();
+        if !loss.is_finite() || !norm.is_finite() {
+            return Err(EngineError::input(format!(
+                "step {step}: the loss is {loss} and the gradient norm {norm}: training has diverged. The weights of step {} are kept where checkpoints are; try a lower learning rate, more warm-up, clipping, or check the data",
+                step - 1
+            )));
+        }
+        let clip = spec.optimizer.clip_norm;
+        // torch.nn.utils.clip_grad_norm_: the factor is never above 1.
+        let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        Ok(StepNumbers {
+            step,
+            loss,
+            grad_norm: norm,
+            lr: learning_rate(&spec.schedule, spec.optimizer.lr, step, r.prepared.steps),
+            tokens: tokens as u64,
+            gradient_scale: scale,
+            epoch: (step * batch) as f64 / r.prepared.train_sequences.max(1) as f64,
+            tflops: flops(&self.session.model, batch * r.prepared.sequence_length as u64, r.prepared.sequence_length) / 1e12,
+            bytes_in: self.session.weights.bytes,
+            bytes_out: self.session.bytes_out,
+            waited: self.session.weights.waited.as_secs_f64(),
+            validation_loss: f64::NAN,
+            initial_validation_loss: f64::NAN,
+            ..Default::default()
+        })
+    }
+
+    /// Mean loss over the validation sequences, with the weights of step `step`; the same on every rank.
+    fn validate(&mut self, step: u64) -> Result<f64, EngineError> {
+        let r = self.rank;
+        r.control.heartbeat(step, "validating");
+        let limit = r.spec.train.validation_sequences as u64;
+        let n = if limit > 0 { limit.min(r.prepared.validation_sequences) } else { r.prepared.validation_sequences };
+        let all: Vec<u64> = (0..n).collect();
+        let mine = &all[rank_share(all.len(), r.assignment.rank, r.assignment.world_size)];
+        let weight = self.reader.weight(Part::Validation, mine)? * self.session.model.loss_divisor();
+        let sum = self.session.evaluate(&self.reader, Part::Validation, mine, r.plan.micro_batches, step)?;
+        let gathered = r.comm.gather(Channel::Step, [sum, weight, 0.0, 0.0])?;
+        let (sum, weight) = gathered.iter().fold((0.0, 0.0), |(s, w), v| (s + v[0], w + v[1]));
+        Ok(sum / weight.max(1.0))
+    }
+
+    /// A checkpoint of committed step `step`, by all ranks. A failure is an event, not the end of the job.
+    fn checkpoint(&mut self, step: u64, request: u64) -> Result<(), EngineError> {
+        let r = self.rank;
+        r.control.heartbeat(step, "checkpointing");
+        let Some(folder) = r.spec.checkpoint.path.as_deref() else {
+            if r.leader() && request > 0 {
+                r.control.checkpoint(Path::new(""), step, request - 1, Some("the job has no [checkpoint] path"));
+            }
+            return Ok(());
+        };
+        let result = checkpoint::write(folder, step, self.committed.tokens_total, r.spec, &r.architecture, &r.store, &r.comm);
+        if r.leader() {
+            match &result {
+                Ok(path) => {
+                    self.newest_checkpoint = Some(path.clone());
+                    r.control.checkpoint(path, step, request.saturating_sub(1), None);
+                }
+                Err(e) => {
+                    r.control.event(Level::Error, &format!("checkpoint of step {step} failed, training goes on: {e}"));
+                    r.control.checkpoint(folder, step, request.saturating_sub(1), Some(&e.message));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Operations of a training step: 6 × parameters in matrix products × tokens, and causal attention; recomputation is
+/// not counted.
+fn flops(model: &Model, rows: u64, seq: usize) -> f64 {
+    let attention: f64 = match model.architecture.transformer() {
+        // forward 2 products of seq²/2 · q, backward twice that
+        Some(c) => model.blocks.iter().filter(|b| matches!(b, Block::Layer(_))).count() as f64 * 6.0 * (seq * c.query_size()) as f64,
+        None => 0.0,
+    };
+    rows as f64 * (6.0 * model.architecture.matmul_parameters() as f64 + attention)
+}

@@ -1,0 +1,228 @@
+//! Weights on the device: blocks that stay, and a ring of slots for those that are streamed.
+//!
+//! ```text
+//!   schedule: the blocks that coming visits need, in order
+//!   load(b):  host waits until the pages of b are published ─► CopyIn waits until the buffer is free ─► copies ─► ready
+//!   acquire:  Compute waits for ready        release: records free on Compute
+//! ```
+//! Slots are filled ahead of use; the victim is the slot whose block is needed last. A block that stays is loaded again
+//! once its pages are at a newer step.
+
+use crate::api::EngineError;
+use crate::model::{Model, Weights};
+use ramtorch_cpu::Collectives;
+use ramtorch_device::{DevBuf, Device, Dtype, Event, Stream};
+use ramtorch_store::Store;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+struct Buffer {
+    buf: DevBuf,
+    /// Block in it, and the step of its weights.
+    holds: Option<(usize, u64)>,
+    ready: Event,
+    free: Event,
+    in_use: bool,
+}
+
+/// See the module.
+pub(crate) struct WeightCache {
+    store: Arc<Store>,
+    dtype: Dtype,
+    places: Vec<(u64, u64)>,
+    /// Index of the buffer of a block that stays.
+    own: Vec<Option<usize>>,
+    buffers: Vec<Buffer>,
+    slots: std::ops::Range<usize>,
+    schedule: VecDeque<usize>,
+    version: u64,
+    /// The gang, where there is one: waiting ends when it gives up.
+    pub comm: Option<Arc<Collectives>>,
+    /// Bytes copied to the device, and seconds the host waited for pages, since they were last taken.
+    pub bytes: u64,
+    pub waited: Duration,
+}
+
+impl WeightCache {
+    /// Allocates buffers: one for each `resident` block, and `slots` for the others.
+    pub fn new(dev: &mut dyn Device, store: Arc<Store>, model: &Model, resident: &[bool], slots: usize) -> Result<Self, EngineError> {
+        let size = |b: usize| model.places[b].1 * model.dtype.size();
+        let mut buffers = Vec::new();
+        let mut own = vec![None; model.len()];
+        let mut add = |dev: &mut dyn Device, bytes: u64, what: &str| -> Result<usize, EngineError> {
+            let buffer = Buffer { buf: dev.alloc(bytes, what)?, holds: None, ready: dev.event()?, free: dev.event()?, in_use: false };
+            buffers.push(buffer);
+            Ok(buffers.len() - 1)
+        };
+        for b in 0..model.len() {
+            if resident[b] {
+                own[b] = Some(add(dev, size(b), "weights that stay")?);
+            }
+        }
+        let largest = (0..model.len()).filter(|b| !resident[*b]).map(size).max().unwrap_or(0);
+        let mut first = usize::MAX;
+        let mut end = 0;
+        for _ in 0..if largest > 0 { slots } else { 0 } {
+            let i = add(dev, largest, "a weight slot")?;
+            (first, end) = (first.min(i), i + 1);
+        }
+        Ok(WeightCache {
+            store,
+            dtype: model.dtype,
+            places: model.places.clone(),
+            own,
+            buffers,
+            slots: first.min(end)..end,
+            schedule: VecDeque::new(),
+            version: 0,
+            comm: None,
+            bytes: 0,
+            waited: Duration::ZERO,
+        })
+    }
+
+    /// Announces the blocks that come, in the order in which they are acquired, with weights as of step `version`.
+    pub fn plan_visits(&mut self, visits: impl IntoIterator<Item = usize>, version: u64) {
+        self.schedule = visits.into_iter().collect();
+        self.version = version;
+    }
+
+    fn find(&self, b: usize) -> Option<usize> {
+        let current = |i: &usize| self.buffers[*i].holds == Some((b, self.version));
+        match self.own[b] {
+            Some(i) => Some(i).filter(current),
+            None => self.slots.clone().find(current),
+        }
+    }
+
+    /// How soon block `b` is needed again; `usize::MAX` for never.
+    fn next_use(&self, b: usize) -> usize {
+        self.schedule.iter().position(|x| *x == b).unwrap_or(usize::MAX)
+    }
+
+    /// The buffer that block `b`, needed at place `at` of the schedule, may be loaded into.
+    fn victim(&self, b: usize, at: usize) -> Option<usize> {
+        if let Some(i) = self.own[b] {
+            return Some(i).filter(|i| !self.buffers[*i].in_use);
+        }
+        let need = |i: usize| match self.buffers[i].holds {
+            Some((held, version)) if version == self.version => self.next_use(held),
+            _ => usize::MAX,
+        };
+        let best = self.slots.clone().filter(|i| !self.buffers[*i].in_use).max_by_key(|i| (need(*i), usize::MAX - i))?;
+        (need(best) > at).then_some(best)
+    }
+
+    fn published(&self, b: usize) -> bool {
+        let (start, len) = self.places[b];
+        self.store.layout().pages_of(start..start + len).all(|p| self.store.entry(p).step == self.version)
+    }
+
+    /// Waits until block `b` is published at the version wanted. Pages of other ranks come when their owners are done.
+    fn await_published(&mut self, b: usize) -> Result<(), EngineError> {
+        let begin = Instant::now();
+        let mut tries = 0u32;
+        while !self.published(b) {
+            tries += 1;
+            if self.comm.as_ref().is_some_and(|c| c.aborted()) {
+                return Err(EngineError::internal("the optimizer has given up"));
+            }
+            if tries < 256 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        self.waited += begin.elapsed();
+        Ok(())
+    }
+
+    fn load(&mut self, dev: &dyn Device, b: usize, into: usize) -> Result<(), EngineError> {
+        let (start, len) = self.places[b];
+        let buffer = &mut self.buffers[into];
+        buffer.holds = Some((b, self.version));
+        dev.wait(Stream::CopyIn, buffer.free)?;
+        let layout = self.store.layout();
+        for page in layout.pages_of(start..start + len) {
+            let range = layout.page_range(page);
+            let (from, to) = (range.start.max(start), range.end.min(start + len));
+            let dst = buffer.buf.slice((from - start) * self.dtype.size(), (to - from) * self.dtype.size());
+            dev.load_parameters(Stream::CopyIn, dst, &self.store, self.store.entry(page).physical, from - range.start, to - from)?;
+        }
+        self.bytes += len * self.dtype.size();
+        dev.record(buffer.ready, Stream::CopyIn)
+    }
+
+    /// Starts loads for coming visits as far as buffers are free and pages published.
+    pub fn prefetch(&mut self, dev: &dyn Device) -> Result<(), EngineError> {
+        let mut seen: Vec<usize> = Vec::new();
+        for at in 0..self.schedule.len() {
+            let b = self.schedule[at];
+            if seen.contains(&b) {
+                continue;
+            }
+            seen.push(b);
+            if self.find(b).is_some() {
+                continue;
+            }
+            let Some(i) = self.victim(b, at) else {
+                if self.own[b].is_some() {
+                    continue; // in use with older weights: cannot happen within a step
+                }
+                return Ok(());
+            };
+            if !self.published(b) {
+                return Ok(());
+            }
+            self.load(dev, b, i)?;
+        }
+        Ok(())
+    }
+
+    /// Weights of the blocks `needs`, which must be the next of the schedule. Compute waits for them.
+    pub fn acquire(&mut self, dev: &dyn Device, needs: &[usize]) -> Result<Vec<Weights>, EngineError> {
+        let mut held = Vec::with_capacity(needs.len());
+        for &b in needs {
+            let i = match self.find(b) {
+                Some(i) => i,
+                None => {
+                    self.await_published(b)?;
+                    let i = self
+                        .victim(b, 0)
+                        .or_else(|| self.any_free())
+                        .ok_or_else(|| EngineError::internal("no slot is free for the next block"))?;
+                    self.load(dev, b, i)?;
+                    i
+                }
+            };
+            self.buffers[i].in_use = true;
+            dev.wait(Stream::Compute, self.buffers[i].ready)?;
+            held.push(i);
+            if self.schedule.front() == Some(&b) {
+                self.schedule.pop_front();
+            }
+        }
+        self.prefetch(dev)?;
+        Ok(held
+            .iter()
+            .zip(needs)
+            .map(|(i, b)| Weights { buf: self.buffers[*i].buf.slice(0, self.places[*b].1 * self.dtype.size()), dtype: self.dtype })
+            .collect())
+    }
+
+    fn any_free(&self) -> Option<usize> {
+        self.slots.clone().find(|i| !self.buffers[*i].in_use)
+    }
+
+    /// The visit is enqueued: its buffers are free once Compute gets there.
+    pub fn release(&mut self, dev: &dyn Device, needs: &[usize]) -> Result<(), EngineError> {
+        for b in needs {
+            if let Some(i) = self.find(*b) {
+                self.buffers[i].in_use = false;
+                dev.record(self.buffers[i].free, Stream::Compute)?;
+            }
+        }
+        self.prefetch(dev)
+    }
+}
