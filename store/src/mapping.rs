@@ -65,7 +65,8 @@ impl Mapping {
 
     /// Maps an existing object.
     pub fn open(name: &SegmentName, writable: bool) -> Result<Mapping, StoreError> {
-        let flags = OFlag::O_CLOEXEC | if writable { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+        // Not to be kept waiting by a pipe of that name.
+        let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | if writable { OFlag::O_RDWR } else { OFlag::O_RDONLY };
         let fd = shm_open(name.as_str(), flags, Mode::empty()).map_err(|e| match e {
             Errno::ENOENT => StoreError::NotFound(name.to_string()),
             e => StoreError::system(format!("open segment {name}"), e),

@@ -15,6 +15,9 @@
 //! first moments, second moments, each an array over the page. There are more physical pages than pages: every rank has
 //! spares, into which the next state is written.
 
+#[cfg(test)]
+mod tests;
+
 use crate::error::StoreError;
 use crate::spec::{PageId, StoreSpec};
 use std::collections::HashMap;

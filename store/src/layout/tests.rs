@@ -1,0 +1,211 @@
+use super::*;
+use crate::spec::{BlockSpec, GradientFormat, MomentFormat, TensorSpec};
+use proptest::prelude::*;
+
+fn tensor(name: &str, shape: &[u64], joined: bool) -> TensorSpec {
+    TensorSpec { name: name.into(), shape: shape.to_vec(), joined, decay: shape.len() > 1 }
+}
+
+fn spec(blocks: Vec<BlockSpec>) -> StoreSpec {
+    StoreSpec {
+        blocks,
+        world_size: 2,
+        moments: MomentFormat::F32,
+        gradients: GradientFormat::Bf16,
+        page_parameters: Some(1024),
+        spare_pages_per_rank: 1,
+        exchange_bytes: 5000,
+        metadata: "{}".into(),
+    }
+}
+
+fn block(name: &str, tensors: Vec<TensorSpec>) -> BlockSpec {
+    BlockSpec { name: name.into(), tensors }
+}
+
+#[test]
+fn places_are_as_documented() {
+    let blocks = vec![
+        block("embedding", vec![tensor("e", &[10, 10], false)]),
+        block(
+            "layer",
+            vec![tensor("q", &[7, 3], false), tensor("k", &[2, 3], true), tensor("norm", &[2000], false), tensor("scale", &[], false)],
+        ),
+    ];
+    let layout = Layout::new(&spec(blocks)).unwrap();
+    let places: Vec<_> = layout.tensors().iter().map(|t| (t.name.as_str(), t.block, t.start, t.len)).collect();
+    assert_eq!(places, [("e", 0, 0, 100), ("q", 1, 128, 21), ("k", 1, 149, 6), ("norm", 1, 192, 2000), ("scale", 1, 2240, 1)]);
+    let blocks: Vec<_> = layout.blocks().iter().map(|b| (b.start, b.len, b.tensors.clone())).collect();
+    assert_eq!(blocks, [(0, 128, 0..1), (128, 2176, 1..5)]);
+    assert_eq!((layout.parameters(), layout.span(), layout.page_count(), layout.physical_count()), (2128, 2304, 3, 5));
+    assert_eq!((layout.page_range(0), layout.page_range(2), layout.page_range(3)), (0..1024, 2048..2304, 2304..2304));
+    assert_eq!(
+        (layout.pages_of(1000..1030), layout.pages_of(1024..2048), layout.pages_of(5..5), layout.pages_of(0..u64::MAX)),
+        (0..2, 1..2, 0..0, 0..3)
+    );
+    assert_eq!(layout.tensor("k").unwrap().start, 149);
+    assert!(layout.tensor("x").is_none());
+    // Header, live words, manifest, table, 32 KiB of control words, 8 KiB of exchange, 4,608 B of gradients, 5 pages.
+    let manifest = layout.sections().manifest.end.next_multiple_of(4096);
+    assert_eq!(layout.bytes(), manifest + 4096 + 32768 + 8192 + 8192 + 5 * 12288);
+}
+
+#[test]
+fn pages_are_as_large_as_leaves_each_rank_sixteen() {
+    let pages = |parameters: u64, world_size: u32| {
+        let mut spec = spec(vec![block("b", vec![tensor("t", &[parameters], false)])]);
+        (spec.page_parameters, spec.world_size) = (None, world_size);
+        let layout = Layout::new(&spec).unwrap();
+        (layout.page_parameters(), layout.page_count())
+    };
+    assert_eq!(pages(100, 1), (4096, 1));
+    assert_eq!(pages(1 << 20, 1), (65536, 16));
+    assert_eq!(pages(8_000_000_000, 4), (16 << 20, 477));
+    for (parameters, world_size) in [(1 << 20, 3), (1_000_000, 4), (123_456_789, 8), (70_000_000_000, 8)] {
+        assert!(pages(parameters, world_size).1 >= 16 * world_size);
+    }
+}
+
+#[test]
+fn every_kind_of_nonsense_is_refused_by_name() {
+    let good = || spec(vec![block("b", vec![tensor("t", &[64], false)])]);
+    let refused = |change: &dyn Fn(&mut StoreSpec), part: &str| {
+        let mut spec = good();
+        change(&mut spec);
+        let text = Layout::new(&spec).unwrap_err().to_string();
+        assert!(text.contains(part), "{part:?} is not in {text:?}");
+    };
+    assert!(Layout::new(&good()).is_ok());
+    refused(&|s| s.blocks.clear(), "no block has a tensor");
+    refused(&|s| s.blocks[0].tensors.clear(), "no block has a tensor");
+    refused(&|s| s.blocks.push(s.blocks[0].clone()), "two blocks are named \"b\"");
+    refused(&|s| s.blocks.push(block("c", vec![tensor("t", &[1], false)])), "two tensors are named \"t\"");
+    refused(&|s| s.blocks[0].tensors[0].shape = vec![3, 0], "\"t\" of shape [3, 0]");
+    refused(&|s| s.blocks[0].tensors[0].shape = vec![1 << 40, 1 << 40], "\"t\" of shape");
+    refused(&|s| s.blocks[0].tensors[0].shape = vec![u64::MAX], "\"t\" of shape");
+    refused(&|s| s.blocks[0].tensors[0].shape = vec![1; 33], "33 dimensions");
+    refused(&|s| s.blocks[0].tensors[0].joined = true, "cannot be joined");
+    refused(&|s| s.blocks[0].tensors[0].name.clear(), "tensor name of 0 bytes");
+    refused(&|s| s.blocks[0].name = "x".repeat(2000), "block name of 2000 bytes");
+    refused(&|s| s.world_size = 0, "world size 0");
+    refused(&|s| s.world_size = u32::MAX, "world size 4294967295");
+    refused(&|s| s.spare_pages_per_rank = 0, "0 spare pages");
+    refused(&|s| s.spare_pages_per_rank = u32::MAX, "spare pages");
+    refused(&|s| s.page_parameters = Some(0), "0 parameters a page");
+    refused(&|s| s.page_parameters = Some(1000), "1000 parameters a page");
+    refused(&|s| s.page_parameters = Some(1 << 31), "parameters a page");
+    refused(&|s| s.exchange_bytes = u64::MAX, "larger than any file");
+    refused(&|s| s.exchange_bytes = i64::MAX as u64, "larger than any file");
+    refused(&|s| s.blocks[0].tensors[0].shape = vec![1 << 46], "choose larger pages");
+    let many = |s: &mut StoreSpec| s.blocks[0].tensors = (0..3).map(|i| tensor(&format!("t{i}"), &[1 << 45], false)).collect();
+    refused(&many, "\"t2\"");
+}
+
+fn specs() -> impl Strategy<Value = StoreSpec> {
+    let tensors = prop::collection::vec((prop::collection::vec(1u64..40, 0..4), any::<bool>(), any::<bool>()), 0..6);
+    let moments = prop::sample::select(vec![MomentFormat::None, MomentFormat::F32, MomentFormat::Bf16]);
+    let gradients = prop::sample::select(vec![GradientFormat::None, GradientFormat::F32, GradientFormat::Bf16]);
+    let numbers = (1u32..5, 1u32..4, prop::option::of(1u32..4), 0u64..20_000);
+    (prop::collection::vec(tensors, 1..6), moments, gradients, numbers, ".{0,40}").prop_map(
+        |(blocks, moments, gradients, numbers, metadata)| {
+            let blocks = blocks.into_iter().enumerate().map(|(b, tensors)| {
+                let tensors = tensors.into_iter().enumerate();
+                let tensors = tensors.map(|(t, (shape, joined, decay))| TensorSpec {
+                    name: format!("{b}.{t}"),
+                    shape,
+                    joined: joined && t > 0,
+                    decay,
+                });
+                block(&b.to_string(), tensors.collect())
+            });
+            let mut blocks: Vec<_> = blocks.collect();
+            blocks.push(block("last", vec![tensor("last", &[1], false)]));
+            let (world_size, spare_pages_per_rank, page, exchange_bytes) = numbers;
+            StoreSpec {
+                blocks,
+                world_size,
+                moments,
+                gradients,
+                page_parameters: page.map(|p| p * 1024),
+                spare_pages_per_rank,
+                exchange_bytes,
+                metadata,
+            }
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn everything_has_its_own_place(spec in specs()) {
+        let layout = Layout::new(&spec).unwrap();
+        let mut at = 0;
+        for (block, given) in layout.blocks().iter().zip(&spec.blocks) {
+            prop_assert!(block.start == at && block.start % 64 == 0 && block.len % 64 == 0);
+            let mut inside = block.start;
+            for (tensor, given) in layout.tensors()[block.tensors.clone()].iter().zip(&given.tensors) {
+                prop_assert_eq!(tensor.len, given.shape.iter().product::<u64>());
+                prop_assert_eq!(tensor.start, if given.joined { inside } else { inside.next_multiple_of(64) });
+                inside = tensor.start + tensor.len;
+            }
+            prop_assert!(inside <= block.start + block.len && block.start + block.len < inside + 64);
+            at += block.len;
+        }
+        prop_assert_eq!(at, layout.span());
+        prop_assert_eq!(layout.parameters(), layout.tensors().iter().map(|t| t.len).sum::<u64>());
+
+        let mut covered = 0;
+        for page in 0..layout.page_count() {
+            let range = layout.page_range(page);
+            prop_assert!(range.start == covered && range.end > covered);
+            prop_assert_eq!(layout.pages_of(range.clone()), page..page + 1);
+            covered = range.end;
+        }
+        prop_assert_eq!(covered, layout.span());
+
+        let s = layout.sections();
+        let mut end = 8192;
+        for section in [&s.manifest, &s.page_table, &s.control, &s.exchange, &s.gradients, &s.pages] {
+            prop_assert!(section.start >= end && section.start % 4096 == 0 && section.start < end + 4096);
+            end = section.end;
+        }
+        prop_assert!(layout.bytes() == end && end % 4096 == 0 && layout.page_bytes() % 4096 == 0);
+        prop_assert!(s.exchange.end - s.exchange.start >= spec.exchange_bytes);
+        prop_assert_eq!(s.pages.end - s.pages.start, layout.page_bytes() * u64::from(layout.physical_count()));
+    }
+
+    #[test]
+    fn any_range_of_parameters_is_in_the_pages_it_is_said_to_be_in(spec in specs(), a in 0u64..50_000, b in 0u64..50_000) {
+        let layout = Layout::new(&spec).unwrap();
+        let pages = layout.pages_of(a.min(b)..a.max(b));
+        for page in 0..layout.page_count() {
+            let range = layout.page_range(page);
+            let overlaps = range.start.max(a.min(b)) < range.end.min(a.max(b));
+            prop_assert_eq!(pages.contains(&page), overlaps);
+        }
+    }
+
+    #[test]
+    fn a_layout_is_read_back_from_its_header_and_manifest(spec in specs()) {
+        let layout = Layout::new(&spec).unwrap();
+        let manifest = crate::format::manifest_bytes(&layout).unwrap();
+        let header = crate::format::header(&layout, &manifest);
+        let back = crate::format::layout_of(&header, &manifest).map_err(TestCaseError::fail)?;
+        prop_assert_eq!(back.spec(), layout.spec());
+        prop_assert_eq!(back.tensors(), layout.tensors());
+        prop_assert_eq!(back.sections(), layout.sections());
+    }
+
+    #[test]
+    fn wild_numbers_are_laid_out_or_refused(
+        shape in prop::collection::vec(prop_oneof![0u64..5, any::<u64>(), (0u32..64).prop_map(|b| 1 << b)], 0..5),
+        world_size: u32, spares: u32, page in prop::option::of(any::<u32>()), exchange_bytes: u64,
+    ) {
+        let mut spec = spec(vec![block("b", vec![tensor("t", &shape, false)])]);
+        (spec.world_size, spec.spare_pages_per_rank, spec.page_parameters, spec.exchange_bytes) =
+            (world_size % 2000, spares % 20, page.map(|p| p / 1024 * 1024), exchange_bytes >> (world_size % 64));
+        if let Ok(layout) = Layout::new(&spec) {
+            prop_assert!(layout.bytes() >= layout.span() * 14);
+        }
+    }
+}
