@@ -1,0 +1,25 @@
+#!/bin/bash
+# Runs the CUDA device's tests and its benchmark on a machine with a GPU; builds nothing there.
+#
+#   cargo test --release -p ramtorch-cuda --test ops --no-run      (on the machine that builds; prints the binary's path)
+#   worker/cuda/run_tests.sh BINARY [RESULTS_FOLDER] [FILTER...]   (on the machine with the GPU)
+#
+# Writes tests.log and bench.log. Each test has a process of its own, so a fault on the device ends one test and not all.
+# TEST_SECONDS and BENCH_SECONDS limit the two parts; 0 leaves a part out.
+set -u
+binary=$(readlink -f "$1"); shift
+results=${1:-cuda-test-results}; [ $# -gt 0 ] && shift
+mkdir -p "$results"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | tee "$results/gpu.txt"
+status=0
+if [ "${TEST_SECONDS:-300}" != 0 ]; then
+  timeout -k 5 "${TEST_SECONDS:-300}" "$binary" --isolate "$@" >"$results/tests.log" 2>&1
+  status=$?
+  grep -E '^(ok|FAILED)|tests (passed|skipped)' "$results/tests.log"
+  grep -E -B2 -A6 "panicked at" "$results/tests.log" | grep -vE '^ok|RUST_BACKTRACE' | cut -c1-400 | head -80
+fi
+if [ "${BENCH_SECONDS:-120}" != 0 ]; then
+  timeout -k 5 "${BENCH_SECONDS:-120}" "$binary" --bench "$@" >"$results/bench.log" 2>&1
+  cat "$results/bench.log"
+fi
+exit $status

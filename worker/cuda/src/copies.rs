@@ -1,0 +1,199 @@
+//! Between host and device: uploads, parameters in, gradients out, host functions.
+
+use crate::device::{CudaDevice, STAGING_BYTES, index};
+use crate::driver::{Pinned, cu};
+use crate::kernels::{Launch, launch};
+use ramtorch_device::{DevBuf, Device, Dtype, EngineError, Stream};
+use ramtorch_store::{GradientFormat, Store};
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+
+/// A store's mapping, page-locked as a whole: a copy must not cross two registrations.
+pub(crate) struct Registration {
+    store: Arc<Store>,
+}
+
+impl Registration {
+    pub(crate) fn new(store: &Arc<Store>) -> Result<Registration, EngineError> {
+        let flags = cudarc::driver::sys::CU_MEMHOSTREGISTER_PORTABLE | cudarc::driver::sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        cu!(
+            format!("cannot page-lock the {} bytes of segment {}", store.len(), store.name()),
+            cuMemHostRegister_v2(store.base().cast::<c_void>(), store.len(), flags)
+        )?;
+        Ok(Registration { store: store.clone() })
+    }
+
+    pub(crate) fn holds(&self, store: &Arc<Store>) -> bool {
+        self.store.base() == store.base()
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let _ = cu!("segment", cuMemHostUnregister(self.store.base().cast::<c_void>()));
+    }
+}
+
+fn fits(buf: DevBuf, bytes: u64, what: &str) -> Result<(), EngineError> {
+    if bytes <= buf.bytes {
+        Ok(())
+    } else {
+        Err(EngineError::internal(format!("{what}: {bytes} bytes for a buffer of {}", buf.bytes)))
+    }
+}
+
+pub(crate) fn upload(d: &CudaDevice, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError> {
+    fits(dst, data.len() as u64, "upload")?;
+    d.ring.borrow_mut().upload(d.stream(stream), dst.ptr, data)
+}
+
+pub(crate) fn download(d: &CudaDevice, stream: Stream, src: DevBuf, out: &mut [u8]) -> Result<(), EngineError> {
+    fits(src, out.len() as u64, "download")?;
+    if !out.is_empty() {
+        cu!("download", cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast::<c_void>(), src.ptr, out.len(), d.stream(stream).0))?;
+    }
+    // `out` is the caller's again only after this.
+    d.stream(stream).synchronize("download")
+}
+
+/// Grid of kernels that share the GPU with the compute stream's: enough for the bus, no more.
+fn conversion_grid(count: u64) -> Launch {
+    Launch::new((count.div_ceil(256 * 8).clamp(1, 64) as u32, 1, 1), (256, 1))
+}
+
+pub(crate) fn load_parameters(
+    d: &CudaDevice,
+    stream: Stream,
+    dst: DevBuf,
+    store: &Arc<Store>,
+    physical: u32,
+    offset: u64,
+    count: u64,
+) -> Result<(), EngineError> {
+    let page = store.layout().page_range(0);
+    if offset.checked_add(count).is_none_or(|end| end > page.end - page.start) {
+        return Err(EngineError::internal(format!("load of parameters {offset}+{count}, past the end of a page of {}", page.end - page.start)));
+    }
+    fits(dst, count * d.dtype.size(), "load of parameters")?;
+    let pages = store.page_ptrs(physical);
+    let s = d.stream(stream);
+    // SAFETY: offset + count lies inside the page, in both of its arrays.
+    let (hi, lo) = unsafe { (pages.hi.add(offset as usize), pages.lo.add(offset as usize)) };
+    if d.dtype == Dtype::Bf16 {
+        if count > 0 {
+            cu!("weights", cuMemcpyHtoDAsync_v2(dst.ptr, hi.cast::<c_void>(), count as usize * 2, s.0))?;
+        }
+        return Ok(());
+    }
+    let staging = d.staging(stream)?;
+    let function = d.kernels.get("join_master")?;
+    let piece = STAGING_BYTES / 4; // parameters: both halves
+    let mut done = 0u64;
+    while done < count {
+        let n = piece.min(count - done);
+        let (hi_at, lo_at) = (staging, staging + 2 * piece);
+        // SAFETY: as above.
+        let (hi, lo) = unsafe { (hi.add(done as usize), lo.add(done as usize)) };
+        cu!("weights", cuMemcpyHtoDAsync_v2(hi_at, hi.cast::<c_void>(), n as usize * 2, s.0))?;
+        cu!("weights", cuMemcpyHtoDAsync_v2(lo_at, lo.cast::<c_void>(), n as usize * 2, s.0))?;
+        let out = dst.ptr + done * 4;
+        launch!(function, conversion_grid(n), s, "join_master"; hi_at, lo_at, out, n)?;
+        done += n;
+    }
+    Ok(())
+}
+
+pub(crate) fn store_gradients(
+    d: &CudaDevice,
+    stream: Stream,
+    src: DevBuf,
+    store: &Arc<Store>,
+    start: u64,
+    count: u64,
+    accumulate: bool,
+) -> Result<(), EngineError> {
+    if start.checked_add(count).is_none_or(|end| end > store.layout().span()) {
+        return Err(EngineError::internal(format!("gradients {start}+{count}, past the end of the store's {}", store.layout().span())));
+    }
+    fits(src, count * 4, "gradients")?;
+    let (size, kernel) = match store.layout().spec().gradients {
+        GradientFormat::None => return Err(EngineError::internal("the store keeps no gradients")),
+        GradientFormat::F32 => (4, "stage_gradient_f32"),
+        GradientFormat::Bf16 => (2, "stage_gradient_bf16"),
+    };
+    let s = d.stream(stream);
+    if count == 0 {
+        return Ok(());
+    }
+    let host = store.gradient_ptr(start);
+    if size == 4 && !accumulate {
+        return cu!("gradients", cuMemcpyDtoHAsync_v2(host.cast::<c_void>(), src.ptr, count as usize * 4, s.0));
+    }
+    let staging = d.staging(stream)?;
+    let piece = STAGING_BYTES / size;
+    let mut done = 0u64;
+    while done < count {
+        let n = piece.min(count - done);
+        // SAFETY: start + done + n lies inside the gradient array.
+        let at = unsafe { host.add((done * size) as usize) }.cast::<c_void>();
+        let (bytes, gradient, adding) = ((n * size) as usize, src.ptr + done * 4, accumulate as i32);
+        if accumulate {
+            cu!("gradients", cuMemcpyHtoDAsync_v2(staging, at, bytes, s.0))?;
+        }
+        let aligned = gradient.is_multiple_of(16) && n.is_multiple_of(8);
+        let function = d.kernels.get(&format!("{kernel}_{}", if aligned { 'v' } else { 's' }))?;
+        launch!(function, conversion_grid(n), s, kernel; gradient, staging, n, adding)?;
+        cu!("gradients", cuMemcpyDtoHAsync_v2(at, staging, bytes, s.0))?;
+        done += n;
+    }
+    Ok(())
+}
+
+/// What a host function needs when its turn comes.
+struct HostCall {
+    f: Box<dyn FnOnce(&[f32]) + Send>,
+    data: *const f32,
+    len: usize,
+    failure: Arc<Mutex<Option<String>>>,
+}
+
+/// Called by the driver, on a thread of its own, in stream order. Makes no CUDA calls.
+unsafe extern "C" fn host_call(argument: *mut c_void) {
+    // SAFETY: made by `host_reduce` with Box::into_raw, passed to one call.
+    let call = *unsafe { Box::from_raw(argument.cast::<HostCall>()) };
+    // SAFETY: page-locked memory of the stream, filled by the copy before this call and not reused before it returns.
+    let values = unsafe { std::slice::from_raw_parts(call.data, call.len) };
+    // A panic must not cross into the driver.
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (call.f)(values))) {
+        let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
+        if let Ok(mut f) = call.failure.lock() {
+            f.get_or_insert(text.unwrap_or_else(|| "panic".to_owned()));
+        }
+    }
+}
+
+/// One staging buffer a stream is enough: the stream's order keeps the next copy behind this host function.
+pub(crate) fn host_reduce(d: &CudaDevice, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
+    let s = d.stream(stream);
+    let bytes = src.bytes as usize / 4 * 4;
+    let mut slot = d.host_staging[index(stream)].borrow_mut();
+    if slot.as_ref().is_none_or(|p| p.bytes < bytes) {
+        d.synchronize(stream)?; // the old one is in use until then
+        *slot = None;
+        *slot = Some(Pinned::new(bytes.max(1 << 20).next_power_of_two(), "host staging")?);
+    }
+    let Some(staging) = slot.as_ref() else {
+        return Err(EngineError::internal("no host staging"));
+    };
+    if bytes > 0 {
+        cu!("host_reduce", cuMemcpyDtoHAsync_v2(staging.ptr.cast::<c_void>(), src.ptr, bytes, s.0))?;
+    }
+    let call = Box::into_raw(Box::new(HostCall { f, data: staging.ptr.cast(), len: bytes / 4, failure: d.host_failure.clone() }));
+    let enqueued = cu!("host_reduce", cuLaunchHostFunc(s.0, Some(host_call), call.cast::<c_void>()));
+    if enqueued.is_err() {
+        // SAFETY: the driver did not take it.
+        drop(unsafe { Box::from_raw(call) });
+    }
+    enqueued
+}

@@ -1,0 +1,216 @@
+//! Thin checked layer over the driver's functions: errors with names, owners that free what they made.
+//!
+//! Every owner's `Drop` ignores errors and never panics. The context must be current on the thread that drops: the
+//! device sees to it.
+
+use cudarc::driver::sys;
+use ramtorch_device::{EngineError, ErrorKind};
+use std::ffi::{CStr, CString, c_void};
+
+/// Calls a driver function and names the operation in its error.
+macro_rules! cu {
+    ($what:expr, $f:ident($($a:expr),* $(,)?)) => {
+        // SAFETY: the arguments follow the function's contract: pointers to live locals, handles owned by this crate, device
+        // addresses inside allocations of this device.
+        $crate::driver::check(unsafe { cudarc::driver::sys::$f($($a),*) }, || format!("{}: {}", $what, stringify!($f)))
+    };
+}
+pub(crate) use cu;
+
+/// Turns a status of the driver into an error that names it.
+pub(crate) fn check(status: sys::CUresult, what: impl FnOnce() -> String) -> Result<(), EngineError> {
+    if status == sys::CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let kind = match status {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY | sys::CUresult::CUDA_ERROR_NO_DEVICE => ErrorKind::Resources,
+        _ => ErrorKind::Internal,
+    };
+    let mut text = std::ptr::null();
+    // SAFETY: `text` receives a pointer to a static string, or stays null.
+    let known = unsafe { sys::cuGetErrorString(status, &mut text) } == sys::CUresult::CUDA_SUCCESS && !text.is_null();
+    let meaning = if known {
+        // SAFETY: a static string of the driver, terminated.
+        format!(" ({})", unsafe { CStr::from_ptr(text) }.to_string_lossy())
+    } else {
+        String::new()
+    };
+    Err(EngineError::new(kind, format!("{}: {status:?}{meaning}", what())))
+}
+
+/// The primary context of a device, retained.
+pub(crate) struct Context {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+}
+
+// SAFETY: contexts may be used from any thread, once made current there.
+unsafe impl Send for Context {}
+
+impl Context {
+    pub(crate) fn open(ordinal: u32) -> Result<Context, EngineError> {
+        let what = format!("cuda:{ordinal}");
+        let (mut device, mut context) = (0, std::ptr::null_mut());
+        cu!(what, cuInit(0))?;
+        cu!(what, cuDeviceGet(&mut device, ordinal as i32))?;
+        cu!(what, cuDevicePrimaryCtxRetain(&mut context, device))?;
+        let c = Context { device, context };
+        c.enter()?;
+        Ok(c)
+    }
+
+    /// Makes the context current on this thread.
+    pub(crate) fn enter(&self) -> Result<(), EngineError> {
+        cu!("cuda", cuCtxSetCurrent(self.context))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        let _ = cu!("cuda", cuDevicePrimaryCtxRelease_v2(self.device));
+    }
+}
+
+/// Device memory.
+pub(crate) struct Memory {
+    pub(crate) ptr: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Memory {
+    pub(crate) fn new(bytes: u64, what: &str) -> Result<Memory, EngineError> {
+        let mut ptr = 0;
+        cu!(format!("{what} ({bytes} bytes)"), cuMemAlloc_v2(&mut ptr, bytes as usize))?;
+        Ok(Memory { ptr, bytes })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = cu!("memory", cuMemFree_v2(self.ptr));
+    }
+}
+
+/// Page-locked host memory.
+pub(crate) struct Pinned {
+    pub(crate) ptr: *mut u8,
+    pub(crate) bytes: usize,
+}
+
+// SAFETY: owned memory; whoever holds the value decides who reads and writes.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    pub(crate) fn new(bytes: usize, what: &str) -> Result<Pinned, EngineError> {
+        let mut ptr: *mut c_void = std::ptr::null_mut();
+        cu!(format!("{what} ({bytes} bytes of page-locked memory)"), cuMemHostAlloc(&mut ptr, bytes, sys::CU_MEMHOSTALLOC_PORTABLE))?;
+        Ok(Pinned { ptr: ptr.cast(), bytes })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = cu!("memory", cuMemFreeHost(self.ptr.cast()));
+    }
+}
+
+/// A stream that does not wait for the default stream.
+pub(crate) struct RawStream(pub(crate) sys::CUstream);
+
+// SAFETY: streams may be used from any thread.
+unsafe impl Send for RawStream {}
+
+impl RawStream {
+    /// `urgent` streams' kernels are scheduled first.
+    pub(crate) fn new(urgent: bool) -> Result<RawStream, EngineError> {
+        let (mut least, mut greatest) = (0, 0);
+        cu!("stream", cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
+        let (mut stream, priority) = (std::ptr::null_mut(), if urgent { greatest } else { least });
+        cu!("stream", cuStreamCreateWithPriority(&mut stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32, priority))?;
+        Ok(RawStream(stream))
+    }
+
+    pub(crate) fn synchronize(&self, what: &str) -> Result<(), EngineError> {
+        cu!(what, cuStreamSynchronize(self.0))
+    }
+}
+
+impl Drop for RawStream {
+    fn drop(&mut self) {
+        let _ = cu!("stream", cuStreamDestroy_v2(self.0));
+    }
+}
+
+/// An event.
+pub(crate) struct RawEvent(pub(crate) sys::CUevent);
+
+// SAFETY: events may be used from any thread.
+unsafe impl Send for RawEvent {}
+
+impl RawEvent {
+    /// For order alone, without a clock: recording costs nearly nothing.
+    pub(crate) fn new() -> Result<RawEvent, EngineError> {
+        let mut event = std::ptr::null_mut();
+        cu!("event", cuEventCreate(&mut event, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32))?;
+        Ok(RawEvent(event))
+    }
+    pub(crate) fn record(&self, stream: &RawStream) -> Result<(), EngineError> {
+        cu!("event", cuEventRecord(self.0, stream.0))
+    }
+    pub(crate) fn synchronize(&self) -> Result<(), EngineError> {
+        cu!("event", cuEventSynchronize(self.0))
+    }
+    /// Whether the work before the last recording is done.
+    pub(crate) fn done(&self) -> bool {
+        // SAFETY: the event is alive; the answer is a status.
+        unsafe { sys::cuEventQuery(self.0) == sys::CUresult::CUDA_SUCCESS }
+    }
+}
+
+impl Drop for RawEvent {
+    fn drop(&mut self) {
+        let _ = cu!("event", cuEventDestroy_v2(self.0));
+    }
+}
+
+/// Loaded machine code.
+pub(crate) struct Module(sys::CUmodule);
+
+// SAFETY: modules may be used from any thread.
+unsafe impl Send for Module {}
+
+/// A kernel of a module that lives as long as the device.
+#[derive(Clone, Copy)]
+pub(crate) struct Function(pub(crate) sys::CUfunction);
+
+// SAFETY: functions may be used from any thread.
+unsafe impl Send for Function {}
+
+impl Module {
+    pub(crate) fn load(cubin: &[u8], what: &str) -> Result<Module, EngineError> {
+        let mut module = std::ptr::null_mut();
+        cu!(what, cuModuleLoadData(&mut module, cubin.as_ptr().cast()))?;
+        Ok(Module(module))
+    }
+
+    pub(crate) fn function(&self, name: &str) -> Result<Function, EngineError> {
+        let symbol = CString::new(name).map_err(EngineError::internal)?;
+        let mut function = std::ptr::null_mut();
+        cu!(name, cuModuleGetFunction(&mut function, self.0, symbol.as_ptr()))?;
+        Ok(Function(function))
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _ = cu!("module", cuModuleUnload(self.0));
+    }
+}
+
+impl Function {
+    /// Allows `bytes` of dynamic shared memory.
+    pub(crate) fn allow_shared(&self, bytes: u32) -> Result<(), EngineError> {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        cu!("kernel", cuFuncSetAttribute(self.0, attribute, bytes as i32))
+    }
+}
