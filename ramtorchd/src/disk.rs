@@ -1,0 +1,254 @@
+//! The thread that writes jobs to disk, so that a slow disk never holds up the state task.
+//!
+//! What waits to be written is merged: of a record only its newest state, of metrics all lines up to a limit. So the
+//! memory that waiting takes is bounded, however slow the disk.
+
+use crate::supervisor::record::Record;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lines of metrics that may wait, of one job.
+const LINES_MAX: usize = 100_000;
+
+#[derive(Default)]
+struct Pending {
+    records: BTreeMap<String, Vec<u8>>,
+    lines: HashMap<String, Vec<String>>,
+    deletions: Vec<String>,
+    tidies: HashMap<String, u64>,
+    files: Vec<PathBuf>,
+    busy: bool,
+    closed: bool,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.records.is_empty() && self.lines.is_empty() && self.deletions.is_empty() && self.tidies.is_empty() && self.files.is_empty()
+    }
+}
+
+struct Shared {
+    pending: Mutex<Pending>,
+    changed: Condvar,
+    jobs: PathBuf,
+}
+
+/// Handle of the thread. Dropping it writes what waits, and ends it.
+pub struct Disk {
+    shared: Arc<Shared>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Disk {
+    /// Starts the thread; `jobs` is the folder of all jobs.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn start(jobs: PathBuf) -> std::io::Result<Disk> {
+        let shared = Arc::new(Shared { pending: Mutex::default(), changed: Condvar::new(), jobs });
+        let of_thread = shared.clone();
+        let thread = std::thread::Builder::new().name("disk".into()).spawn(move || work(&of_thread))?;
+        Ok(Disk { shared, thread: Some(thread) })
+    }
+
+    /// Writes a record, soon.
+    pub fn save(&self, record: &Record) {
+        match serde_json::to_vec(record) {
+            Ok(bytes) => self.change(|p| {
+                p.records.insert(record.id.clone(), bytes);
+            }),
+            Err(e) => tracing::error!(job = record.id, "the job's record cannot be encoded: {e}"),
+        }
+    }
+
+    /// Adds a line to a job's metrics, soon.
+    pub fn append(&self, id: &str, line: String) {
+        self.change(|p| {
+            let lines = p.lines.entry(id.to_string()).or_default();
+            // A disk that hangs for so long costs history, not memory.
+            if lines.len() < LINES_MAX {
+                lines.push(line);
+            }
+        });
+    }
+
+    /// Removes a job's folder, soon.
+    pub fn delete(&self, id: &str) {
+        self.change(|p| {
+            p.records.remove(id);
+            p.lines.remove(id);
+            p.deletions.push(id.to_string());
+        });
+    }
+
+    /// Removes the logs of generations before `oldest`, soon.
+    pub fn tidy(&self, id: &str, oldest: u64) {
+        self.change(|p| {
+            p.tidies.insert(id.to_string(), oldest);
+        });
+    }
+
+    /// Removes a file, soon.
+    pub fn remove_file(&self, path: PathBuf) {
+        self.change(|p| p.files.push(path));
+    }
+
+    /// Waits until everything is written, at most `limit`.
+    pub fn flush(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut pending = lock(&self.shared);
+        while pending.busy || !pending.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            pending = self.shared.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn change(&self, f: impl FnOnce(&mut Pending)) {
+        f(&mut lock(&self.shared));
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.change(|p| p.closed = true);
+        // A disk that hangs must not hold up the end of the daemon: the thread is joined only when it is done.
+        if self.flush(Duration::from_secs(5)) {
+            if let Some(thread) = self.thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn lock(shared: &Shared) -> MutexGuard<'_, Pending> {
+    shared.pending.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn work(shared: &Shared) {
+    loop {
+        let todo = {
+            let mut pending = lock(shared);
+            pending.busy = false;
+            shared.changed.notify_all();
+            while pending.is_empty() {
+                if pending.closed {
+                    return;
+                }
+                pending = shared.changed.wait(pending).unwrap_or_else(PoisonError::into_inner);
+            }
+            let closed = pending.closed;
+            std::mem::replace(&mut *pending, Pending { busy: true, closed, ..Default::default() })
+        };
+        write(todo, &shared.jobs);
+    }
+}
+
+fn write(todo: Pending, jobs: &Path) {
+    for (id, lines) in todo.lines {
+        let path = jobs.join(&id).join("metrics.jsonl");
+        let text: String = lines.iter().flat_map(|l| [l.as_str(), "\n"]).collect();
+        let open = OpenOptions::new().create(true).append(true).mode(0o640).open(&path);
+        if let Err(e) = open.and_then(|mut f| f.write_all(text.as_bytes())) {
+            tracing::warn!(job = id, "cannot write {}: {e}", path.display());
+        }
+    }
+    for (id, bytes) in todo.records {
+        let dir = jobs.join(&id);
+        if let Err(e) = replace(&dir.join("job.json"), &bytes) {
+            tracing::error!(
+                job = id,
+                "cannot write the job's record in {}: {e}; a restarted daemon would not know its state",
+                dir.display()
+            );
+        }
+    }
+    for (id, oldest) in todo.tidies {
+        tidy_logs(&jobs.join(&id).join("logs"), oldest);
+    }
+    for path in todo.files {
+        let _ = std::fs::remove_file(path);
+    }
+    for id in todo.deletions {
+        if let Err(e) = std::fs::remove_dir_all(jobs.join(&id)) {
+            tracing::warn!(job = id, "cannot remove the folder of a forgotten job: {e}");
+        }
+    }
+}
+
+/// Replaces a file so that a reader, or a machine that starts again, finds the old bytes or the new ones.
+///
+/// # Errors
+/// Those of the file system; the old file is still there then.
+pub fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(dir)?;
+    let first = path.with_extension("tmp");
+    let written = (|| {
+        let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o640).open(&first)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&first, path)?;
+        File::open(dir)?.sync_all()
+    })();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&first);
+    }
+    written
+}
+
+fn tidy_logs(dir: &Path, oldest: u64) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_str().and_then(crate::logs::LogName::parse).is_some_and(|n| n.generation < oldest) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x/job.json");
+        replace(&path, b"one").unwrap();
+        replace(&path, b"two").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn everything_is_written_before_the_handle_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/logs")).unwrap();
+        std::fs::create_dir_all(dir.path().join("b")).unwrap();
+        for name in ["rank-0.g1.log", "rank-0.g9.log", "notes.txt"] {
+            std::fs::write(dir.path().join("a/logs").join(name), "").unwrap();
+        }
+        let disk = Disk::start(dir.path().into()).unwrap();
+        for i in 0..1000 {
+            disk.append("a", format!("line {i}"));
+        }
+        disk.tidy("a", 5);
+        disk.delete("b");
+        drop(disk);
+        let text = std::fs::read_to_string(dir.path().join("a/metrics.jsonl")).unwrap();
+        assert!(text.lines().enumerate().all(|(i, l)| l == format!("line {i}")) && text.lines().count() == 1000);
+        assert!(!dir.path().join("b").exists());
+        let mut left: Vec<_> = std::fs::read_dir(dir.path().join("a/logs")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["notes.txt", "rank-0.g9.log"]);
+    }
+}

@@ -1,0 +1,101 @@
+//! What a daemon does at its start with what an earlier one left behind, before it serves anybody.
+//!
+//! 1. Every job record is read; one that cannot be understood is named and left alone.
+//! 2. Workers of the earlier daemon die with it. Should one still live (it hangs in the kernel), it is ended, known by
+//!    pid, start time and boot; if it cannot be, its device stays out of use.
+//! 3. Segments that belong to an unfinished job, were made in this boot and still exist are kept: the job goes on from
+//!    them. All others in the registry are unlinked.
+//! 4. An unfinished job without its segment is prepared again, and goes on from its newest checkpoint.
+
+use crate::process::{EndError, Identity};
+use crate::supervisor::record::{Record, State, read_history};
+use ramtorch_job::JobSpec;
+use ramtorch_proto::v1 as pb;
+use ramtorch_store::{Registry, StoreError};
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::Duration;
+
+/// All survivors together may take so long to die.
+const SURVIVORS_LIMIT: Duration = Duration::from_secs(5);
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Jobs, oldest first, with the recent metrics of unfinished ones.
+    pub jobs: Vec<(Record, JobSpec, Vec<pb::Metrics>)>,
+    /// Workers that could not be ended, and their devices.
+    pub survivors: Vec<(Identity, String)>,
+}
+
+/// Reads the jobs in `jobs`, ends survivors, and removes segments that nobody needs.
+///
+/// # Errors
+/// The registry cannot be read. What cannot be removed is only logged.
+pub fn recover(jobs: &Path, registry: &Registry, boot_id: &str, history: usize) -> Result<Found, StoreError> {
+    let mut found = Found::default();
+    let listed: HashSet<String> = registry.list()?.into_iter().map(|r| r.name).collect();
+    let mut kept = HashSet::new();
+    for dir in std::fs::read_dir(jobs).into_iter().flatten().flatten().map(|e| e.path()).filter(|p| p.is_dir()) {
+        let record = match Record::read(&dir) {
+            Ok(record) => record,
+            Err(e) => {
+                tracing::warn!("a job is left alone: {e}");
+                continue;
+            }
+        };
+        let spec = match JobSpec::parse(&record.spec_toml, Path::new("/"), "the kept job file") {
+            Ok(spec) => spec,
+            Err(e) => {
+                tracing::warn!(job = record.id, "the job is left alone: {e}");
+                continue;
+            }
+        };
+        found.jobs.push((record, spec, Vec::new()));
+    }
+    found.jobs.sort_by(|a, b| (a.0.created_unix_ms, &a.0.id).cmp(&(b.0.created_unix_ms, &b.0.id)));
+    for (record, _, metrics) in found.jobs.iter_mut() {
+        let ended = record.state != State::Active;
+        *metrics = read_history(&jobs.join(&record.id).join("metrics.jsonl"), if ended { 1 } else { history });
+        if ended {
+            continue;
+        }
+        for worker in std::mem::take(&mut record.workers) {
+            match worker.identity.end(boot_id, SURVIVORS_LIMIT) {
+                Ok(false) => {}
+                Ok(true) => tracing::warn!(job = record.id, pid = worker.identity.pid, "ended a worker that outlived its daemon"),
+                Err(EndError { pid, detail }) => {
+                    tracing::error!(job = record.id, pid, device = worker.device, "a worker outlived its daemon: {detail}");
+                    found.survivors.push((worker.identity, worker.device));
+                }
+            }
+        }
+        let usable = |name: &str, boot: &str| boot == boot_id && listed.contains(name) && exists(name);
+        match &record.segment {
+            Some(s) if usable(&s.name, &s.boot_id) && record.prepared.is_some() && record.plan.is_some() => {
+                tracing::info!(job = record.id, segment = s.name, step = record.step, "the job goes on from its parameter store");
+                kept.insert(s.name.clone());
+            }
+            lost => {
+                if lost.is_some() {
+                    tracing::warn!(job = record.id, "the job's parameter store is gone; it is prepared again, from its newest checkpoint");
+                }
+                record.segment = None;
+                record.prepared = None;
+                record.plan = None;
+            }
+        }
+    }
+    for segment in registry.list()?.iter().filter(|r| kept.contains(&r.name)) {
+        registry.register(&segment.name, &segment.job, segment.generation, segment.bytes)?;
+    }
+    if let Err(e) = registry.sweep(|r| kept.contains(&r.name)) {
+        tracing::warn!("left-over shared memory was not all removed: {e}");
+    }
+    Ok(found)
+}
+
+/// Whether a segment is there. Its name has been checked by the registry.
+fn exists(name: &str) -> bool {
+    Path::new("/dev/shm").join(name.trim_start_matches('/')).exists()
+}

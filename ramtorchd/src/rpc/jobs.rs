@@ -1,0 +1,330 @@
+//! `ramtorch.v1.Jobs`
+
+use super::{Context, MAX_JOB_FILE_BYTES, convert, invalid, oneoff, peer_uid};
+use crate::disk;
+use crate::logs::LogReader;
+use crate::node;
+use crate::supervisor::message::{LogSource, Watching};
+use crate::supervisor::oneoff::OneOffEvent;
+use crate::supervisor::record::{self, Record};
+use crate::supervisor::{Message, Refusal, RefusalKind};
+use ramtorch_job::JobSpec;
+use ramtorch_proto::v1 as pb;
+use ramtorch_proto::v1::jobs_server::Jobs;
+use ramtorch_worker::{EngineError, ErrorKind, EvalResult, Exported, Generated, Inspected, Task};
+use std::time::Duration;
+use tokio::sync::{broadcast, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// Messages of a stream that may wait for its reader.
+const STREAM_BACKLOG: usize = 64;
+/// Time between two looks for new log lines.
+const LOG_INTERVAL: Duration = Duration::from_millis(200);
+
+/// The service.
+pub struct JobsService {
+    context: Context,
+}
+
+impl JobsService {
+    /// The service of this daemon.
+    pub fn new(context: Context) -> JobsService {
+        JobsService { context }
+    }
+
+    async fn create(&self, spec: JobSpec, uid: u32) -> Result<pb::Job, Refusal> {
+        // Durable before it is accepted: a job that was answered for is not forgotten.
+        let jobs = self.context.jobs.clone();
+        let made = spec.clone();
+        let write = tokio::task::spawn_blocking(move || -> std::io::Result<Record> {
+            loop {
+                let record = Record::new(new_id()?, &made, uid, node::unix_ms());
+                let dir = jobs.join(&record.id);
+                match std::fs::create_dir(&dir) {
+                    Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => continue,
+                    other => other?,
+                }
+                let written = disk::replace(&dir.join("job.json"), &serde_json::to_vec(&record)?);
+                if written.is_err() {
+                    let _ = std::fs::remove_dir_all(&dir);
+                }
+                return written.map(|()| record);
+            }
+        });
+        let cannot = |e: String| EngineError::new(ErrorKind::Output, format!("cannot keep the job in the state folder: {e}"));
+        let record = write.await.map_err(|e| cannot(e.to_string()))?.map_err(|e| cannot(e.to_string()))?;
+        let dir = self.context.jobs.join(&record.id);
+        let (record, spec) = (Box::new(record), Box::new(spec));
+        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, reply }).await;
+        if answer.is_err() {
+            let _ = tokio::fs::remove_dir_all(dir).await;
+        }
+        answer
+    }
+}
+
+/// Checks a job file.
+pub(super) fn parse(request: &pb::SubmitRequest) -> Result<JobSpec, Refusal> {
+    if request.job_toml.len() > MAX_JOB_FILE_BYTES {
+        return Err(invalid(format!("the job file has {} bytes; at most {MAX_JOB_FILE_BYTES} are read", request.job_toml.len())));
+    }
+    let base = convert::absolute("base_dir", &request.base_dir)?;
+    let file = if request.file_name.is_empty() { "job file" } else { &request.file_name };
+    JobSpec::parse(&request.job_toml, &base, file).map_err(|e| EngineError::new(ErrorKind::JobFile, e).into())
+}
+
+/// Eight letters and digits, a letter first, none that are easily confused.
+fn new_id() -> std::io::Result<String> {
+    const LETTERS: &[u8] = b"abcdefghjkmnpqrstuvwxyz";
+    const ALL: &[u8] = b"abcdefghjkmnpqrstuvwxyz23456789";
+    let pick = |(i, byte): (usize, u8)| {
+        let set = if i == 0 { LETTERS } else { ALL };
+        char::from(set[usize::from(byte) % set.len()])
+    };
+    Ok(node::random::<8>()?.into_iter().enumerate().map(pick).collect())
+}
+
+#[tonic::async_trait]
+impl Jobs for JobsService {
+    async fn submit(&self, request: Request<pb::SubmitRequest>) -> Result<Response<pb::Job>, Status> {
+        let uid = peer_uid(&request);
+        let request = request.into_inner();
+        let spec = parse(&request)?;
+        if request.dry_run {
+            let name = spec.name.clone();
+            let spec_toml = spec.to_toml();
+            let (prepared, plan) = oneoff::plan(&self.context, spec).await?;
+            return Ok(Response::new(pb::Job {
+                name,
+                spec_toml,
+                uid,
+                steps: prepared.steps,
+                model: prepared.description,
+                world_size: u32::try_from(plan.device_bytes.len()).unwrap_or(u32::MAX),
+                segment_bytes: plan.segment_bytes,
+                plan: Some(record::plan_to_pb(&plan)),
+                message: "planned only: nothing was submitted".into(),
+                ..Default::default()
+            }));
+        }
+        Ok(Response::new(self.create(spec, uid).await?))
+    }
+
+    async fn get(&self, request: Request<pb::GetJobRequest>) -> Result<Response<pb::Job>, Status> {
+        let id = request.into_inner().id;
+        Ok(Response::new(self.context.handle.ask(|reply| Message::Get { id, reply }).await?))
+    }
+
+    async fn list(&self, request: Request<pb::ListJobsRequest>) -> Result<Response<pb::ListJobsResponse>, Status> {
+        let all = request.into_inner().all;
+        let jobs = self.context.handle.ask(|reply| Message::List { all, reply }).await?;
+        Ok(Response::new(pb::ListJobsResponse { jobs }))
+    }
+
+    type WatchStream = ReceiverStream<Result<pb::WatchEvent, Status>>;
+    async fn watch(&self, request: Request<pb::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let pb::WatchRequest { id, history } = request.into_inner();
+        let history = history as usize;
+        let mut watching = self.context.handle.ask(|reply| Message::Watch { id, history, reply }).await?;
+        if let Some(path) = watching.history_file.take() {
+            let read = tokio::task::spawn_blocking(move || record::read_history(&path, history));
+            let on_disk = read.await.map_err(|e| Status::internal(e.to_string()))?;
+            if on_disk.len() > watching.history.len() {
+                watching.history = on_disk;
+            }
+        }
+        let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
+        tokio::spawn(serve_watcher(watching, tx));
+        Ok(Response::new(ReceiverStream::new(rx)))
+    }
+
+    async fn cancel(&self, request: Request<pb::CancelRequest>) -> Result<Response<pb::Job>, Status> {
+        let id = request.into_inner().id;
+        Ok(Response::new(self.context.handle.ask(|reply| Message::Cancel { id, reply }).await?))
+    }
+
+    async fn checkpoint(&self, request: Request<pb::CheckpointRequest>) -> Result<Response<pb::CheckpointResponse>, Status> {
+        let id = request.into_inner().id;
+        Ok(Response::new(self.context.handle.ask(|reply| Message::Checkpoint { id, reply }).await?))
+    }
+
+    type LogsStream = ReceiverStream<Result<pb::LogChunk, Status>>;
+    async fn logs(&self, request: Request<pb::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        let pb::LogsRequest { id, rank, follow, tail_lines } = request.into_inner();
+        let source = self.context.handle.ask(|reply| Message::Logs { id, reply }).await?;
+        let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
+        tokio::spawn(serve_logs(source, rank, follow, tail_lines, tx));
+        Ok(Response::new(ReceiverStream::new(rx)))
+    }
+
+    type GenerateStream = ReceiverStream<Result<pb::GenerateEvent, Status>>;
+    async fn generate(&self, request: Request<pb::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let mut request = request.into_inner();
+        let model = request.model.take();
+        let work = convert::generate(&request)?;
+        let source = convert::source(&self.context.handle, model).await?;
+        let events = oneoff::start(&self.context, Task::Generate { source, request: work }, true).await?;
+        let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
+        tokio::spawn(serve_text(events, tx));
+        Ok(Response::new(ReceiverStream::new(rx)))
+    }
+
+    async fn eval(&self, request: Request<pb::EvalRequest>) -> Result<Response<pb::EvalResponse>, Status> {
+        let mut request = request.into_inner();
+        let model = request.model.take();
+        let work = convert::eval(&request, self.context.cache.clone())?;
+        let source = convert::source(&self.context.handle, model).await?;
+        let r: EvalResult = oneoff::result(&self.context, Task::Eval { source, request: work }, true).await?;
+        Ok(Response::new(pb::EvalResponse { loss: r.loss, perplexity: r.perplexity, tokens: r.tokens, seconds: r.seconds }))
+    }
+
+    async fn export(&self, request: Request<pb::ExportRequest>) -> Result<Response<pb::ExportResponse>, Status> {
+        let request = request.into_inner();
+        let (path, dtype) = (convert::absolute("path", &request.path)?, convert::precision(&request.dtype)?);
+        let source = convert::source(&self.context.handle, request.model).await?;
+        let task = Task::Export { source, path, dtype, overwrite: request.overwrite };
+        let r: Exported = oneoff::result(&self.context, task, false).await?;
+        Ok(Response::new(pb::ExportResponse { path: r.path.to_string_lossy().into_owned(), step: r.step, bytes: r.bytes }))
+    }
+
+    async fn inspect(&self, request: Request<pb::InspectRequest>) -> Result<Response<pb::InspectResponse>, Status> {
+        let request = request.into_inner();
+        let values = convert::values(request.values)?;
+        let source = convert::source(&self.context.handle, request.model).await?;
+        let task = Task::Inspect { source, names: request.names, values };
+        let r: Inspected = oneoff::result(&self.context, task, false).await?;
+        let tensors = r.tensors.into_iter().map(convert::tensor).collect();
+        Ok(Response::new(pb::InspectResponse { step: r.step, tensors }))
+    }
+}
+
+/// The past, then the future, until the job ends, the reader leaves, or he is too slow.
+async fn serve_watcher(watching: Watching, tx: mpsc::Sender<Result<pb::WatchEvent, Status>>) {
+    use pb::watch_event::Event;
+    let past = std::iter::once(Event::Job(watching.job)).chain(watching.history.into_iter().map(Event::Metrics));
+    for event in past {
+        if tx.send(Ok(pb::WatchEvent { event: Some(event) })).await.is_err() {
+            return;
+        }
+    }
+    let Some(mut events) = watching.events else { return };
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            () = tx.closed() => return,
+        };
+        let message = match event {
+            Ok(event) => Ok(pb::WatchEvent::clone(&event)),
+            Err(broadcast::error::RecvError::Closed) => return,
+            Err(broadcast::error::RecvError::Lagged(n)) => {
+                let text = format!("this watcher is {n} events behind and was dropped; watch again to go on with the job as it is now");
+                let _ = tx.send(Err(Refusal::new(RefusalKind::Busy, text).into())).await;
+                return;
+            }
+        };
+        if tx.send(message).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn serve_logs(source: LogSource, rank: Option<u32>, follow: bool, tail: u32, tx: mpsc::Sender<Result<pb::LogChunk, Status>>) {
+    let LogSource { dir, mut ended } = source;
+    let mut reader = LogReader::new(dir, rank);
+    let mut first = true;
+    loop {
+        // Looked at before reading: what is written until the end is then surely read.
+        let over = *ended.borrow();
+        let read = tokio::task::spawn_blocking(move || {
+            if first {
+                reader.skip_to_tail(tail);
+            }
+            let chunks = reader.read();
+            (reader, chunks)
+        });
+        let Ok((back, chunks)) = read.await else { return };
+        (reader, first) = (back, false);
+        let idle = chunks.is_empty();
+        for chunk in chunks {
+            if tx.send(Ok(chunk)).await.is_err() {
+                return;
+            }
+        }
+        if !idle {
+            continue;
+        }
+        if over || !follow {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOG_INTERVAL) => {}
+            _ = ended.changed() => {}
+            () = tx.closed() => return,
+        }
+    }
+}
+
+async fn serve_text(mut events: mpsc::UnboundedReceiver<OneOffEvent>, tx: mpsc::Sender<Result<pb::GenerateEvent, Status>>) {
+    use pb::generate_event::Event;
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            // Nobody reads any more: dropping `events` ends the work.
+            () = tx.closed() => return,
+        };
+        let (message, last) = match event {
+            Some(OneOffEvent::Token(text)) => (Ok(Event::Token(text)), false),
+            Some(OneOffEvent::Done(result)) => {
+                let done = oneoff::decode::<Generated>(result).map(|g| {
+                    let Generated { texts, prompt_tokens, new_tokens, seconds } = g;
+                    Event::Done(pb::GenerateDone { texts, prompt_tokens, new_tokens, seconds })
+                });
+                (done.map_err(Status::from), true)
+            }
+            None => (Err(Refusal::new(RefusalKind::Stopping, "the daemon stopped before the work was done").into()), true),
+        };
+        let message = message.map(|event| pb::GenerateEvent { event: Some(event) });
+        if tx.send(message).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_short_and_start_with_a_letter() {
+        let ids: std::collections::HashSet<String> = (0..200).map(|_| new_id().unwrap()).collect();
+        assert_eq!(ids.len(), 200);
+        assert!(ids.iter().all(|id| id.len() == 8 && id.starts_with(|c: char| c.is_ascii_lowercase())));
+    }
+
+    #[test]
+    fn job_files_are_checked_before_anything_else() {
+        let request = |toml: &str, base: &str| pb::SubmitRequest { job_toml: toml.into(), base_dir: base.into(), ..Default::default() };
+        let error = |r: &pb::SubmitRequest| Status::from(parse(r).unwrap_err());
+        assert_eq!(error(&request("nonsense = 1", "/")).code(), tonic::Code::InvalidArgument);
+        assert!(error(&request("nonsense = 1", "/")).message().contains("nonsense"));
+        assert!(error(&request("", "relative")).message().contains("absolute"));
+        assert!(error(&request(&"#".repeat(MAX_JOB_FILE_BYTES + 1), "/")).message().contains("bytes"));
+    }
+
+    #[tokio::test]
+    async fn a_watcher_that_is_too_slow_is_told_so_and_dropped() {
+        let (events, receiver) = broadcast::channel(4);
+        for step in 0..100u64 {
+            let metrics = pb::Metrics { step, ..Default::default() };
+            events.send(std::sync::Arc::new(pb::WatchEvent { event: Some(pb::watch_event::Event::Metrics(metrics)) })).unwrap();
+        }
+        let watching = Watching { job: Default::default(), history: vec![], history_file: None, events: Some(receiver) };
+        let (tx, mut rx) = mpsc::channel(STREAM_BACKLOG);
+        serve_watcher(watching, tx).await;
+        assert!(rx.recv().await.unwrap().is_ok(), "the job comes first");
+        let status = rx.recv().await.unwrap().unwrap_err();
+        assert!(status.message().contains("96 events behind"), "{}", status.message());
+        assert!(rx.recv().await.is_none());
+    }
+}

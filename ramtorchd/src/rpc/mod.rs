@@ -1,0 +1,106 @@
+//! The gRPC services. They check what comes in, ask the state task, and turn its answers into messages; no state lives
+//! here.
+
+mod convert;
+mod jobs;
+mod node;
+mod oneoff;
+mod worker;
+
+pub use jobs::JobsService;
+pub use node::NodeService;
+pub use worker::WorkerService;
+
+use crate::supervisor::outside::Engine;
+use crate::supervisor::{Handle, Refusal, RefusalKind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tonic::transport::server::UdsConnectInfo;
+use tonic::{Code, Request, Status};
+
+/// Largest message from a client, in bytes; the largest are job files.
+pub const MAX_REQUEST_BYTES: usize = 16 << 20;
+/// Largest job file, in bytes.
+pub const MAX_JOB_FILE_BYTES: usize = 1 << 20;
+/// Largest message between daemon and worker, in bytes; the largest are plans of very large models.
+pub const MAX_WORKER_BYTES: usize = 256 << 20;
+
+/// What the services need to know of their daemon.
+#[derive(Clone)]
+pub struct Context {
+    /// Way to the state task.
+    pub handle: Handle,
+    /// For plans outside jobs.
+    pub engine: Arc<dyn Engine>,
+    /// Folder of all jobs.
+    pub jobs: PathBuf,
+    /// Folder of token caches.
+    pub cache: PathBuf,
+    /// State folder.
+    pub state_dir: PathBuf,
+    /// Start of the daemon, milliseconds since 1970.
+    pub started_unix_ms: i64,
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Status {
+        use ramtorch_client::exit;
+        use ramtorch_worker::ErrorKind;
+        let (code, exit) = match refusal.kind {
+            RefusalKind::NotFound => (Code::NotFound, exit::NOT_FOUND),
+            RefusalKind::State => (Code::FailedPrecondition, exit::USAGE),
+            RefusalKind::Invalid => (Code::InvalidArgument, exit::USAGE),
+            RefusalKind::Stopping => (Code::Unavailable, exit::UNREACHABLE),
+            RefusalKind::Denied => (Code::PermissionDenied, exit::UNREACHABLE),
+            RefusalKind::Busy => (Code::ResourceExhausted, exit::RESOURCES),
+            RefusalKind::Engine(kind) => {
+                let code = match kind {
+                    ErrorKind::JobFile => Code::InvalidArgument,
+                    ErrorKind::Input | ErrorKind::Output => Code::FailedPrecondition,
+                    ErrorKind::Resources => Code::ResourceExhausted,
+                    ErrorKind::Internal => Code::Internal,
+                };
+                (code, kind.exit_code())
+            }
+        };
+        let mut status = Status::new(code, refusal.message);
+        status.metadata_mut().insert(ramtorch_client::EXIT_CODE_METADATA, u32::from(exit).into());
+        status
+    }
+}
+
+/// A request that makes no sense.
+fn invalid(message: impl Into<String>) -> Refusal {
+    Refusal::new(RefusalKind::Invalid, message)
+}
+
+/// Who calls, as the kernel says; the daemon's own user where it does not say.
+fn peer_uid<T>(request: &Request<T>) -> u32 {
+    let cred = request.extensions().get::<UdsConnectInfo>().and_then(|i| i.peer_cred);
+    cred.map_or_else(|| nix::unistd::geteuid().as_raw(), |c| c.uid())
+}
+
+/// Which process calls, as the kernel says.
+fn peer_pid<T>(request: &Request<T>) -> Option<i32> {
+    request.extensions().get::<UdsConnectInfo>().and_then(|i| i.peer_cred).and_then(|c| c.pid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_carries_its_exit_code() {
+        use ramtorch_worker::ErrorKind;
+        let exit = |kind| {
+            let status = Status::from(Refusal::new(kind, "why"));
+            assert_ne!(status.code(), Code::Ok);
+            assert_eq!(status.message(), "why");
+            status.metadata().get(ramtorch_client::EXIT_CODE_METADATA).unwrap().to_str().unwrap().to_string()
+        };
+        assert_eq!(exit(RefusalKind::NotFound), "102");
+        assert_eq!(exit(RefusalKind::Engine(ErrorKind::Input)), "11");
+        assert_eq!(exit(RefusalKind::Engine(ErrorKind::Output)), "13");
+        assert_eq!(exit(RefusalKind::Stopping), "14");
+    }
+}

@@ -1,0 +1,438 @@
+//! The gang of a job: started, heard, failed, ended.
+
+use super::Supervisor;
+use super::job::{End, Phase, Rank, Stop};
+use super::message::{Commands, JobKey, Refusal, RefusalKind};
+use super::proc::{Cause, Outcome, Proc, Role};
+use super::record::{State, WorkerRecord, history_line, push_history};
+use crate::process::{Identity, ProcKey};
+use ramtorch_proto::v1 as pb;
+use ramtorch_proto::v1::worker_report::Report;
+use ramtorch_worker::{EngineError, ErrorKind, Level, Task, TrainOutcome};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Generations whose logs are kept.
+const LOG_GENERATIONS: u64 = 8;
+/// Progress is told to watchers at most this often.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+
+impl Supervisor {
+    /// Books a worker process and has it started.
+    pub(super) fn spawn(
+        &mut self,
+        role: Role,
+        assignment: ramtorch_worker::Assignment,
+        device: Option<usize>,
+        log: PathBuf,
+        now: Instant,
+    ) -> Result<ProcKey, EngineError> {
+        let token = self.out.token().map_err(|e| EngineError::internal(format!("the kernel gives no random numbers: {e}")))?;
+        let json = serde_json::to_string(&assignment).map_err(|e| EngineError::internal(format!("cannot encode an assignment: {e}")))?;
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let message = pb::Assignment {
+            job_id: assignment.job_id,
+            rank: number(assignment.rank),
+            world_size: number(assignment.world_size),
+            generation: assignment.generation,
+            json,
+        };
+        let key = ProcKey(self.fresh());
+        let mut proc = Proc::new(key, role, token.clone(), message, log.clone(), now);
+        proc.device = device;
+        proc.device_name = assignment.device.to_string();
+        self.procs.insert(key, proc);
+        self.tokens.insert(token.clone(), key);
+        self.out.spawn(key, &token, log);
+        Ok(key)
+    }
+
+    /// A new gang on the job's segment.
+    pub(super) fn start_gang(&mut self, key: JobKey, now: Instant) {
+        let devices = self.gang_devices(key);
+        let started = self.out.unix_ms();
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let (Some(prepared), Some(plan), Some(segment)) = (&job.record.prepared, &job.record.plan, &job.record.segment) else {
+            return self.fail(key, EngineError::internal("the job's record is incomplete: no plan or no segment"), now);
+        };
+        job.record.generation += 1;
+        let (id, generation) = (job.record.id.clone(), job.record.generation);
+        let task = Task::Train {
+            spec: job.spec.clone(),
+            prepared: Box::new(prepared.clone()),
+            plan: Box::new(plan.clone()),
+            segment: segment.name.clone(),
+        };
+        job.record.workers.clear();
+        job.ranks.clear();
+        if job.record.started_unix_ms == 0 {
+            job.record.started_unix_ms = started;
+        }
+        let leases = job.leases.clone();
+        let world_size = devices.len();
+        for (rank, device) in devices.into_iter().enumerate() {
+            let assignment = ramtorch_worker::Assignment { job_id: id.clone(), generation, rank, world_size, device, task: task.clone() };
+            let log = self.out.log_dir(&id).join(format!("rank-{rank}.g{generation}.log"));
+            match self.spawn(Role::Rank { job: key, rank }, assignment, leases.get(rank).copied(), log, now) {
+                Ok(proc) => self.jobs.entry(key).and_modify(|j| j.ranks.push(Rank { key: proc, outcome: None })),
+                // The ranks that were started find nobody to work with and are ended like any failed gang.
+                Err(e) => return self.fail_gang(key, e, now),
+            };
+        }
+        if generation > LOG_GENERATIONS {
+            self.out.tidy_logs(&id, generation - LOG_GENERATIONS + 1);
+        }
+        self.enter(key, Phase::Starting, "starts its workers".into());
+    }
+
+    fn fail_gang(&mut self, key: JobKey, e: EngineError, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        if job.ranks.is_empty() {
+            return self.fail(key, e, now);
+        }
+        job.phase = Phase::Starting;
+        let rank = job.ranks.len();
+        self.sign(key, rank, Cause { at: now, kind: e.kind, text: e.message, tail: String::new() }, now);
+    }
+
+    pub(super) fn started(&mut self, key: ProcKey, identity: Identity) {
+        let Some(proc) = self.procs.get_mut(&key) else { return };
+        proc.identity = Some(identity.clone());
+        let record = WorkerRecord { identity, device: proc.device_name.clone() };
+        if let Role::Rank { job, .. } | Role::Prepare { job } = proc.role {
+            if let Some(job) = self.jobs.get_mut(&job) {
+                job.record.workers.push(record);
+                self.out.save(&job.record);
+            }
+        }
+    }
+
+    pub(super) fn register(
+        &mut self,
+        token: &str,
+        pid: i32,
+        start_ticks: u64,
+        peer_pid: Option<i32>,
+        now: Instant,
+    ) -> Result<pb::Assignment, Refusal> {
+        let denied = |why: &str| Refusal::new(RefusalKind::Denied, why);
+        let proc =
+            self.tokens.get(token).and_then(|k| self.procs.get_mut(k)).ok_or_else(|| denied("nobody with this token was started"))?;
+        if proc.registered {
+            return Err(denied("this worker has registered before"));
+        }
+        if peer_pid.is_some_and(|peer| peer != pid) {
+            return Err(denied("the caller is not the process that it says it is"));
+        }
+        // The spawner's word may come a moment later than the worker's first call.
+        if let Some(known) = &proc.identity {
+            if known.pid != pid || (known.start_ticks != 0 && start_ticks != 0 && known.start_ticks != start_ticks) {
+                return Err(denied("the caller is not the process that was started"));
+            }
+        }
+        proc.registered = true;
+        proc.heard(now, self.out.unix_ms());
+        Ok(proc.assignment.clone())
+    }
+
+    pub(super) fn opened(&mut self, token: &str, commands: Commands, now: Instant) -> Result<ProcKey, Refusal> {
+        let denied = |why: &str| Refusal::new(RefusalKind::Denied, why);
+        let known = self.tokens.get(token).and_then(|k| self.procs.get_mut(k)).filter(|p| p.registered);
+        let proc = known.ok_or_else(|| denied("register first"))?;
+        if proc.commands.is_some() || proc.was_closed() {
+            return Err(denied("this worker has a control stream already"));
+        }
+        proc.heard(now, self.out.unix_ms());
+        proc.commands = Some(commands);
+        let (key, role, ending) = (proc.key, proc.role, proc.is_ending());
+        // Told to stop while it was starting: it may hear that at last.
+        if let Role::Rank { job, .. } = role {
+            if self.jobs.get(&job).is_some_and(|j| j.stop.is_some()) && ending {
+                self.command(key, stop_command(false));
+            }
+        }
+        Ok(key)
+    }
+
+    /// Sends a command; a worker that does not read has other problems, which its heartbeat shows.
+    pub(super) fn command(&mut self, key: ProcKey, command: pb::command::Command) -> bool {
+        let commands = self.procs.get(&key).and_then(|p| p.commands.as_ref());
+        commands.is_some_and(|c| c.try_send(Ok(pb::Command { command: Some(command) })).is_ok())
+    }
+
+    pub(super) fn report(&mut self, key: ProcKey, report: Report, now: Instant) {
+        let unix_ms = self.out.unix_ms();
+        let Some(proc) = self.procs.get_mut(&key) else { return };
+        let role = proc.role;
+        // Everything that a worker says is a sign of life, its heartbeat only the most regular one.
+        proc.heard(now, unix_ms);
+        match report {
+            Report::Heartbeat(h) => {
+                proc.step = h.step;
+                proc.phase = h.phase;
+                if let Role::Rank { job, .. } = role {
+                    self.look_at_phases(job);
+                }
+            }
+            Report::Result(result) => {
+                let failed = !result.ok;
+                proc.finish(result, now);
+                let cause = proc.cause.clone();
+                if let (Role::Rank { job, rank }, true, Some(cause)) = (role, failed, cause) {
+                    self.sign(job, rank, cause, now);
+                }
+            }
+            Report::Metrics(metrics) => {
+                if let Role::Rank { job, rank: 0 } = role {
+                    self.step_committed(job, metrics);
+                }
+            }
+            Report::Event(event) => {
+                let level = match event.level.as_str() {
+                    "error" => Level::Error,
+                    "warn" => Level::Warn,
+                    _ => Level::Info,
+                };
+                match role {
+                    Role::Rank { job, rank } => self.note(job, level, &event.text, Some(rank)),
+                    Role::Prepare { job } => self.note(job, level, &event.text, None),
+                    Role::OneOff { .. } | Role::GivenUp => {}
+                }
+            }
+            Report::Progress(p) => {
+                if let Role::Rank { job, rank: 0 } | Role::Prepare { job } = role {
+                    self.progress(job, &p, now);
+                }
+            }
+            Report::Checkpoint(written) => {
+                if let Role::Rank { job, rank: 0 } = role {
+                    self.checkpoint_written(job, written);
+                }
+            }
+            Report::TokenText(text) => {
+                if let Role::OneOff { id } = role {
+                    self.one_off_token(id, text);
+                }
+            }
+        }
+    }
+
+    /// A gang runs once every rank has left the phases of starting up.
+    fn look_at_phases(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get(&key).filter(|j| matches!(j.phase, Phase::Starting) && j.stop.is_none()) else { return };
+        let at_work = |r: &Rank| self.procs.get(&r.key).is_some_and(|p| !is_start_up(&p.phase));
+        if job.ranks.iter().all(at_work) {
+            self.enter(key, Phase::Running, String::new());
+        }
+    }
+
+    fn step_committed(&mut self, key: JobKey, metrics: pb::Metrics) {
+        let limit = self.job_limits.metrics_history;
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        // The budget is for failures in a row; a step that only repeats what was there before is no progress.
+        if metrics.step > job.record.step {
+            job.failures = 0;
+            job.first_cause = None;
+        }
+        job.record.step = metrics.step;
+        self.out.append_metrics(&job.record.id, history_line(&metrics));
+        job.tell(pb::watch_event::Event::Metrics(metrics.clone()));
+        push_history(&mut job.history, metrics, limit);
+        if matches!(job.phase, Phase::Starting) && job.stop.is_none() {
+            self.enter(key, Phase::Running, String::new());
+        }
+    }
+
+    fn progress(&mut self, key: JobKey, p: &pb::Progress, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key).filter(|j| matches!(j.phase, Phase::Preparing(_) | Phase::Starting)) else { return };
+        let complete = p.total > 0 && p.done >= p.total;
+        if !complete && job.progress_at.is_some_and(|at| now.saturating_duration_since(at) < PROGRESS_INTERVAL) {
+            return;
+        }
+        job.progress_at = Some(now);
+        job.record.message = match p.total {
+            0 => format!("{} ({})", p.what, p.done),
+            total => format!("{}: {:.0} %", p.what, 100.0 * p.done as f64 / total as f64),
+        };
+        // Told, not saved: it is stale in a moment.
+        if let (Some(view), Some(job)) = (self.view(key), self.jobs.get_mut(&key)) {
+            job.tell(pb::watch_event::Event::Job(view));
+        }
+    }
+
+    /// A sign that a rank has failed. The first starts the clock; what others say until it rings is collected too.
+    pub(super) fn sign(&mut self, key: JobKey, rank: usize, cause: Cause, now: Instant) {
+        let judge_at = now + self.limits.settle();
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        // One that was told to stop may end in any way it likes.
+        if job.stop.is_some() {
+            return;
+        }
+        match &mut job.phase {
+            Phase::Starting | Phase::Running => {
+                tracing::warn!(job = job.record.id, rank, "{}", cause.text);
+                job.record.message = format!("a worker failed: {}", cause.text);
+                job.phase = Phase::Failing { judge_at, ended: false, causes: vec![cause] };
+                self.drop_checkpoint_waiters(key, "a worker failed and the gang is started again; ask again");
+                self.changed(key);
+            }
+            Phase::Failing { causes, .. } => causes.push(cause),
+            _ => {}
+        }
+    }
+
+    /// Time has come for a job that waits for it.
+    pub(super) fn job_due(&mut self, key: JobKey, now: Instant) {
+        let kill_timeout = self.limits.kill_timeout();
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        match &mut job.phase {
+            Phase::Failing { ended, .. } => {
+                *ended = true;
+                for rank in &job.ranks {
+                    if let Some(proc) = self.procs.get_mut(&rank.key) {
+                        proc.end(now, kill_timeout);
+                    }
+                }
+            }
+            Phase::Backoff(_) => self.resume(key, now),
+            _ => {}
+        }
+    }
+
+    pub(super) fn rank_gone(&mut self, key: JobKey, rank: usize, outcome: Outcome, now: Instant) {
+        if let Outcome::Failed(cause) = &outcome {
+            self.sign(key, rank, cause.clone(), now);
+        }
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        if let Some(slot) = job.ranks.get_mut(rank) {
+            slot.outcome = Some(outcome);
+        }
+        if !job.ranks.is_empty() && job.ranks.iter().all(|r| r.outcome.is_some()) {
+            self.gang_gone(key, now);
+        }
+    }
+
+    /// Every rank is gone: what came of them decides what follows.
+    fn gang_gone(&mut self, key: JobKey, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let outcomes: Vec<Outcome> = job.ranks.drain(..).filter_map(|r| r.outcome).collect();
+        job.record.workers.clear();
+        let mut stopped = false;
+        let mut failures: Vec<Cause> = Vec::new();
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Failed(cause) => failures.push(cause),
+                Outcome::Done { json, stopped: early } => {
+                    stopped |= early;
+                    if let Ok(o) = serde_json::from_str::<TrainOutcome>(&json) {
+                        let r = &mut job.record;
+                        r.step = r.step.max(o.step);
+                        r.output = o.output.or(r.output.take());
+                        r.sample = o.sample.or(r.sample.take());
+                        r.checkpoint = o.checkpoint.or(r.checkpoint.take());
+                    }
+                }
+            }
+        }
+        let done = failures.is_empty() && !stopped;
+        match (&job.phase, job.stop) {
+            // It finished before it heard that it should stop.
+            _ if done => {
+                let message = format!("finished after step {}", job.record.step);
+                self.conclude(key, End::Final { state: State::Succeeded, code: 0, message }, now);
+            }
+            (_, Some(_)) => self.conclude_stopped(key, now),
+            (Phase::Failing { causes, .. }, None) => {
+                // The first signs by time, in the words of those who know the exit and the last lines, too.
+                let causes: Vec<Cause> = causes.iter().map(|c| fuller(c, &failures)).collect();
+                self.judge(key, &causes, now);
+            }
+            (_, None) => {
+                let text = "the gang stopped early without having been told to".to_string();
+                failures.push(Cause { at: now, kind: ErrorKind::Internal, text, tail: String::new() });
+                self.judge(key, &failures, now);
+            }
+        }
+    }
+
+    /// All processes of the job are gone after a failure: restart, or the end.
+    pub(super) fn judge(&mut self, key: JobKey, causes: &[Cause], now: Instant) {
+        let budget = self.limits.restart_budget;
+        let Some(root) = causes.iter().min_by_key(|c| c.at) else { return };
+        let text = root.describe();
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        if root.kind != ErrorKind::Internal {
+            return self.fail(key, EngineError::new(root.kind, text), now);
+        }
+        job.failures += 1;
+        let first = job.first_cause.get_or_insert_with(|| text.clone()).clone();
+        if job.failures > budget {
+            let last = if first == text { String::new() } else { format!("\nthe last failure: {text}") };
+            let message = format!("gave up after {budget} restart(s) without a newly committed step; the first failure: {first}{last}");
+            return self.fail(key, EngineError::internal(message), now);
+        }
+        job.record.restarts += 1;
+        let pause = self.limits.backoff(job.failures);
+        job.phase = Phase::Backoff(now + pause);
+        job.record.message = format!("restart {} of {budget} without a new step: {text}", job.failures);
+        let message = format!("{text}\nstarted again ({} of {budget} without a new step)", job.failures);
+        self.note(key, Level::Error, &message, None);
+        self.changed(key);
+        if pause.is_zero() {
+            self.resume(key, now);
+        }
+    }
+
+    /// Ends a job early, whatever it is doing.
+    pub(super) fn stop_job(&mut self, key: JobKey, by: Stop, now: Instant) {
+        let kill_timeout = self.limits.kill_timeout();
+        let grace = self.limits.stop_timeout() / 2;
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        // A cancelled job stays so when the daemon stops; one that stops with the daemon can still be cancelled.
+        let already = job.stop;
+        if job.has_ended() || already == Some(Stop::Cancel) || already == Some(by) {
+            return;
+        }
+        job.stop = Some(by);
+        job.record.cancelled |= by == Stop::Cancel;
+        match &job.phase {
+            Phase::Queued { .. } | Phase::Backoff(_) => self.conclude_stopped(key, now),
+            Phase::Preparing(proc) => {
+                if let Some(proc) = self.procs.get_mut(proc) {
+                    proc.end(now, kill_timeout);
+                }
+                self.changed(key);
+            }
+            Phase::Planning | Phase::Reserving | Phase::Removing(_) => self.changed(key),
+            Phase::Starting | Phase::Running | Phase::Failing { .. } => {
+                // A run that goes on later is worth a checkpoint, a cancelled one has been given up.
+                let checkpoint = by == Stop::Shutdown && !self.job_limits.keep_segments_on_stop && job.spec.checkpoint.path.is_some();
+                let keys: Vec<ProcKey> = job.ranks.iter().map(|r| r.key).collect();
+                for proc in keys {
+                    let told = self.command(proc, stop_command(checkpoint));
+                    if let Some(proc) = self.procs.get_mut(&proc) {
+                        proc.end(if told { now + grace } else { now }, kill_timeout);
+                    }
+                }
+                self.changed(key);
+            }
+            Phase::Ended => {}
+        }
+    }
+}
+
+/// Phases in which a rank is not at work yet.
+fn is_start_up(phase: &str) -> bool {
+    phase.is_empty() || ["start", "load", "init", "attach", "prepar"].iter().any(|p| phase.starts_with(p))
+}
+
+fn stop_command(checkpoint: bool) -> pb::command::Command {
+    pb::command::Command::Stop(pb::StopCommand { checkpoint })
+}
+
+/// The same failure of the same worker, told after its exit.
+fn fuller(sign: &Cause, told_later: &[Cause]) -> Cause {
+    let same = |c: &&Cause| c.text == sign.text;
+    let tail = told_later.iter().find(same).map_or_else(|| sign.tail.clone(), |c| c.tail.clone());
+    Cause { tail, ..sign.clone() }
+}

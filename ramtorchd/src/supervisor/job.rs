@@ -1,0 +1,237 @@
+//! One job in the books.
+
+use super::message::{JobKey, Reply};
+use super::proc::{Cause, Outcome};
+use super::record::{self, Record, State};
+use crate::process::ProcKey;
+use ramtorch_job::JobSpec;
+use ramtorch_proto::v1 as pb;
+use ramtorch_worker::Level;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::{broadcast, watch};
+
+/// Events that a watcher may be behind before it is dropped.
+const WATCH_BACKLOG: usize = 4096;
+
+/// Where a job is in its life; the diagram is at the top of `supervisor`.
+#[derive(Debug)]
+pub enum Phase {
+    /// Waits for devices, or (with a time) for memory until it is looked at again.
+    Queued {
+        /// When memory is looked at again.
+        retry_at: Option<Instant>,
+    },
+    /// A process looks at its files.
+    Preparing(ProcKey),
+    /// The plan is being made.
+    Planning,
+    /// The segment is being created.
+    Reserving,
+    /// The gang was started; not every rank is at work.
+    Starting,
+    /// The gang is at work.
+    Running,
+    /// A worker failed. The first causes are collected until `judge_at`, then the rest is ended.
+    Failing {
+        /// When the rest of the gang is ended.
+        judge_at: Instant,
+        /// It has been.
+        ended: bool,
+        /// What failed.
+        causes: Vec<Cause>,
+    },
+    /// The gang is gone; a new one (or a new preparation) is started at this time.
+    Backoff(Instant),
+    /// The segment is being removed; then this.
+    Removing(End),
+    /// Over.
+    Ended,
+}
+
+/// How a job's stay on its devices ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// For good.
+    Final {
+        /// Succeeded, Failed or Cancelled.
+        state: State,
+        /// Of docs/exit-codes.md.
+        code: u8,
+        /// For people.
+        message: String,
+    },
+    /// Back to the queue: the daemon stops, and the next one goes on.
+    Requeue(String),
+}
+
+/// Who asked for the end of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Its user.
+    Cancel,
+    /// The daemon, which stops.
+    Shutdown,
+}
+
+/// A member of the gang.
+#[derive(Debug)]
+pub struct Rank {
+    /// Its process.
+    pub key: ProcKey,
+    /// What came of it, once gone.
+    pub outcome: Option<Outcome>,
+}
+
+/// A job.
+#[derive(Debug)]
+pub struct Job {
+    /// Its place in the order of submission.
+    pub key: JobKey,
+    /// What is durable of it.
+    pub record: Record,
+    /// What was asked for.
+    pub spec: JobSpec,
+    /// Where it is.
+    pub phase: Phase,
+    /// Whether it has to end early.
+    pub stop: Option<Stop>,
+    /// Devices by rank, while it holds them.
+    pub leases: Vec<usize>,
+    /// The gang, while there is one.
+    pub ranks: Vec<Rank>,
+    /// Failures since the last committed step.
+    pub failures: u32,
+    /// The first of them.
+    pub first_cause: Option<String>,
+    /// Metrics, the newest last.
+    pub history: VecDeque<pb::Metrics>,
+    /// Watchers, once there are any.
+    pub events: Option<broadcast::Sender<Arc<pb::WatchEvent>>>,
+    /// True once nothing is added to its logs any more.
+    pub over: watch::Sender<bool>,
+    /// Who waits for which checkpoint.
+    pub checkpoints: Vec<(u64, Reply<pb::CheckpointResponse>)>,
+    /// When progress was last told to watchers.
+    pub progress_at: Option<Instant>,
+}
+
+impl Job {
+    /// A job that waits for its turn.
+    pub fn new(key: JobKey, record: Record, spec: JobSpec) -> Job {
+        let ended = record.state != State::Active;
+        Job {
+            key,
+            record,
+            spec,
+            phase: if ended { Phase::Ended } else { Phase::Queued { retry_at: None } },
+            stop: None,
+            leases: Vec::new(),
+            ranks: Vec::new(),
+            failures: 0,
+            first_cause: None,
+            history: VecDeque::new(),
+            events: None,
+            over: watch::channel(ended).0,
+            checkpoints: Vec::new(),
+            progress_at: None,
+        }
+    }
+
+    /// Whether it is over.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended)
+    }
+
+    /// Whether time alone moves it on.
+    pub fn is_due(&self, now: Instant) -> bool {
+        match &self.phase {
+            Phase::Failing { judge_at, ended, .. } => !ended && now >= *judge_at,
+            Phase::Backoff(until) => now >= *until,
+            _ => false,
+        }
+    }
+
+    /// State as clients see it.
+    pub fn state(&self) -> pb::JobState {
+        use pb::JobState as S;
+        let stopping = self.stop.is_some();
+        match (&self.phase, self.record.state) {
+            (Phase::Ended, State::Succeeded) => S::Succeeded,
+            (Phase::Ended, State::Cancelled) => S::Cancelled,
+            (Phase::Ended, State::Failed | State::Active) => S::Failed,
+            (Phase::Queued { .. }, _) => S::Queued,
+            _ if stopping => S::Stopping,
+            (Phase::Preparing(_) | Phase::Planning | Phase::Reserving, _) => S::Preparing,
+            (Phase::Starting, _) => S::Starting,
+            (Phase::Running | Phase::Removing(_), _) => S::Running,
+            (Phase::Failing { .. } | Phase::Backoff(_), _) => S::Restarting,
+        }
+    }
+
+    /// A receiver of what comes.
+    pub fn subscribe(&mut self) -> Option<broadcast::Receiver<Arc<pb::WatchEvent>>> {
+        if self.has_ended() {
+            return None;
+        }
+        Some(self.events.get_or_insert_with(|| broadcast::channel(WATCH_BACKLOG).0).subscribe())
+    }
+
+    /// Tells watchers. Nobody waits: one who is too far behind is told so and dropped by the call that serves him.
+    pub fn tell(&mut self, event: pb::watch_event::Event) {
+        if let Some(events) = &self.events {
+            if events.send(Arc::new(pb::WatchEvent { event: Some(event) })).is_err() {
+                self.events = None;
+            }
+        }
+    }
+
+    /// Tells watchers and the daemon's log something.
+    pub fn note(&mut self, level: Level, text: &str, rank: Option<usize>, unix_ms: i64) {
+        let job = self.record.id.as_str();
+        match level {
+            Level::Info => tracing::info!(job, rank, "{text}"),
+            Level::Warn => tracing::warn!(job, rank, "{text}"),
+            Level::Error => tracing::error!(job, rank, "{text}"),
+        }
+        let level = match level {
+            Level::Info => "info",
+            Level::Warn => "warn",
+            Level::Error => "error",
+        };
+        let rank = rank.and_then(|r| u32::try_from(r).ok());
+        self.tell(pb::watch_event::Event::Note(pb::Event { unix_ms, level: level.into(), text: text.into(), rank }));
+    }
+
+    /// The job in the protocol's form, without its workers.
+    pub fn to_pb(&self) -> pb::Job {
+        let r = &self.record;
+        let text = |p: &Option<std::path::PathBuf>| p.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+        pb::Job {
+            id: r.id.clone(),
+            name: r.name.clone(),
+            state: self.state().into(),
+            message: r.message.clone(),
+            exit_code: u32::from(r.exit_code),
+            step: r.step,
+            steps: r.steps,
+            world_size: r.world_size,
+            restarts: r.restarts,
+            created_unix_ms: r.created_unix_ms,
+            started_unix_ms: r.started_unix_ms,
+            ended_unix_ms: r.ended_unix_ms,
+            model: r.model.clone(),
+            output_path: text(&r.output),
+            metrics_path: text(&r.metrics_path),
+            segment: r.segment.as_ref().map(|s| s.name.clone()).unwrap_or_default(),
+            segment_bytes: r.segment.as_ref().map_or(0, |s| s.bytes),
+            last_metrics: self.history.back().cloned(),
+            workers: Vec::new(),
+            plan: r.plan.as_ref().map(record::plan_to_pb),
+            spec_toml: r.spec_toml.clone(),
+            uid: r.uid,
+            sample: r.sample.clone().unwrap_or_default(),
+        }
+    }
+}

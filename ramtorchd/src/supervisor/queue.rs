@@ -1,0 +1,347 @@
+//! From the queue to a gang: devices, preparation, plan, judgement, segment.
+
+use super::Supervisor;
+use super::admission::{self, Need, Verdict};
+use super::devices::{Holder, Lease};
+use super::job::{End, Phase, Stop};
+use super::message::{JobKey, Planned};
+use super::outside::NewSegment;
+use super::proc::{Outcome, Role};
+use super::record::{SegmentRecord, State};
+use ramtorch_worker::{DeviceSpec, EngineError, ErrorKind, Plan, PlanRequest, Prepared, Task};
+use std::time::Instant;
+
+impl Supervisor {
+    /// Starts waiting jobs, oldest first, until one has to wait.
+    pub(super) fn schedule(&mut self, now: Instant) {
+        if self.stopping.is_some() {
+            return;
+        }
+        let waiting: Vec<JobKey> = self.jobs.values().filter(|j| matches!(j.phase, Phase::Queued { .. })).map(|j| j.key).collect();
+        for key in waiting {
+            let Some(job) = self.jobs.get(&key) else { continue };
+            if matches!(job.phase, Phase::Queued { retry_at: Some(at) } if now < at) {
+                return;
+            }
+            let resume = job.record.plan.as_ref().filter(|_| job.record.segment.is_some());
+            match self.pool.lease(&job.spec, resume) {
+                Lease::Now(devices) => self.go(key, devices, now),
+                Lease::Later => {
+                    self.wait(key, "waits for devices that other jobs hold".into(), None);
+                    return;
+                }
+                Lease::NotHere(why) => {
+                    let kept = if resume.is_some() { "; its parameter store is kept" } else { "" };
+                    self.wait(key, format!("waits: {why}{kept}; start the daemon with other devices, or cancel it"), None);
+                }
+            }
+        }
+    }
+
+    /// Devices or memory came free: jobs that wait for memory are looked at again, too.
+    pub(super) fn freed(&mut self, now: Instant) {
+        for job in self.jobs.values_mut() {
+            if let Phase::Queued { retry_at } = &mut job.phase {
+                *retry_at = None;
+            }
+        }
+        self.schedule(now);
+    }
+
+    fn wait(&mut self, key: JobKey, message: String, retry_at: Option<Instant>) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let news = job.record.message != message || !matches!(job.phase, Phase::Queued { .. });
+        job.phase = Phase::Queued { retry_at };
+        job.record.message = message;
+        if news {
+            self.changed(key);
+        }
+    }
+
+    /// A job has its devices: on from where it stands.
+    fn go(&mut self, key: JobKey, devices: Vec<usize>, now: Instant) {
+        self.pool.take(&devices, Holder::Job(key));
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        job.record.world_size = u32::try_from(devices.len()).unwrap_or(u32::MAX);
+        job.leases = devices;
+        self.resume(key, now);
+    }
+
+    /// On from what there is of a job that holds devices: a segment, a preparation, or nothing.
+    pub(super) fn resume(&mut self, key: JobKey, now: Instant) {
+        let Some(job) = self.jobs.get(&key) else { return };
+        if self.pool.any_quarantined(&job.leases) {
+            self.pool.release(Holder::Job(key));
+            self.wait(key, "waits for healthy devices".into(), None);
+            return self.schedule(now);
+        }
+        match (&job.record.segment, &job.record.prepared) {
+            (Some(_), _) => self.start_gang(key, now),
+            (None, Some(_)) => self.begin_planning(key, now),
+            (None, None) => self.begin_preparing(key, now),
+        }
+    }
+
+    /// The devices of a job that holds some, by rank.
+    pub(super) fn gang_devices(&self, key: JobKey) -> Vec<DeviceSpec> {
+        let Some(job) = self.jobs.get(&key) else { return Vec::new() };
+        job.leases.iter().map(|i| self.pool.spec_for(*i, &job.spec)).collect()
+    }
+
+    fn begin_preparing(&mut self, key: JobKey, now: Instant) {
+        let devices = self.gang_devices(key);
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let Some(first) = devices.first() else { return };
+        // Preparation is one process with the threads of the whole gang.
+        let device = DeviceSpec { threads: devices.iter().map(|d| d.threads).sum(), ..first.clone() };
+        job.record.generation += 1;
+        let generation = job.record.generation;
+        let id = job.record.id.clone();
+        let task = Task::Prepare { spec: job.spec.clone(), cache_dir: self.out.cache_dir() };
+        let (world, at) = (devices.len(), job.leases.first().copied());
+        let log = self.out.log_dir(&id).join(format!("prepare.g{generation}.log"));
+        let assignment = ramtorch_worker::Assignment { job_id: id.clone(), generation, rank: 0, world_size: world, device, task };
+        match self.spawn(Role::Prepare { job: key }, assignment, at, log, now) {
+            Ok(proc) => self.enter(key, Phase::Preparing(proc), "reads model and data".into()),
+            Err(e) => self.fail(key, e, now),
+        }
+    }
+
+    pub(super) fn prepare_gone(&mut self, key: JobKey, outcome: Outcome, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        if job.stop.is_some() {
+            return self.conclude_stopped(key, now);
+        }
+        let result = match outcome {
+            Outcome::Done { json, .. } => serde_json::from_str::<Prepared>(&json)
+                .map_err(|e| EngineError::internal(format!("the preparing worker's result makes no sense: {e}"))),
+            Outcome::Failed(cause) => return self.judge(key, &[cause], now),
+        };
+        match result {
+            Ok(prepared) => {
+                job.record.model.clone_from(&prepared.description);
+                job.record.steps = prepared.steps;
+                job.record.prepared = Some(prepared);
+                self.begin_planning(key, now);
+            }
+            Err(e) => self.fail(key, e, now),
+        }
+    }
+
+    fn begin_planning(&mut self, key: JobKey, _now: Instant) {
+        let devices = self.gang_devices(key);
+        let (pending, held) = self.promises(key);
+        let memory = self.out.memory();
+        let Some(job) = self.jobs.get(&key) else { return };
+        let Some(prepared) = job.record.prepared.clone() else { return };
+        let segment_bytes_available = admission::segment_limit(memory, pending);
+        let alone = admission::segment_limit(admission::alone(memory, held), Need::default());
+        let request = PlanRequest { spec: job.spec.clone(), prepared, devices, segment_bytes_available };
+        self.enter(key, Phase::Planning, "makes the plan".into());
+        self.out.plan(key, request, alone);
+    }
+
+    /// What other jobs were promised and have not taken yet, and what they have taken.
+    pub(super) fn promises(&self, besides: JobKey) -> (Need, Need) {
+        let (mut pending, mut held) = (Need::default(), Need::default());
+        for job in self.jobs.values().filter(|j| j.key != besides) {
+            let Some(plan) = &job.record.plan else { continue };
+            let (segment, host) = (Need { segment: plan.segment_bytes, host: 0 }, Need { segment: 0, host: plan.host_bytes });
+            if job.record.segment.is_some() {
+                held += segment;
+            }
+            match job.phase {
+                Phase::Reserving => {
+                    pending += segment;
+                    pending += host;
+                }
+                Phase::Starting | Phase::Backoff(_) => pending += host,
+                Phase::Running | Phase::Failing { .. } => held += host,
+                _ => {}
+            }
+        }
+        (pending, held)
+    }
+
+    pub(super) fn planned(&mut self, key: JobKey, outcome: Planned, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key).filter(|j| matches!(j.phase, Phase::Planning)) else { return };
+        if job.stop.is_some() {
+            return self.conclude_stopped(key, now);
+        }
+        match outcome {
+            Planned::Fits(plan) => {
+                let need = Need { segment: plan.segment_bytes, host: plan.host_bytes };
+                let (pending, held) = self.promises(key);
+                match admission::judge(need, self.out.memory(), pending, held) {
+                    Verdict::Admit => self.reserve(key, *plan),
+                    Verdict::Wait(why) => self.wait_for_memory(key, why, now),
+                    Verdict::Never(why) => self.fail(key, EngineError::new(ErrorKind::Resources, why), now),
+                }
+            }
+            Planned::Later(why) => self.wait_for_memory(key, why, now),
+            Planned::Never(e) => self.fail(key, e, now),
+        }
+    }
+
+    fn wait_for_memory(&mut self, key: JobKey, why: String, now: Instant) {
+        self.pool.release(Holder::Job(key));
+        if let Some(job) = self.jobs.get_mut(&key) {
+            job.leases.clear();
+        }
+        self.wait(key, format!("waits for memory that other jobs hold: {why}"), Some(now + super::MEMORY_RETRY));
+    }
+
+    fn reserve(&mut self, key: JobKey, plan: Plan) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let generation = job.record.generation + 1;
+        let name = format!("/ramtorch-{}-{generation}", job.record.id);
+        let segment = NewSegment { name, job_id: job.record.id.clone(), generation, plan: Box::new(plan.clone()) };
+        job.record.plan = Some(plan);
+        self.enter(key, Phase::Reserving, "reserves the parameter store".into());
+        self.out.create_segment(key, segment);
+    }
+
+    pub(super) fn created(&mut self, key: JobKey, outcome: Result<(), EngineError>, now: Instant) {
+        let boot_id = self.out.boot_id().to_string();
+        let Some(job) = self.jobs.get_mut(&key).filter(|j| matches!(j.phase, Phase::Reserving)) else { return };
+        // Its name is taken from here on, whatever came of it: removal is by name, and a missing one is fine.
+        let name = format!("/ramtorch-{}-{}", job.record.id, job.record.generation + 1);
+        let bytes = job.record.plan.as_ref().map_or(0, |p| p.segment_bytes);
+        job.record.segment = Some(SegmentRecord { name, bytes, boot_id });
+        match outcome {
+            _ if job.stop.is_some() => self.conclude_stopped(key, now),
+            Ok(()) => self.start_gang(key, now),
+            Err(e) => self.fail(key, e, now),
+        }
+    }
+
+    /// Puts a job into a phase and tells everyone.
+    pub(super) fn enter(&mut self, key: JobKey, phase: Phase, message: String) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        job.phase = phase;
+        job.record.message = message;
+        self.changed(key);
+    }
+
+    /// Ends a job with an error that no restart can mend.
+    pub(super) fn fail(&mut self, key: JobKey, e: EngineError, now: Instant) {
+        self.conclude(key, End::Final { state: State::Failed, code: e.kind.exit_code(), message: e.message }, now);
+    }
+
+    /// Ends a job that was told to stop and whose processes are gone.
+    pub(super) fn conclude_stopped(&mut self, key: JobKey, now: Instant) {
+        let Some(job) = self.jobs.get(&key) else { return };
+        match job.stop {
+            Some(Stop::Shutdown) => {
+                let step = job.record.step;
+                let kept = self.job_limits.keep_segments_on_stop && job.record.segment.is_some();
+                let text = match (kept, &job.record.checkpoint) {
+                    (true, _) => format!("the daemon stopped after step {step}; the next one goes on from there"),
+                    (false, Some(_)) => format!("the daemon stopped after step {step}; the next one goes on from the newest checkpoint"),
+                    (false, None) if step > 0 => {
+                        format!("the daemon stopped after step {step}, without a checkpoint; the next one starts again")
+                    }
+                    (false, None) => "the daemon stopped; the next one starts it".into(),
+                };
+                self.conclude(key, End::Requeue(text), now);
+            }
+            Some(Stop::Cancel) | None => self.conclude_cancelled(key, now),
+        }
+    }
+
+    pub(super) fn conclude_cancelled(&mut self, key: JobKey, now: Instant) {
+        let step = self.jobs.get(&key).map_or(0, |j| j.record.step);
+        let message = if step > 0 { format!("cancelled after step {step}") } else { "cancelled".into() };
+        self.conclude(key, End::Final { state: State::Cancelled, code: ramtorch_client::exit::CANCELLED, message }, now);
+    }
+
+    /// The end of a job's stay on its devices: its processes are gone; its segment goes now, unless the next daemon is
+    /// to find it.
+    pub(super) fn conclude(&mut self, key: JobKey, end: End, now: Instant) {
+        let keep = self.job_limits.keep_segments_on_stop && matches!(end, End::Requeue(_));
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        job.ranks.clear();
+        self.drop_checkpoint_waiters(key, "the job has ended");
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        match job.record.segment.as_ref().filter(|_| !keep).map(|s| s.name.clone()) {
+            Some(name) => {
+                job.phase = Phase::Removing(end);
+                self.out.remove_segment(key, name);
+            }
+            None => self.finish(key, end, now),
+        }
+    }
+
+    pub(super) fn removed(&mut self, key: JobKey, outcome: Result<(), String>, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let Phase::Removing(end) = &job.phase else { return };
+        let end = end.clone();
+        job.record.segment = None;
+        if let Err(e) = outcome {
+            self.note(key, ramtorch_worker::Level::Error, &format!("the parameter store could not be removed: {e}"), None);
+        }
+        self.finish(key, end, now);
+    }
+
+    fn finish(&mut self, key: JobKey, end: End, now: Instant) {
+        self.pool.release(Holder::Job(key));
+        let at = self.out.unix_ms();
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        job.leases.clear();
+        job.record.workers.clear();
+        match end {
+            End::Final { state, code, message } => {
+                let id = job.record.id.as_str();
+                tracing::info!(job = id, "{state:?} with exit code {code}: {message}");
+                job.record.state = state;
+                job.record.exit_code = code;
+                job.record.message = message;
+                job.record.ended_unix_ms = at;
+                job.record.prepared = None;
+                job.phase = Phase::Ended;
+                self.changed(key);
+                let Some(job) = self.jobs.get_mut(&key) else { return };
+                job.stop = None;
+                job.events = None;
+                job.over.send_replace(true);
+                self.forget_old();
+            }
+            End::Requeue(message) => {
+                if job.record.segment.is_none() {
+                    // Prepared again: the newest checkpoint is another one by then.
+                    job.record.prepared = None;
+                    job.record.plan = None;
+                }
+                job.phase = Phase::Queued { retry_at: None };
+                job.record.message = message;
+                self.changed(key);
+                // Watchers are told that nothing more comes from this daemon.
+                if let Some(job) = self.jobs.get_mut(&key) {
+                    job.events = None;
+                    job.over.send_replace(true);
+                }
+            }
+        }
+        self.freed(now);
+    }
+
+    /// Forgets the oldest ended jobs beyond the limit, and the metrics of all but the newest ended ones.
+    pub(super) fn forget_old(&mut self) {
+        let mut ended: Vec<(i64, JobKey)> = self.jobs.values().filter(|j| j.has_ended()).map(|j| (j.record.ended_unix_ms, j.key)).collect();
+        ended.sort_unstable_by(|a, b| b.cmp(a));
+        for (_, key) in ended.iter().skip(super::RECENT) {
+            if let Some(job) = self.jobs.get_mut(key) {
+                // The last step stays, for the list of jobs.
+                while job.history.len() > 1 {
+                    job.history.pop_front();
+                }
+                job.history.shrink_to_fit();
+            }
+        }
+        for (_, key) in ended.iter().skip(self.job_limits.ended_max) {
+            if let Some(job) = self.jobs.remove(key) {
+                self.out.delete(&job.record.id);
+            }
+        }
+    }
+}

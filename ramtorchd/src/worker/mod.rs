@@ -1,0 +1,121 @@
+//! The worker process: what the daemon starts, one for each device of a gang, and for every other piece of work that
+//! opens a user's file.
+//!
+//! ```text
+//!  main thread     arm PDEATHSIG ─ connect ─ register ─ assignment ─ wait for the engine ─ result, flushed ─ exit
+//!  link thread     heartbeats every 0.5 s, reports up, commands down          (`link`)
+//!  engine thread   the work; panics become errors
+//! ```
+
+mod link;
+
+pub use link::{Link, LinkError};
+
+use crate::process;
+use ramtorch_worker::{Assignment, Control, EngineError, Task, TrainOutcome};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+/// Stack of the engine's thread. Only what is touched takes memory.
+const STACK_BYTES: usize = 256 << 20;
+/// The last words may take so long.
+const FLUSH_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a worker does: [`ramtorch_worker::run`], or a stand-in in tests.
+pub type Engine = fn(&Assignment, &dyn Control) -> Result<serde_json::Value, EngineError>;
+
+/// Place and text of the last panic, for the report.
+static PANIC: Mutex<String> = Mutex::new(String::new());
+
+/// Runs a worker process with the engine that is linked in.
+pub fn main() -> ExitCode {
+    run(ramtorch_worker::run)
+}
+
+/// Runs a worker process.
+pub fn run(engine: Engine) -> ExitCode {
+    match serve(engine) {
+        Ok(code) => ExitCode::from(code),
+        Err(text) => {
+            eprintln!("ramtorchd worker: {text}");
+            ExitCode::from(ramtorch_client::exit::INTERNAL)
+        }
+    }
+}
+
+fn serve(engine: Engine) -> Result<u8, String> {
+    let variable =
+        |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set; workers are started by ramtorchd, not by hand"));
+    let parent: i32 = variable(process::PARENT_VARIABLE)?.parse().map_err(|_| format!("{} is no pid", process::PARENT_VARIABLE))?;
+    die_with(parent)?;
+    let socket = PathBuf::from(variable(process::SOCKET_VARIABLE)?);
+    let (link, assignment) = Link::connect(socket, variable(process::TOKEN_VARIABLE)?).map_err(|e| e.to_string())?;
+    keep_panics();
+    let result = work(engine, assignment, &link);
+    let code = match &result {
+        Ok(_) => 0,
+        Err(e) => {
+            eprintln!("{e}");
+            e.kind.exit_code()
+        }
+    };
+    if !link.finish(result, FLUSH_LIMIT) {
+        eprintln!("ramtorchd worker: the daemon did not take the result within {} s", FLUSH_LIMIT.as_secs());
+    }
+    Ok(code)
+}
+
+/// Has the kernel kill this process when the daemon's spawning thread dies, however it dies.
+fn die_with(parent: i32) -> Result<(), String> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
+    // It may have died before: then this process belongs to somebody else by now.
+    let now = nix::unistd::getppid().as_raw();
+    if now != parent { Err(format!("started by {parent}, but the parent is {now}: the daemon is gone")) } else { Ok(()) }
+}
+
+/// Runs the engine on a thread of its own and waits for it.
+fn work(engine: Engine, assignment: Assignment, link: &Link) -> Result<serde_json::Value, EngineError> {
+    std::thread::scope(|scope| {
+        let control = link.control();
+        let thread = std::thread::Builder::new().name("engine".into()).stack_size(STACK_BYTES);
+        let started = thread.spawn_scoped(scope, move || engine(&assignment, &control));
+        match started.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => {
+                let text = PANIC.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                Err(EngineError::internal(format!("a defect in ramtorch: {text}")))
+            }
+            Err(e) => Err(EngineError::internal(format!("cannot start the engine's thread: {e}"))),
+        }
+    })
+}
+
+/// Remembers the text of panics, besides printing it.
+fn keep_panics() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let text = info.payload_as_str().unwrap_or("panic");
+        let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = format!("{text}{place}");
+        print(info);
+    }));
+}
+
+/// Whether a result says that the work ended early, by command.
+fn was_stopped(result: &serde_json::Value) -> bool {
+    serde_json::from_value::<TrainOutcome>(result.clone()).is_ok_and(|o| o.stopped)
+}
+
+/// Name of a task, for logs.
+pub fn task_name(task: &Task) -> &'static str {
+    match task {
+        Task::Prepare { .. } => "prepare",
+        Task::Train { .. } => "train",
+        Task::Generate { .. } => "generate",
+        Task::Eval { .. } => "eval",
+        Task::Export { .. } => "export",
+        Task::Inspect { .. } => "inspect",
+    }
+}

@@ -1,0 +1,183 @@
+//! What the state task does to the real world: processes, shared memory, files.
+
+use crate::config::WorkerCommand;
+use crate::disk::Disk;
+use crate::node::{self, Memory};
+use crate::process::{self, ProcKey, SpawnRequest, Spawner};
+use crate::supervisor::JobKey;
+use crate::supervisor::message::{Message, Planned};
+use crate::supervisor::outside::{Engine, NewSegment, Outside};
+use crate::supervisor::record::Record;
+use nix::sys::signal::Signal;
+use ramtorch_store::{Registry, Store};
+use ramtorch_worker::{EngineError, ErrorKind, PlanRequest};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// The real [`Outside`].
+pub struct World {
+    /// Answers go here.
+    pub answers: mpsc::UnboundedSender<Message>,
+    /// Starts processes.
+    pub spawner: Spawner,
+    /// What is started.
+    pub worker: WorkerCommand,
+    /// Where workers call.
+    pub worker_socket: PathBuf,
+    /// Plans, and creates segments.
+    pub engine: Arc<dyn Engine>,
+    /// List of segments.
+    pub registry: Registry,
+    /// Writes files.
+    pub disk: Disk,
+    /// Folder of all jobs.
+    pub jobs: PathBuf,
+    /// Folder of the logs of one-off work.
+    pub one_offs: PathBuf,
+    /// Folder of token caches.
+    pub cache: PathBuf,
+    /// This boot.
+    pub boot_id: String,
+    /// Ways to signal the processes that live.
+    pub signals: HashMap<ProcKey, mpsc::UnboundedSender<Signal>>,
+}
+
+impl World {
+    /// Runs `work` where blocking is allowed; its answer is told.
+    fn in_background(&self, work: impl FnOnce() -> Message + Send + 'static) {
+        let answers = self.answers.clone();
+        tokio::task::spawn_blocking(move || {
+            let _ = answers.send(work());
+        });
+    }
+}
+
+impl Outside for World {
+    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf) {
+        let (sender, signals) = mpsc::unbounded_channel();
+        self.signals.insert(key, sender);
+        let env = vec![
+            (process::SOCKET_VARIABLE, self.worker_socket.clone().into_os_string()),
+            (process::TOKEN_VARIABLE, token.into()),
+            (process::PARENT_VARIABLE, std::process::id().to_string().into()),
+            // CUDA then numbers GPUs as `devices` counts them.
+            ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".into()),
+        ];
+        let request = SpawnRequest { key, exe: self.worker.exe.clone(), args: self.worker.args.clone(), env, log, signals };
+        if !self.spawner.spawn(request) {
+            let ended = process::Ended { status: process::Status::Unknown, tail: "the spawning thread is gone".into() };
+            let _ = self.answers.send(Message::Process(process::Event::Ended(key, ended)));
+        }
+    }
+
+    fn signal(&mut self, key: ProcKey, signal: Signal) {
+        if let Some(sender) = self.signals.get(&key) {
+            let _ = sender.send(signal);
+        }
+    }
+
+    fn forget(&mut self, key: ProcKey) {
+        self.signals.remove(&key);
+    }
+
+    fn memory(&mut self) -> Memory {
+        node::memory()
+    }
+
+    fn plan(&mut self, job: JobKey, request: PlanRequest, alone_bytes: u64) {
+        let engine = self.engine.clone();
+        self.in_background(move || Message::Planned { job, outcome: make_plan(engine.as_ref(), request, alone_bytes) });
+    }
+
+    fn create_segment(&mut self, job: JobKey, segment: NewSegment) {
+        let (engine, registry) = (self.engine.clone(), self.registry.clone());
+        self.in_background(move || {
+            let NewSegment { name, job_id, generation, plan } = segment;
+            let create = || -> Result<(), EngineError> {
+                registry.register(&name, &job_id, generation, plan.segment_bytes).map_err(|e| {
+                    EngineError::new(ErrorKind::Output, format!("cannot note the parameter store in the state folder: {e}"))
+                })?;
+                guard(|| engine.create_segment(&name, &plan))
+            };
+            Message::Created { job, outcome: create() }
+        });
+    }
+
+    fn remove_segment(&mut self, job: JobKey, name: String) {
+        let registry = self.registry.clone();
+        self.in_background(move || {
+            let outcome = Store::unlink(&name).and_then(|()| registry.forget(&name)).map_err(|e| e.to_string());
+            Message::Removed { job, outcome }
+        });
+    }
+
+    fn save(&mut self, record: &Record) {
+        self.disk.save(record);
+    }
+
+    fn append_metrics(&mut self, id: &str, line: String) {
+        self.disk.append(id, line);
+    }
+
+    fn delete(&mut self, id: &str) {
+        self.disk.delete(id);
+    }
+
+    fn tidy_logs(&mut self, id: &str, oldest: u64) {
+        self.disk.tidy(id, oldest);
+    }
+
+    fn log_dir(&self, id: &str) -> PathBuf {
+        self.jobs.join(id).join("logs")
+    }
+
+    fn one_off_log(&self, id: u64) -> PathBuf {
+        self.one_offs.join(format!("{id}.log"))
+    }
+
+    fn remove_one_off_log(&mut self, id: u64) {
+        self.disk.remove_file(self.one_off_log(id));
+    }
+
+    fn cache_dir(&self) -> PathBuf {
+        self.cache.clone()
+    }
+
+    fn token(&mut self) -> std::io::Result<String> {
+        Ok(node::random::<16>()?.iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    fn unix_ms(&self) -> i64 {
+        node::unix_ms()
+    }
+
+    fn boot_id(&self) -> &str {
+        &self.boot_id
+    }
+}
+
+/// Plans with what is free; where that is too little, finds out whether it would do if nothing else ran.
+fn make_plan(engine: &dyn Engine, mut request: PlanRequest, alone_bytes: u64) -> Planned {
+    let now = match guard(|| engine.plan(&request)) {
+        Ok(plan) => return Planned::Fits(Box::new(plan)),
+        Err(e) => e,
+    };
+    if now.kind != ErrorKind::Resources || alone_bytes <= request.segment_bytes_available {
+        return Planned::Never(now);
+    }
+    request.segment_bytes_available = alone_bytes;
+    match guard(|| engine.plan(&request)) {
+        Ok(_) => Planned::Later(now.message),
+        Err(e) => Planned::Never(e),
+    }
+}
+
+/// A defect in the engine's pure functions fails a job, not the daemon.
+pub fn guard<T>(f: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(EngineError::internal(format!("a defect in ramtorch: {}", text.unwrap_or_default())))
+    })
+}

@@ -1,0 +1,150 @@
+//! Workers that fail in every way.
+
+use crate::bench::{Bench, wait_for, wait_state, watch};
+use crate::fake::{Act, At, Script, fault};
+use crate::trial;
+use libtest_mimic::Trial;
+use ramtorch_client::v1::watch_event::Event;
+use ramtorch_client::{Client, v1::JobState};
+use ramtorch_worker::ErrorKind;
+use std::time::{Duration, Instant};
+
+/// The job must survive this: it succeeds after `restarts`, and no step is lost or done twice in the books.
+async fn survives(script: Script, restarts: u32) {
+    let (bench, mut client) = Bench::start(3, script).await;
+    let id = client.submit(bench.job("survivor", 12, "")).await.unwrap().id;
+    let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+    assert_eq!((job.step, job.restarts), (12, restarts), "{}", job.message);
+    assert_eq!(steps(&mut client, &id).await, (1..=12).collect::<Vec<_>>());
+    bench.end().await;
+}
+
+async fn steps(client: &mut Client, id: &str) -> Vec<u64> {
+    watch(client, id).await.iter().filter_map(|e| if let Event::Metrics(m) = e { Some(m.step) } else { None }).collect()
+}
+
+/// The job must fail with this code, after so many restarts, and say this.
+async fn fails(script: Script, kind: ErrorKind, restarts: u32, words: &[&str]) {
+    let (bench, mut client) = Bench::start(2, script).await;
+    let id = client.submit(bench.job("victim", 12, "")).await.unwrap().id;
+    let job = wait_state(&mut client, &id, JobState::Failed).await;
+    assert_eq!((job.exit_code, job.restarts), (u32::from(kind.exit_code()), restarts), "{}", job.message);
+    for word in words {
+        assert!(job.message.contains(word), "{word:?} is not in: {}", job.message);
+    }
+    assert!(bench.segments().is_empty());
+    // The next job is none the worse for it.
+    bench.script(&Script::quick());
+    let next = client.submit(bench.job("next", 3, "")).await.unwrap().id;
+    wait_state(&mut client, &next, JobState::Succeeded).await;
+    bench.end().await;
+}
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("a_worker_that_dies_before_its_first_call", || survives(Script::quick().with(fault(At::Birth(1), Act::Exit(7))), 1)),
+        trial("three_workers_that_die_before_their_first_call", || survives(Script::quick().with(fault(At::Birth(3), Act::Signal(9))), 3)),
+        trial("a_worker_that_crashes_while_loading", || {
+            survives(Script::quick().with(fault(At::Load, Act::Signal(11)).rank(1).generation(2)), 1)
+        }),
+        trial("a_worker_that_is_killed_in_the_middle", || {
+            survives(Script::quick().with(fault(At::Step(5), Act::Signal(9)).rank(0).generation(2)), 1)
+        }),
+        trial("another_rank_that_is_killed_in_the_middle", || {
+            survives(Script::quick().with(fault(At::Step(5), Act::Signal(9)).rank(2).generation(2)), 1)
+        }),
+        trial("a_worker_that_panics", || survives(Script::quick().with(fault(At::Step(6), Act::Panic).rank(0).generation(2)), 1)),
+        trial("a_worker_that_exits_without_a_word", || {
+            survives(Script::quick().with(fault(At::Step(6), Act::Exit(0)).rank(0).generation(2)), 1)
+        }),
+        trial("a_worker_that_hangs", || async {
+            // SIGSTOP: no heartbeat, no exit, no answer to SIGTERM.
+            survives(Script::quick().with(fault(At::Step(4), Act::Signal(19)).rank(0).generation(2)), 1).await;
+        }),
+        trial("a_worker_that_does_not_leave_after_its_result", || async {
+            let script = Script::quick();
+            let (bench, mut client) = Bench::start(1, script).await;
+            let id = client.submit(bench.job("one", 2, "")).await.unwrap().id;
+            wait_state(&mut client, &id, JobState::Succeeded).await;
+            bench.end().await;
+        }),
+        trial("failures_with_progress_in_between_do_not_use_up_the_budget", || async {
+            // Generation g dies before step g + 1 or a little later: six failures, each after a new step.
+            let (bench, mut client) = Bench::start(1, Script::quick().with(fault(At::Everywhere, Act::Signal(9)))).await;
+            let id = client.submit(bench.job("survivor", 12, "")).await.unwrap().id;
+            let job = wait_for(&mut client, &id, "its end", |j| matches!(j.state(), JobState::Succeeded | JobState::Failed)).await;
+            assert_eq!(job.state(), JobState::Succeeded, "{}", job.message);
+            assert!(job.restarts > 3, "{}", job.restarts);
+            bench.end().await;
+        }),
+        trial("the_budget_ends_and_the_first_cause_is_told", || {
+            let script = Script::quick()
+                .with(fault(At::Step(3), Act::Signal(6)).rank(1).generation(2))
+                .with(fault(At::Step(3), Act::Exit(5)).rank(0).generation(3))
+                .with(fault(At::Step(3), Act::Exit(5)).rank(0).generation(4))
+                .with(fault(At::Step(3), Act::Exit(5)).rank(0).generation(5));
+            fails(script, ErrorKind::Internal, 3, &["3 restart(s)", "rank 1 (cpu:1, pid ", "SIGABRT", "the last failure: rank 0"])
+        }),
+        trial("a_panic_is_told_with_its_place", || {
+            fails(Script::quick().with(fault(At::Load, Act::Panic)), ErrorKind::Internal, 3, &["as the script says", "fake.rs:"])
+        }),
+        trial("the_last_lines_of_a_crashed_worker_are_told", || {
+            fails(
+                Script::quick().with(fault(At::Birth(99), Act::Exit(9))),
+                ErrorKind::Internal,
+                3,
+                &["exited with code 9", "before its first call", "dying before the first call"],
+            )
+        }),
+        trial("a_preparation_that_crashes_is_tried_again", || {
+            survives(Script::quick().with(fault(At::Prepare, Act::Signal(9)).generation(1)), 1)
+        }),
+        trial("the_first_sign_by_time_is_the_root_cause", || async {
+            // Rank 1 dies; rank 0 notices a moment later and reports an error of its own.
+            let script = Script { step_ms: 30, ..Script::default() }
+                .with(fault(At::Step(3), Act::Signal(11)).rank(1))
+                .with(fault(At::Step(4), Act::Fail(ErrorKind::Internal)).rank(0));
+            let (mut bench, _) = (Bench::new(2, script), ());
+            bench.settings.supervision.restart_budget = 0;
+            let mut client = bench.up().await;
+            let id = client.submit(bench.job("victim", 12, "")).await.unwrap().id;
+            let job = wait_state(&mut client, &id, JobState::Failed).await;
+            assert!(job.message.contains("rank 1") && job.message.contains("SIGSEGV"), "{}", job.message);
+            assert!(!job.message.contains("rank 0"), "{}", job.message);
+            bench.end().await;
+        }),
+        trial("a_hang_is_noticed_in_time_and_named", || async {
+            let script = Script::quick().with(fault(At::Step(4), Act::Signal(19)).rank(1));
+            let mut bench = Bench::new(2, script);
+            bench.settings.supervision.restart_budget = 0;
+            let mut client = bench.up().await;
+            let id = client.submit(bench.job("victim", 12, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "step 3", |j| j.step >= 3).await;
+            let start = Instant::now();
+            let job = wait_state(&mut client, &id, JobState::Failed).await;
+            assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+            assert!(job.message.contains("no heartbeat") && job.message.contains("rank 1"), "{}", job.message);
+            assert!(job.message.contains("computing"), "{}", job.message);
+            bench.end().await;
+        }),
+        trial("a_program_that_cannot_be_started", || async {
+            let mut bench = Bench::new(1, Script::quick());
+            bench.settings.worker.exe = "/no/such/program".into();
+            let mut client = bench.up().await;
+            let id = client.submit(bench.job("victim", 12, "")).await.unwrap().id;
+            let job = wait_state(&mut client, &id, JobState::Failed).await;
+            assert!(job.message.contains("/no/such/program"), "{}", job.message);
+            bench.end().await;
+        }),
+    ];
+    // Errors that no restart can mend, wherever they come from.
+    trials.push(trial("errors_of_the_user_are_not_restarted", || async {
+        for kind in [ErrorKind::JobFile, ErrorKind::Input, ErrorKind::Resources, ErrorKind::Output] {
+            for at in [At::Prepare, At::Load, At::Step(5)] {
+                let word = format!("{kind:?} as the script says");
+                fails(Script::quick().with(fault(at, Act::Fail(kind))), kind, 0, &[&word]).await;
+            }
+        }
+    }));
+    trials
+}
