@@ -38,6 +38,16 @@ pub fn create_segment(name: &str, plan: &Plan) -> Result<(), EngineError> {
     Store::create(name, &engine.store).map_err(errors::store).map(drop)
 }
 
+/// To be called first thing in a worker process, before it has threads: where there is an NVIDIA driver, makes the
+/// CUDA libraries findable (which may start the program again, once, with a longer `LD_LIBRARY_PATH`).
+///
+/// # Errors
+/// The program cannot be started again.
+pub fn prepare_process() -> Result<(), EngineError> {
+    let driver = ["/dev/nvidiactl", "/dev/dxg"].iter().any(|p| std::path::Path::new(p).exists());
+    if driver { ramtorch_cuda::ensure_libraries() } else { Ok(()) }
+}
+
 /// Does what `assignment` says, in this process, until it is done or told to stop. The value is role-specific:
 /// [`Prepared`] for `Prepare`, [`TrainOutcome`] for `Train`, and so on.
 ///

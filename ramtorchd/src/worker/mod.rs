@@ -31,6 +31,10 @@ static PANIC: Mutex<String> = Mutex::new(String::new());
 
 /// Runs a worker process with the engine that is linked in.
 pub fn main() -> ExitCode {
+    if let Err(e) = ramtorch_worker::prepare_process() {
+        eprintln!("ramtorchd worker: {e}");
+        return ExitCode::from(e.kind.exit_code());
+    }
     run(ramtorch_worker::run)
 }
 

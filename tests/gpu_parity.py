@@ -1,0 +1,74 @@
+"""Trains the fixtures on GPU 0 and compares losses and gradient norms with PyTorch's fp64 runs. See gpu.sh."""
+import glob
+import json
+import os
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FIXTURES = os.path.join(HERE, "fixtures")
+# Relative to the fp64 run. bf16 has 8 bits of mantissa; what it may cost is known from PyTorch's own bf16 runs.
+LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 1e-1)}
+
+
+def job(folder, expected, precision):
+    lines = [
+        'name = "gpu-parity"',
+        "[model]",
+        f'path = "{os.path.join(FIXTURES, "models", expected["model"])}"',
+        "[data]",
+        'format = "tokens"',
+        f'train = "{os.path.join(FIXTURES, "tokens.bin")}"',
+        f'sequence_length = {expected["sequence_length"]}',
+        "shuffle = false",
+        "[train]",
+        f'steps = {expected["steps"]}',
+        f'batch_size = {expected["batch_size"]}',
+        "micro_batch_size = 4",
+        f'precision = "{precision}"',
+        "[optimizer]",
+        *(f"{k} = {json.dumps(v)}" for k, v in expected["optimizer"].items()),
+        "[schedule]",
+        *(f"{k} = {json.dumps(v)}" for k, v in expected["schedule"].items()),
+        "[output]",
+        'metrics = "metrics.jsonl"',
+    ]
+    path = os.path.join(folder, "job.toml")
+    with open(path, "w") as f:
+        f.write("\n".join(lines) + "\n")
+    return path
+
+
+def main():
+    binary, out = sys.argv[1], sys.argv[2]
+    passed = failed = 0
+    names = sorted(glob.glob(os.path.join(FIXTURES, "expected", "*.json")))
+    if len(sys.argv) > 3:
+        names = [n for n in names if os.path.basename(n)[:-5] in sys.argv[3:]]
+    for path in names:
+        name = os.path.basename(path)[:-5]
+        with open(path) as f:
+            expected = json.load(f)
+        if "grad_norm" not in expected or "sequence_length" not in expected or name.startswith("stack"):
+            continue
+        for precision, (loss_limit, norm_limit) in LIMITS.items():
+            folder = os.path.abspath(os.path.join(out, f"{name}-{precision}"))
+            os.makedirs(folder, exist_ok=True)
+            command = [binary, "run", job(folder, expected, precision), "--devices", "cuda:0", "--device-memory", str(8 << 30)]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=180)
+            if run.returncode != 0:
+                print(f"FAIL {name} {precision}: exit {run.returncode}: {(run.stdout + run.stderr)[-1500:]}")
+                failed += 1
+                continue
+            with open(os.path.join(folder, "metrics.jsonl")) as f:
+                lines = [json.loads(line) for line in f]
+            worst = [max(abs(m[k] / e - 1) for m, e in zip(lines, expected[k])) for k in ("loss", "grad_norm")]
+            good = len(lines) == expected["steps"] and worst[0] < loss_limit and worst[1] < norm_limit
+            passed, failed = passed + good, failed + (not good)
+            print(f"{'ok  ' if good else 'FAIL'} {name} {precision}: {len(lines)} steps, loss within {worst[0]:.1e}, norm within {worst[1]:.1e}")
+    print(f"{passed} passed, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
