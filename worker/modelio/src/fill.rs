@@ -101,3 +101,70 @@ pub(crate) fn overlaps<'a>(layout: &'a Layout, params: &Range<u64>) -> impl Iter
         Overlap { tensor: &t.name, start: range.start - t.start, params: range }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::StoreWeights;
+    use crate::testing::{Synthetic, bits, fixture, read_all, read_all_moments, store, tiny_llama};
+    use crate::{Architecture, HfFolder};
+    use ramtorch_store::{MomentFormat, Part};
+
+    #[test]
+    fn pages_hold_what_the_source_gave() {
+        let model = tiny_llama();
+        for (ranks, moments) in [(1, MomentFormat::F32), (3, MomentFormat::Bf16), (2, MomentFormat::None)] {
+            let source = Synthetic { salt: 7, moments: true };
+            let store = store(&model, ranks, moments, 4, &source);
+            let held = StoreWeights::at_step(&store, 4);
+            for (a, b) in read_all(&model, &source).iter().zip(&read_all(&model, &held)) {
+                assert_eq!(bits(a), bits(b));
+            }
+            let expected = (moments != MomentFormat::None).then(|| read_all_moments(&model, &source).unwrap());
+            assert_eq!(read_all_moments(&model, &held), expected, "{moments:?}");
+            let wrong = StoreWeights::at_step(&store, 5).read("model.norm.weight", 0, &mut [0.0]);
+            assert!(matches!(wrong, Err(ModelError::Store(_))), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn moments_are_zero_without_a_source_of_them_and_so_is_padding() {
+        let model = tiny_llama();
+        let store = store(&model, 2, MomentFormat::F32, 0, &Synthetic { salt: 1, moments: false });
+        let layout = store.layout();
+        assert!(layout.span() > layout.parameters(), "the test needs padding");
+        let mut all = vec![0.0; layout.span() as usize];
+        store.read(0, Part::Weight, &mut all).unwrap();
+        let mut inside = vec![false; all.len()];
+        for t in layout.tensors() {
+            inside[t.start as usize..(t.start + t.len) as usize].fill(true);
+        }
+        assert!(all.iter().zip(&inside).all(|(x, inside)| *inside || x.to_bits() == 0));
+        store.read(0, Part::Moment2, &mut all).unwrap();
+        assert!(all.iter().all(|x| x.to_bits() == 0));
+    }
+
+    #[test]
+    fn real_folders_fill_a_store() {
+        for name in ["llama", "qwen2", "qwen2-untied", "qwen3", "mistral", "gpt2"] {
+            let (model, _) = Architecture::from_config_file(&fixture(name).join("config.json")).unwrap();
+            let folder = HfFolder::open(&fixture(name), &model).unwrap();
+            let store = store(&model, 2, MomentFormat::None, 0, &folder);
+            for (a, b) in read_all(&model, &folder).iter().zip(&read_all(&model, &StoreWeights::live(&store))) {
+                assert_eq!(bits(a), bits(b), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_source_that_fails_is_an_error() {
+        struct Broken;
+        impl WeightSource for Broken {
+            fn read(&self, _: &str, _: u64, _: &mut [f32]) -> Result<(), ModelError> {
+                Err(ModelError::Invalid("broken".into()))
+            }
+        }
+        let store = store(&tiny_llama(), 1, MomentFormat::F32, 0, &Synthetic { salt: 1, moments: false });
+        assert!(crate::testing::fill(&store, 1, &Broken).unwrap_err().to_string().contains("broken"));
+    }
+}

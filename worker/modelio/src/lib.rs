@@ -31,10 +31,13 @@ mod hf;
 mod init;
 mod inspect;
 mod open;
+mod powf;
 mod rope;
 mod source;
 mod stream;
 mod tensorfile;
+#[cfg(test)]
+mod testing;
 mod validate;
 
 pub use arch::{Architecture, Family, HiddenAct, Rope, RopeScaling, StackConfig, TransformerConfig};

@@ -28,10 +28,10 @@ pub(crate) fn transformer(c: &TransformerConfig) -> Result<(), String> {
     if c.layers as u64 > MAX_LAYERS {
         return Err(format!("num_hidden_layers is {}, at most {MAX_LAYERS} are possible", c.layers));
     }
-    if c.heads % c.kv_heads != 0 {
+    if !c.heads.is_multiple_of(c.kv_heads) {
         return Err(format!("num_attention_heads ({}) is not a multiple of num_key_value_heads ({})", c.heads, c.kv_heads));
     }
-    if c.rope.is_some() && c.head_dim % 2 != 0 {
+    if c.rope.is_some() && !c.head_dim.is_multiple_of(2) {
         return Err(format!("head_dim ({}) is odd; rotary positions need pairs", c.head_dim));
     }
     if c.layer_windows.len() != c.layers {
@@ -68,8 +68,8 @@ fn scaling(theta: f64, scaling: &RopeScaling) -> Result<(), String> {
     let positive = |name: &str, x: f64| {
         if x.is_finite() && x > 0.0 { Ok(()) } else { Err(format!("{name} is {x}, a positive number is needed")) }
     };
-    if !(theta.is_finite() && theta > 1.0) {
-        return Err(format!("rope_theta is {theta}, more than 1 is needed"));
+    if !(theta > 1.0 && theta <= 1e30) {
+        return Err(format!("rope_theta is {theta}, a number above 1 and up to 1e30 is needed"));
     }
     match *scaling {
         RopeScaling::None => Ok(()),

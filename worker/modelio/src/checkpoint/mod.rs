@@ -15,6 +15,8 @@ mod find;
 mod format;
 mod partition;
 mod read;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use find::{FindOptions, Search, Skipped, find_sound};

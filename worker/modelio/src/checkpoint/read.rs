@@ -186,6 +186,14 @@ impl Checkpoint {
     }
 }
 
+#[cfg(test)]
+impl Checkpoint {
+    /// Where the bytes of a tensor or moment begin in its file.
+    pub(super) fn place_of(&self, name: &str) -> u64 {
+        self.files.iter().find_map(|file| file.tensor(name)).unwrap().offset
+    }
+}
+
 impl WeightSource for Checkpoint {
     fn read(&self, tensor: &str, start: u64, out: &mut [f32]) -> Result<(), ModelError> {
         self.read_part(tensor, 0, start, out)

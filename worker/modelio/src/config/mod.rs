@@ -5,6 +5,8 @@
 
 mod fields;
 mod rope;
+#[cfg(test)]
+mod tests;
 
 use crate::arch::{Architecture, Family, HiddenAct, TransformerConfig};
 use crate::error::ModelError;
@@ -110,7 +112,7 @@ fn llama_like(f: &mut Fields<'_>, family: Family) -> Result<TransformerConfig, M
         Some(Some(n)) => n,
         None if family == Family::Qwen3 => 128,
         _ => {
-            if hidden_size % heads != 0 {
+            if !hidden_size.is_multiple_of(heads) {
                 let text = format_args!("is {hidden_size}, not a multiple of num_attention_heads ({heads}), and head_dim is not given");
                 return Err(f.error("hidden_size", text));
             }
@@ -212,7 +214,7 @@ fn gpt2(f: &mut Fields<'_>) -> Result<TransformerConfig, ModelError> {
     let heads = f.aliased_size("n_head", "num_attention_heads", 12)?;
     let layers = f.layers(if f.present("n_layer") { "n_layer" } else { "num_hidden_layers" }, 12)?;
     let max_positions = f.aliased_size("n_positions", "max_position_embeddings", 1024)?;
-    if hidden_size % heads != 0 {
+    if !hidden_size.is_multiple_of(heads) {
         return Err(f.error("n_embd", format_args!("is {hidden_size}, not a multiple of n_head ({heads})")));
     }
     let intermediate_size = match f.opt_size("n_inner")? {

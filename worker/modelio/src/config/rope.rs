@@ -28,9 +28,6 @@ pub(super) fn parse(f: &mut Fields<'_>, max_positions: usize) -> Result<Rope, Mo
         Some(theta) => theta,
         None => f.number("rope_theta", DEFAULT_THETA)?,
     };
-    if theta <= 1.0 {
-        return Err(f.error("rope_theta", format_args!("is {theta}, more than 1 is needed")));
-    }
     let partial = match inner.opt_number("partial_rotary_factor")? {
         Some(share) => share,
         None => f.number("partial_rotary_factor", 1.0)?,

@@ -6,6 +6,8 @@
 //! threads can read one file at once, each with a small buffer of its own.
 
 mod header;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 pub use header::TensorInfo;

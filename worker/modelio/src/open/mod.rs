@@ -1,5 +1,8 @@
 //! From what a user names to a model: the `[model]` table of a job file, or a path.
 
+#[cfg(test)]
+mod tests;
+
 use crate::arch::{Architecture, StackConfig};
 use crate::assets::{CONFIG, ModelAssets};
 use crate::checkpoint::{Checkpoint, FindOptions, MANIFEST_FILE, Skipped, find_sound};

@@ -1,5 +1,8 @@
 //! Writing a model folder that `transformers`, vLLM and ramtorch itself load.
 
+#[cfg(test)]
+mod tests;
+
 use crate::arch::Architecture;
 use crate::assets::{CONFIG, ModelAssets};
 use crate::dtype::Dtype;
@@ -10,7 +13,7 @@ use crate::source::WeightSource;
 use crate::stream::Stream;
 use crate::tensorfile::{PlannedTensor, StreamWriter};
 use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Describes a plain stack in its folder, as config.json does a language model.
 pub const STACK_FILE: &str = "ramtorch.json";
@@ -197,7 +200,7 @@ fn corrected_config(config: &[u8], class: &str, dtype: Dtype) -> Result<Value, s
     Ok(Value::Object(config))
 }
 
-fn write_json(path: &PathBuf, value: &Value) -> Result<(), ModelError> {
+fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
     let mut text = serde_json::to_string_pretty(value).map_err(|e| ModelError::format(path, e))?;
     text.push('\n');
     durable::write_file(path, text.as_bytes())

@@ -1,5 +1,8 @@
 //! Weights in a Hugging Face folder: one safetensors file, or shards with an index.
 
+#[cfg(test)]
+mod tests;
+
 use crate::arch::{Architecture, Family};
 use crate::dtype::Dtype;
 use crate::error::ModelError;
@@ -77,13 +80,9 @@ impl HfFolder {
             if let Some(index) = index {
                 index.check(file)?;
             }
-            for name in file.other_tensors().iter().filter(|name| !names.ignored(name)) {
-                let wanted = names.canonical(name, &expected).is_some();
-                let text = format!(
-                    "tensor `{name}` has a type that weights cannot have{}",
-                    if wanted { "; F64, F32, F16 and BF16 are read" } else { "" }
-                );
-                return Err(ModelError::format(file.path(), text));
+            if let Some(name) = file.other_tensors().iter().find(|name| !names.ignored(name)) {
+                let hint = if names.canonical(name, &expected).is_some() { "; F64, F32, F16 and BF16 are read" } else { "" };
+                return Err(ModelError::format(file.path(), format_args!("tensor `{name}` has a type that weights cannot have{hint}")));
             }
             for tensor in file.tensors() {
                 if names.ignored(&tensor.name) {
