@@ -31,6 +31,10 @@ impl MetricsFile {
             std::fs::create_dir_all(parent).map_err(|e| fail("make its folder", e))?;
         }
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(|e| fail("open it", e))?;
+        // A pipe or a device has no lines to keep, and may never end.
+        if !file.metadata().map_err(|e| fail("look at it", e))?.is_file() {
+            return Ok((MetricsFile { path: path.to_path_buf(), file: Some(file) }, committed));
+        }
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(|e| fail("read it", e))?;
         let (mut keep, mut last) = (0usize, 0u64);

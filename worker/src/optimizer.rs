@@ -10,12 +10,13 @@
 //! random bits that are a function of (step, parameter) alone, so an update repeated after a crash gives the same bits.
 
 use half::bf16;
+use ramtorch_cpu::{AdamwScalars, adamw};
 use ramtorch_job::OptimizerSpec;
 use ramtorch_store::{Gradients, Layout, MomentsMut, MomentsRef, PageMut, PageView, split};
 use rayon::prelude::*;
 
 /// Parameters a task updates.
-const CHUNK: usize = 1 << 14;
+const CHUNK: usize = 1 << 12;
 
 /// Numbers of one step, the same on every rank.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,44 +27,20 @@ pub(crate) struct StepScalars {
     pub gradient_scale: f32,
 }
 
-struct Scalars {
-    beta1: f32,
-    beta2: f32,
-    one_minus_beta1: f32,
-    one_minus_beta2: f32,
-    step_size: f32,
-    sqrt_bias2: f32,
-    eps: f32,
-    keep: f32,
-    gradient_scale: f32,
-}
-
-impl Scalars {
-    fn new(o: &OptimizerSpec, s: &StepScalars) -> Self {
-        let t = s.step.min(i32::MAX as u64) as i32;
-        Scalars {
-            beta1: o.betas[0] as f32,
-            beta2: o.betas[1] as f32,
-            one_minus_beta1: (1.0 - o.betas[0]) as f32,
-            one_minus_beta2: (1.0 - o.betas[1]) as f32,
-            step_size: (s.lr / (1.0 - o.betas[0].powi(t))) as f32,
-            sqrt_bias2: (1.0 - o.betas[1].powi(t)).sqrt() as f32,
-            eps: o.eps as f32,
-            keep: (1.0 - s.lr * o.weight_decay) as f32,
-            gradient_scale: s.gradient_scale,
-        }
-    }
-}
-
-/// Updates a run of parameters in f32 buffers. `keep` is 1 where weights do not decay.
-#[inline(always)]
-fn adamw(k: &Scalars, keep: f32, g: &[f32], p: &mut [f32], m: &mut [f32], v: &mut [f32]) {
-    for (((g, p), m), v) in g.iter().zip(p).zip(m).zip(v) {
-        let g = g * k.gradient_scale;
-        *m = k.beta1 * *m + k.one_minus_beta1 * g;
-        *v = k.beta2 * *v + k.one_minus_beta2 * g * g;
-        *p = *p * keep - k.step_size * (*m / (v.sqrt() / k.sqrt_bias2 + k.eps));
-    }
+/// Factors of a step, and what weights are multiplied by where they decay.
+fn scalars(o: &OptimizerSpec, s: &StepScalars) -> (AdamwScalars, f32) {
+    let t = s.step.min(i32::MAX as u64) as i32;
+    let k = AdamwScalars {
+        beta1: o.betas[0] as f32,
+        beta2: o.betas[1] as f32,
+        one_minus_beta1: (1.0 - o.betas[0]) as f32,
+        one_minus_beta2: (1.0 - o.betas[1]) as f32,
+        step_size: (s.lr / (1.0 - o.betas[0].powi(t))) as f32,
+        sqrt_bias2: (1.0 - o.betas[1].powi(t)).sqrt() as f32,
+        eps: o.eps as f32,
+        gradient_scale: s.gradient_scale,
+    };
+    (k, (1.0 - s.lr * o.weight_decay) as f32)
 }
 
 /// Random bits of parameter `i` in `step`; independent streams for the two moments.
@@ -148,7 +125,7 @@ pub(crate) fn update_page(
     new: PageMut<'_>,
     gradients: Gradients<'_>,
 ) {
-    let k = Scalars::new(o, s);
+    let (k, keep) = scalars(o, s);
     let runs = decay_runs(layout, &old.params);
     let start = old.params.start;
     let m = moment_chunks(old.m, new.m);
@@ -158,10 +135,11 @@ pub(crate) fn update_page(
     hi.zip(lo).zip(m.into_par_iter().zip(v)).enumerate().for_each(|(c, (((hi, new_hi), (lo, new_lo)), (mut mc, mut vc)))| {
         let n = hi.len();
         let first = start + (c * CHUNK) as u64;
-        let (mut p, mut m, mut v) = (vec![0f32; n], vec![0f32; n], vec![0f32; n]);
-        split::join_slice(hi, lo, &mut p);
-        mc.read(&mut m);
-        vc.read(&mut v);
+        let (mut p, mut m, mut v) = ([0f32; CHUNK], [0f32; CHUNK], [0f32; CHUNK]);
+        let (p, m, v) = (&mut p[..n], &mut m[..n], &mut v[..n]);
+        split::join_slice(hi, lo, p);
+        mc.read(m);
+        vc.read(v);
         let widened;
         let at = c * CHUNK;
         let g: &[f32] = match gradients {
@@ -182,11 +160,11 @@ pub(crate) fn update_page(
                 break;
             }
             let r = ((*a).max(first) - first) as usize..((*b).min(end) - first) as usize;
-            adamw(&k, if *decay { k.keep } else { 1.0 }, &g[r.clone()], &mut p[r.clone()], &mut m[r.clone()], &mut v[r]);
+            adamw(&k, if *decay { keep } else { 1.0 }, &g[r.clone()], &mut p[r.clone()], &mut m[r.clone()], &mut v[r]);
         }
-        split::split_slice(&p, new_hi, new_lo);
-        mc.write(&m, s.step, first, 1);
-        vc.write(&v, s.step, first, 2);
+        split::split_slice(p, new_hi, new_lo);
+        mc.write(m, s.step, first, 1);
+        vc.write(v, s.step, first, 2);
     });
 }
 
@@ -197,22 +175,10 @@ pub(crate) fn sum_of_squares(g: Gradients<'_>) -> f64 {
     }
     let parts: Vec<f64> = match g {
         Gradients::None => Vec::new(),
-        Gradients::F32(g) => g.par_chunks(CHUNK).map(sum_f32).collect(),
+        Gradients::F32(g) => g.par_chunks(CHUNK).map(ramtorch_cpu::sum_of_squares).collect(),
         Gradients::Bf16(g) => g.par_chunks(CHUNK).map(|c| lanes(c.iter().map(|x| f32::from_bits((*x as u32) << 16)))).collect(),
     };
     parts.iter().sum()
-}
-
-fn sum_f32(x: &[f32]) -> f64 {
-    let mut acc = [0f64; 8];
-    let it = x.chunks_exact(8);
-    let rest = it.remainder().iter().map(|v| *v as f64 * *v as f64).sum::<f64>();
-    for c in it {
-        for (a, v) in acc.iter_mut().zip(c) {
-            *a += *v as f64 * *v as f64;
-        }
-    }
-    acc.iter().sum::<f64>() + rest
 }
 
 #[cfg(test)]
@@ -226,8 +192,8 @@ mod tests {
         let (mut dp, mut dm, mut dv) = (1f64, 0f64, 0f64);
         for t in 1..=50u64 {
             let g = (t as f64 * 0.7).sin();
-            let k = Scalars::new(&o, &StepScalars { step: t, lr: 0.1, gradient_scale: 1.0 });
-            adamw(&k, k.keep, &[g as f32], &mut p, &mut m, &mut v);
+            let (k, keep) = scalars(&o, &StepScalars { step: t, lr: 0.1, gradient_scale: 1.0 });
+            adamw(&k, keep, &[g as f32], &mut p, &mut m, &mut v);
             dp *= 1.0 - 0.1 * 0.5;
             dm = 0.9 * dm + 0.1 * g;
             dv = 0.99 * dv + 0.01 * g * g;

@@ -4,6 +4,7 @@
 //! tested on any machine. The compute stream's thread belongs to a rayon pool over which operations spread. The
 //! result of an operation depends on its input and on the instruction set, not on the number of threads.
 
+mod adamw;
 mod attention;
 mod collectives;
 mod embedding;
@@ -16,6 +17,7 @@ mod pointwise;
 mod simd;
 mod stream;
 
+pub use adamw::{AdamwScalars, adamw, sum_of_squares};
 pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradients};
 use memory::{Arena, Bf16, view, view_mut};
 use ramtorch_device::*;

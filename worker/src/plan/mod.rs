@@ -18,8 +18,13 @@ use ramtorch_modelio::Architecture;
 use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreSpec};
 use serde::{Deserialize, Serialize};
 
-/// Rows of a chunk in which the head makes logits.
-const HEAD_LOGIT_BYTES: u64 = 64 << 20;
+/// Bytes of logits that the head makes at once: enough rows for efficient products on either kind.
+fn head_logit_bytes(kind: DeviceKind) -> u64 {
+    match kind {
+        DeviceKind::Cpu => 64 << 20,
+        DeviceKind::Cuda => 1 << 30,
+    }
+}
 
 /// The engine's part of a [`Plan`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -149,9 +154,9 @@ pub(crate) fn rope_table_bytes(a: &Architecture, positions: usize) -> u64 {
 }
 
 /// Rows of logits made at once.
-pub(crate) fn head_rows(a: &Architecture, dtype: Dtype, rows: usize) -> usize {
+pub(crate) fn head_rows(a: &Architecture, dtype: Dtype, rows: usize, kind: DeviceKind) -> usize {
     let Some(c) = a.transformer() else { return rows };
-    let most = (HEAD_LOGIT_BYTES / (c.vocab_size as u64 * dtype.size())) as usize;
+    let most = (head_logit_bytes(kind) / (c.vocab_size as u64 * dtype.size())) as usize;
     (most / 64 * 64).max(64).min(rows)
 }
 
@@ -188,12 +193,19 @@ fn store_spec(spec: &JobSpec, prepared: &Prepared, architecture: &Architecture, 
 /// Bytes that a device's attention wants beyond its inputs and outputs, where the device itself cannot be asked.
 pub(crate) fn assumed_workspace(kind: DeviceKind) -> impl Fn(&AttentionShape) -> Result<u64, EngineError> {
     move |s| {
+        let per_sequence = (s.heads * s.seq) as u64;
         Ok(match kind {
             DeviceKind::Cpu => 0,
-            // dQ in f32, the row sums and cuDNN's own workspace.
+            // cuDNN's deterministic backward pass wants 2 bytes a score; the device takes fewer sequences at a time
+            // above 1 GiB. The other one keeps the queries' gradients in f32. Row sums come on top of either.
             DeviceKind::Cuda => {
-                let q = (s.rows() * s.heads * s.head_dim * 4) as u64;
-                2 * q + (s.rows() * s.heads * 8) as u64 + (256 << 20)
+                let scores = per_sequence * s.seq as u64 * 2;
+                let mut at_once = s.batch as u64;
+                while at_once > 1 && at_once * scores > 1 << 30 {
+                    at_once = at_once.div_ceil(2);
+                }
+                let sums = per_sequence * s.batch as u64 * s.head_dim as u64 * 4;
+                (at_once * scores).max(sums) + 2 * per_sequence * s.batch as u64 * 4 + (64 << 20)
             }
         })
     }
@@ -244,7 +256,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
                 store: store.clone(),
                 micro_batch,
                 seq: prepared.sequence_length,
-                head_rows: head_rows(&architecture, dtype, micro_batch * prepared.sequence_length),
+                head_rows: head_rows(&architecture, dtype, micro_batch * prepared.sequence_length, first.kind),
                 groups,
                 group_len: micro_batches.div_ceil(groups),
                 micro_batches,
@@ -389,15 +401,16 @@ pub(crate) fn inference(
     micro_batch: usize,
     seq: usize,
     budget: u64,
-    workspace: &dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
+    kind: DeviceKind,
 ) -> Result<EnginePlan, EngineError> {
+    let workspace = &assumed_workspace(kind);
     let mut p = EnginePlan {
         world: 1,
         dtype: model.dtype,
         store: StoreSpec { gradients: GradientFormat::None, ..store.clone() },
         micro_batch,
         seq,
-        head_rows: head_rows(&model.architecture, model.dtype, micro_batch * seq),
+        head_rows: head_rows(&model.architecture, model.dtype, micro_batch * seq, kind),
         groups: 1,
         group_len: 1,
         micro_batches: 1,
