@@ -22,7 +22,7 @@ A failed job's own code, 10 to 13, stands in for 100 where it is known.";
 
 /// Train and run language models that do not fit in GPU memory.
 #[derive(Debug, Parser)]
-#[command(name = "ramtorch", version, propagate_version = true, after_help = EXIT_CODES, max_term_width = 100)]
+#[command(name = "ramtorch", version, after_help = EXIT_CODES, max_term_width = 100)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub global: Global,

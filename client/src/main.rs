@@ -53,7 +53,8 @@ fn run(cli: Cli, printer: Printer) -> Result<u8, ClientError> {
 fn usage(error: &clap::Error, json: bool) -> u8 {
     let is_mistake = error.use_stderr();
     if is_mistake && json {
-        output::print_error(Format::Json, exit::USAGE, error.to_string().trim());
+        let message = error.to_string();
+        output::print_error(Format::Json, exit::USAGE, message.trim_start_matches("error: ").trim());
     } else {
         // Nobody is left to tell when this fails.
         let _ = error.print();

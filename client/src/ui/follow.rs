@@ -4,9 +4,9 @@
 //!            get                 watch                 job ended, stream ended (or silent for a moment)
 //!  start ─────────▶ known ─────────────▶ following ────────────────────────────────▶ ended   exit code of the job
 //!                                         │  ▲    │
-//!                     stream broke, or    │  │    │ interrupt, Detach
-//!                     ended without       ▼  │    └──────────────────▶ detached               101
-//!                     the job's end      lost ── no answer for 15 s ──▶ Err(Lost)              14
+//!                     stream broke, fell  │  │    │ interrupt, Detach
+//!                     behind, or ended    ▼  │    └──────────────────▶ detached               101
+//!                     before the job     lost ── nothing for 15 s ──▶ Err                     14
 //!                                         │
 //!    interrupt, Cancel: the job is asked to stop, following goes on; a second interrupt ──▶ given up   130
 //! ```
@@ -35,6 +35,8 @@ const HISTORY_STEPS: u32 = 20_000;
 const LOST_LIMIT: Duration = Duration::from_secs(15);
 /// After the job's end, what the daemon still has to say comes at once.
 const END_SILENCE: Duration = Duration::from_secs(2);
+/// A connection that held for so long was sound, whatever came before it.
+const STEADY: Duration = Duration::from_secs(5);
 /// Between attempts to connect again: from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
@@ -190,7 +192,12 @@ impl Follower {
                 Ok(stream) => stream,
                 Err(end) => return Ok(end),
             };
-            match self.receive(&mut stream, interrupts).await? {
+            let connected = Instant::now();
+            let left = self.receive(&mut stream, interrupts).await?;
+            if connected.elapsed() >= STEADY {
+                self.lost_since = None;
+            }
+            match left {
                 Left::JobEnded => return self.end(),
                 Left::Interrupted(end) => return Ok(*end),
                 Left::StreamLost(error) => lost = Some(error),
@@ -198,19 +205,12 @@ impl Follower {
         }
     }
 
-    /// Opens the stream of messages. Where it was open before and `lost`, tries for a while; `Err` inside `Ok` is
-    /// an interrupt that ends the command.
+    /// Opens the stream of messages; where `lost` is why there is none any more, tries for a while. `Err` inside `Ok`
+    /// is an interrupt that ends the command.
     async fn connect(&mut self, lost: Option<ClientError>, interrupts: &mut Interrupts) -> Result<Result<Events, JobEnd>, ClientError> {
         let mut pause = Duration::ZERO;
         if let Some(error) = lost {
-            match self.lost_since {
-                None => {
-                    self.lost_since = Some(Instant::now());
-                    self.show(|view, _| view.notice("lost the connection to ramtorchd; waiting for it to come back"))?;
-                }
-                Some(since) if since.elapsed() >= LOST_LIMIT => return Err(error),
-                Some(_) => {}
-            }
+            self.on_lost(error)?;
             self.tracker.reconnected();
             pause = FIRST_PAUSE;
         }
@@ -220,16 +220,31 @@ impl Follower {
                 self.client.watch(&self.id, HISTORY_STEPS).await
             };
             tokio::select! {
-                stream = attempt => match (stream, self.lost_since) {
-                    (Ok(stream), _) => return Ok(Ok(stream)),
-                    (Err(error), Some(since)) if error.is_connection() && since.elapsed() < LOST_LIMIT => {}
-                    (Err(error), _) => return Err(error),
+                stream = attempt => match stream {
+                    Ok(stream) => return Ok(Ok(stream)),
+                    Err(error) if error.is_connection() => self.on_lost(error)?,
+                    Err(error) => return Err(error),
                 },
                 () = interrupts.next() => if let Some(end) = self.on_interrupt()? {
                     return Ok(Err(end));
                 },
             }
             pause = (pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+        }
+    }
+
+    /// Takes note of a lost connection; returns its error once it has been lost for too long.
+    fn on_lost(&mut self, error: ClientError) -> Result<(), ClientError> {
+        match self.lost_since {
+            None => {
+                self.lost_since = Some(Instant::now());
+                if fell_behind(&error) {
+                    return Ok(());
+                }
+                self.show(|view, _| view.notice("lost the connection to ramtorchd; waiting for it to come back"))
+            }
+            Some(since) if since.elapsed() >= LOST_LIMIT => Err(error),
+            Some(_) => Ok(()),
         }
     }
 
@@ -243,7 +258,7 @@ impl Follower {
                     // An ended job has been told in full, or will not be.
                     Ok(None) => return Ok(if ended { Left::JobEnded } else { Left::StreamLost(ended_early()) }),
                     Err(error) if ended && error.is_connection() => return Ok(Left::JobEnded),
-                    Err(error) if error.is_connection() => return Ok(Left::StreamLost(error)),
+                    Err(error) if error.is_connection() || fell_behind(&error) => return Ok(Left::StreamLost(error)),
                     Err(error) => return Err(error),
                 },
                 () = tokio::time::sleep(END_SILENCE), if ended => return Ok(Left::JobEnded),
@@ -326,6 +341,12 @@ impl Follower {
             }
         }
     }
+}
+
+/// Whether the daemon dropped this stream because its reader (a terminal that was stopped, a slow pipe) did not keep
+/// up. What was missed is in the history of the next one.
+fn fell_behind(error: &ClientError) -> bool {
+    matches!(error, ClientError::Refused { code: tonic::Code::ResourceExhausted, .. })
 }
 
 fn ended_early() -> ClientError {

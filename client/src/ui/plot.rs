@@ -112,7 +112,7 @@ impl Range {
 
     /// Round values (1, 2 or 5 times a power of ten apart), at most one a row.
     fn ticks(&self, rows: usize) -> Vec<Tick> {
-        let wanted = (self.high - self.low) / (rows as f64 / 2.5).max(1.0);
+        let wanted = (self.high - self.low) / (rows as f64 / 2.0).max(1.0);
         let power = 10f64.powf(wanted.log10().floor());
         let step = [1.0, 2.0, 5.0, 10.0].iter().map(|m| m * power).find(|s| *s >= wanted * 0.999).unwrap_or(power * 10.0);
         let decimals = (-step.log10().floor()).clamp(0.0, 6.0) as usize;

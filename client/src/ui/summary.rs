@@ -15,17 +15,12 @@ const CURVE_COLUMNS: usize = 100;
 /// Loss, validation loss, learning rate, pace and time left; parts that are not known are left out.
 pub(crate) fn pace(tracker: &Tracker) -> String {
     let Some(m) = &tracker.metrics else { return String::new() };
-    let mut parts = Vec::new();
-    if m.step > 0 {
-        parts.push(format!("loss {}", text::real(m.loss)));
-    }
+    let mut parts = vec![format!("loss {}", text::real(m.loss))];
     if let Some(loss) = tracker.validation.last() {
         parts.push(format!("validation {}", text::real(loss)));
     }
-    if m.step > 0 {
-        parts.push(format!("lr {:.2e}", m.lr));
-        parts.push(format!("{} tok/s", text::rate(m.tokens_per_second)));
-    }
+    parts.push(format!("lr {:.2e}", m.lr));
+    parts.push(format!("{} tok/s", text::rate(m.tokens_per_second)));
     if let Some(left) = tracker.seconds_left().filter(|_| !super::follow::has_ended(tracker.job.state)) {
         parts.push(format!("{} left", text::duration(left)));
     }
@@ -68,8 +63,7 @@ pub(crate) fn event(event: &v1::Event) -> String {
 
 /// The job in one line, as it is introduced.
 pub(crate) fn title(job: &v1::Job) -> String {
-    let model = if job.model.is_empty() { String::new() } else { format!("  {}", job.model) };
-    text::one_line(&format!("{} ({}){model}", job.name, job.id))
+    text::one_line(&format!("{} ({}) {}", job.name, job.id, job.model))
 }
 
 /// Everything that a user wants to know at the end: the curve, how it went, the sample, where the results are.

@@ -32,6 +32,8 @@ pub(crate) struct Tracker {
     replay_until: u64,
     /// The next job message is the first on a new connection.
     reconnected: bool,
+    /// Metrics on a new connection begin with those already seen.
+    replaying: bool,
 }
 
 impl Tracker {
@@ -44,6 +46,7 @@ impl Tracker {
             pace: None,
             replay_until,
             reconnected: false,
+            replaying: false,
             job,
         }
     }
@@ -51,6 +54,7 @@ impl Tracker {
     /// The stream of messages begins again from its start.
     pub fn reconnected(&mut self) {
         self.reconnected = true;
+        self.replaying = true;
     }
 
     /// Takes the job's new state; returns the one before.
@@ -62,34 +66,35 @@ impl Tracker {
         std::mem::replace(&mut self.job, job)
     }
 
-    /// Takes one step's metrics. Validation may come with its step, or after it in a message of its own.
+    /// Takes one step's metrics.
     pub fn on_metrics(&mut self, metrics: &v1::Metrics) -> News {
-        let last = self.metrics.as_ref().map(|m| (m.step, m.validation_loss.is_some()));
-        let news = if metrics.step <= self.replay_until { News::Replayed } else { News::Live };
-        match last {
-            Some((step, validated)) if metrics.step == step && metrics.validation_loss.is_some() && !validated => {}
-            Some((step, _)) if metrics.step <= step => return News::Repeated,
-            _ if metrics.step == 0 => {}
-            _ => {
-                self.train.push(metrics.step, metrics.loss);
-                self.keep_pace(metrics.step_seconds);
-            }
+        let repeats = self.metrics.as_ref().is_some_and(|last| metrics.step <= last.step);
+        match (repeats, self.replaying) {
+            (true, true) => return News::Repeated,
+            // The gang was started again from an older checkpoint.
+            (true, false) => self.rewind(metrics.step.saturating_sub(1)),
+            (false, _) => self.replaying = false,
+        }
+        if let Some(loss) = metrics.initial_validation_loss {
+            self.validation.push(metrics.step.saturating_sub(1), loss);
         }
         if let Some(loss) = metrics.validation_loss {
             self.validation.push(metrics.step, loss);
         }
+        self.train.push(metrics.step, metrics.loss);
+        self.keep_pace(metrics.step_seconds);
         self.metrics = Some(metrics.clone());
-        news
+        if metrics.step <= self.replay_until { News::Replayed } else { News::Live }
     }
 
     /// Last step known to be committed.
     pub fn step(&self) -> u64 {
-        self.metrics.as_ref().map_or(0, |m| m.step).max(if self.metrics.is_none() { self.job.step } else { 0 })
+        self.metrics.as_ref().map_or(self.job.step, |m| m.step)
     }
 
-    /// Seconds that the remaining steps will take at the pace of the last ones.
+    /// Seconds that the remaining steps will take at the pace of the last ones; `None` after the last step.
     pub fn seconds_left(&self) -> Option<f64> {
-        let left = self.job.steps.checked_sub(self.step()).filter(|_| self.job.steps > 0)?;
+        let left = self.job.steps.checked_sub(self.step()).filter(|&left| left > 0)?;
         self.pace.map(|pace| pace * left as f64)
     }
 
@@ -154,15 +159,19 @@ mod tests {
     }
 
     #[test]
-    fn validation_may_come_before_the_first_step_with_a_step_or_after_it() {
+    fn a_gang_that_is_started_again_from_a_checkpoint_is_live() {
         let mut tracker = Tracker::new(v1::Job::default());
-        let validated = |step| v1::Metrics { validation_loss: Some(3.0), ..metrics(step) };
-        assert_eq!(tracker.on_metrics(&validated(0)), News::Replayed);
-        assert_eq!(tracker.on_metrics(&validated(1)), News::Live);
-        assert_eq!(tracker.on_metrics(&metrics(2)), News::Live);
-        assert_eq!(tracker.on_metrics(&validated(2)), News::Live);
-        assert_eq!(tracker.on_metrics(&validated(2)), News::Repeated);
-        assert_eq!((tracker.train.points().len(), tracker.validation.points().len()), (2, 3));
+        (1..=6).for_each(|step| assert_eq!(tracker.on_metrics(&metrics(step)), News::Live));
+        assert_eq!(tracker.on_metrics(&metrics(5)), News::Live);
+        assert_eq!((tracker.step(), tracker.train.points().len()), (5, 5));
+    }
+
+    #[test]
+    fn validation_comes_with_its_step_and_before_the_first() {
+        let mut tracker = Tracker::new(v1::Job::default());
+        tracker.on_metrics(&v1::Metrics { initial_validation_loss: Some(5.0), ..metrics(1) });
+        tracker.on_metrics(&v1::Metrics { validation_loss: Some(3.0), ..metrics(2) });
+        assert_eq!(tracker.validation.points(), [(0.0, 5.0), (2.0, 3.0)]);
     }
 
     #[test]
