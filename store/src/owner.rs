@@ -25,7 +25,7 @@ pub struct Owner<'a> {
     spares: Spares,
 }
 
-/// An update under way. Its physical page `new` may be written until it is published or abandoned; forgetting it leaves
+/// An update under way. Its spare may be written until it is published or abandoned; forgetting it leaves
 /// the spare taken until the claim ends.
 #[derive(Debug)]
 #[must_use = "an update takes effect when it is published"]
@@ -46,12 +46,12 @@ impl Update {
     }
 
     /// Physical page of the present state, for [`Store::page_ptrs`]. Not to be written.
-    pub fn old(&self) -> u32 {
+    pub fn live(&self) -> u32 {
         self.ticket.old
     }
 
     /// Physical page of the next state, to be written whole.
-    pub fn new(&self) -> u32 {
+    pub fn spare(&self) -> u32 {
         self.ticket.new
     }
 }
@@ -110,7 +110,7 @@ impl Owner<'_> {
             let unwinding = Unwinding { owner: self, update: Some(update) };
             if let Some(update) = &unwinding.update {
                 // SAFETY: the spare belongs to the update, which this frame holds; nobody else has a reference to it.
-                let mut new = unsafe { page_mut(store, update.new(), store.layout().page_range(page)) };
+                let mut new = unsafe { page_mut(store, update.spare(), store.layout().page_range(page)) };
                 new.clear();
                 f(new);
             }
@@ -137,7 +137,11 @@ impl Owner<'_> {
                 // belongs to the update, which this frame holds. Writing gradients takes a raw pointer, whose
                 // documentation forbids it while pages are updated.
                 let (old, new, gradients) = unsafe {
-                    (page_view(store, update.old(), range.clone()), page_mut(store, update.new(), range.clone()), gradients(store, range))
+                    (
+                        page_view(store, update.live(), range.clone()),
+                        page_mut(store, update.spare(), range.clone()),
+                        gradients(store, range),
+                    )
                 };
                 f(old, new, gradients);
             }

@@ -58,7 +58,7 @@ mod tests {
         let mut lows: Vec<u32> = vec![0, 1, 2, 0x7ffe, 0x7fff, 0x8000, 0x8001, 0xfffe, 0xffff];
         lows.extend((0..16).map(|bit| 1 << bit));
         // An odd stride visits residues of every kind without a generator.
-        lows.extend((0..64).map(|i| i * 40503 & 0xffff));
+        lows.extend((0..64).map(|i| (i * 40503) & 0xffff));
         for hi in 0..=0xffffu32 {
             for lo in &lows {
                 exact(hi << 16 | lo);

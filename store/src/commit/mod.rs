@@ -29,6 +29,8 @@ mod cell;
 mod model;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod training_tests;
 
 pub(crate) use cell::Cell;
 

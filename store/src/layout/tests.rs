@@ -169,7 +169,7 @@ proptest! {
             prop_assert!(section.start >= end && section.start % 4096 == 0 && section.start < end + 4096);
             end = section.end;
         }
-        prop_assert!(layout.bytes() == end && end % 4096 == 0 && layout.page_bytes() % 4096 == 0);
+        prop_assert!(layout.bytes() == end && end.is_multiple_of(4096) && layout.page_bytes().is_multiple_of(4096));
         prop_assert!(s.exchange.end - s.exchange.start >= spec.exchange_bytes);
         prop_assert_eq!(s.pages.end - s.pages.start, layout.page_bytes() * u64::from(layout.physical_count()));
     }

@@ -138,7 +138,12 @@ fn a_panic_while_a_page_is_filled_changes_nothing() {
         assert!(panicked.is_err());
     }
     assert_eq!(store.entry(2).step, 0);
-    owner.update(2, 1, |old, new, _| assert!(is_at(&old, 0), "{}", fill(new, 1) == ())).unwrap();
+    owner
+        .update(2, 1, |old, new, _| {
+            assert!(is_at(&old, 0));
+            fill(new, 1);
+        })
+        .unwrap();
     assert_eq!(store.entry(2).step, 1);
 }
 
@@ -154,9 +159,9 @@ fn several_updates_may_be_under_way() {
     let b = owner.begin(1, 1).unwrap().unwrap();
     assert!(matches!(owner.begin(1, 1), Err(StoreError::UnderWay(1))));
     assert!(matches!(owner.begin(2, 1), Err(StoreError::NoSpare(0))));
-    assert_ne!(a.new(), b.new());
+    assert_ne!(a.spare(), b.spare());
     for update in [&a, &b] {
-        let at = store.page_ptrs(update.new());
+        let at = store.page_ptrs(update.spare());
         assert!(at.m.is_null() && at.v.is_null());
         for i in 0..1024 {
             let (hi, lo) = split::split(weight(u64::from(update.page()) * 1024 + i, 1));
