@@ -139,22 +139,28 @@ impl Finished {
         self.expect_code(crate::exit::OK)
     }
 
-    /// Checks a refusal: this exit code, and one clear message on standard error which holds every one of `words` and
-    /// none of the marks of a crash. Returns itself.
+    /// Checks a refusal: this exit code, and exactly one message which holds every one of `words`, without the marks of a
+    /// crash. A command that shows a job's progress tells its failure there; others write to standard error. Returns
+    /// itself.
     #[track_caller]
     pub fn expect_refusal(self, code: i32, words: &[&str]) -> Finished {
         let this = self.expect_code(code);
-        let text = &this.stderr;
+        let text = this.text();
         for word in words {
             assert!(text.contains(word), "{}: the message does not say {word:?}:\n{text}", this.name);
         }
-        for crash in ["panicked", "RUST_BACKTRACE", "stack backtrace", "core dumped", "SIGSEGV", "SIGBUS"] {
+        for crash in ["panicked", "RUST_BACKTRACE", "stack backtrace", "core dumped", "SIGSEGV", "SIGBUS", "SIGKILL"] {
             assert!(!text.contains(crash), "{}: a crash and not a message:\n{text}", this.name);
         }
-        let is_error = |line: &&str| ["ramtorch: ", "ramtorchd: ", "error: "].iter().any(|mark| line.starts_with(mark));
+        let is_error = |line: &&str| ["ramtorch: ", "ramtorchd: ", "error: ", "failed "].iter().any(|mark| line.starts_with(mark));
         let errors = text.lines().filter(is_error).count();
         assert!(errors == 1, "{}: {errors} error messages, not one:\n{text}", this.name);
         this
+    }
+
+    /// Standard output and standard error, one after the other.
+    pub fn text(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
     }
 
     /// Standard output as one JSON value.

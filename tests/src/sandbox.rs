@@ -127,6 +127,11 @@ impl Sandbox {
         Daemon::start(self, devices, more)
     }
 
+    /// Processes of this sandbox that run now: pid and command line.
+    pub fn processes(&self) -> Vec<(i32, String)> {
+        leaks::processes(self.root())
+    }
+
     /// Checks that nothing of this sandbox runs, listens or holds memory, and that no temporary file is left.
     ///
     /// # Panics

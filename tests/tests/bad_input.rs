@@ -246,8 +246,8 @@ fn sequences_longer_than_the_model_allows() {
     let sandbox = Sandbox::new();
     let job = llama().set("model.path", Fixture::model_path("gpt2")).set("data.sequence_length", 65);
     let finished = sandbox.run_job("bad", &job, "cpu:1");
-    assert!([exit::JOB_FILE, exit::INPUT].contains(&finished.code), "{}: {}", finished.code, finished.stderr);
-    assert!(finished.stderr.contains("65") && finished.stderr.contains("64"), "{}", finished.stderr);
+    assert!([exit::JOB_FILE, exit::INPUT].contains(&finished.code), "{}: {}", finished.code, finished.text());
+    assert!(finished.text().contains("65") && finished.text().contains("64"), "{}", finished.text());
 }
 
 #[test]

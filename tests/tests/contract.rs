@@ -114,7 +114,7 @@ fn without_devices_it_takes_one_and_says_which() {
     let path = sandbox.write_job("job", &llama(1));
     let finished = sandbox.run(Binary::Daemon, ["run".as_ref(), path.as_os_str()]).expect_success();
     if !Path::new("/proc/driver/nvidia/gpus").exists() {
-        let said = format!("{}{}", finished.stdout, finished.stderr).to_ascii_lowercase();
+        let said = finished.text().to_ascii_lowercase();
         assert!(said.contains("cpu"), "{said}");
     }
 }

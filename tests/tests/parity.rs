@@ -64,9 +64,10 @@ fn check_final_weights(fixture: &Fixture, sandbox: &Sandbox, what: &str) {
     for (name, reference) in &fixture.last {
         let (after, before) = (&trained[name], &initial[name]);
         assert_eq!(after.shape, before.shape, "{what}: {name}");
-        // AdamW divides a gradient by its own size: where it is rounding noise (the key bias of GPT-2, to which softmax is
-        // blind), so is the update. A folder in bf16 has lost the difference.
-        if name.ends_with("c_attn.bias") || after.dtype != safetensors::Dtype::F32 {
+        // AdamW divides a gradient by its own size: where it is mostly rounding noise (softmax is blind to the key bias of
+        // GPT-2, and almost to that of Qwen2), so is the update. A folder in bf16 has lost the difference.
+        let noise = ["c_attn.bias", "k_proj.bias"].iter().any(|end| name.ends_with(end));
+        if noise || after.dtype != safetensors::Dtype::F32 {
             continue;
         }
         let (after, before) = (after.values(), before.values());

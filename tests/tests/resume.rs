@@ -154,7 +154,7 @@ fn a_damaged_checkpoint_is_passed_over() {
     std::fs::write(&largest, bytes).unwrap();
     std::fs::remove_dir_all(sandbox.path("model")).unwrap();
     let finished = sandbox.run_job("again", &job(), "cpu:2").expect_success();
-    let said = format!("{}{}", finished.stdout, finished.stderr);
+    let said = finished.text();
     assert!(said.contains(newest.file_name().unwrap().to_str().unwrap()), "the damaged one is not named:\n{said}");
     assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&whole));
 }
