@@ -29,7 +29,7 @@ pub use job::{JobFile, Literal};
 pub use metrics::{MetricsLine, StepBits, bits, losses, read_metrics, relative_difference, worst_relative_difference};
 pub use process::{Finished, Process};
 pub use sandbox::Sandbox;
-pub use tensors::{Tensor, read_tensors, write_tensors};
+pub use tensors::{Tensor, assert_same_tensors, read_tensors, write_tensors};
 
 /// Exit codes that users rely on.
 pub mod exit {

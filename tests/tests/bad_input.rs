@@ -8,11 +8,11 @@ use std::path::Path;
 use std::process::Command;
 
 fn llama() -> JobFile {
-    Fixture::load("llama").job("bad").set("train.steps", 3).set("output.path", "model")
+    Fixture::load("llama").job("bad").set("train.steps", 3).set("schedule.warmup_steps", 0).set("output.path", "model")
 }
 
 fn stack() -> JobFile {
-    Fixture::load("stack-relu-mse").job("bad").set("train.steps", 3)
+    Fixture::load("stack-relu-mse").job("bad").set("train.steps", 3).set("schedule.warmup_steps", 0)
 }
 
 /// Runs a job that must be refused; the output folder must not have come into being.

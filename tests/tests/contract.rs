@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use ramtorch_tests::{
-    Binary, Fixture, JobFile, MetricsLine, Sandbox, bits, exit, fixture_path, read_metrics, read_tensors, relative_difference,
+    Binary, Fixture, JobFile, MetricsLine, Sandbox, assert_same_tensors, bits, exit, fixture_path, read_metrics, read_tensors,
+    relative_difference,
 };
 use serde_json::Value;
 use std::path::Path;
@@ -133,7 +134,7 @@ fn the_model_folder_is_a_hugging_face_folder() {
         }
         assert_eq!(std::fs::read(folder.join("tokenizer.json")).unwrap(), std::fs::read(original.join("tokenizer.json")).unwrap());
         // Nothing was learned at a rate of zero: every bit of every tensor has come through the store unchanged.
-        assert_eq!(read_tensors(&folder), read_tensors(&original), "{model}");
+        assert_same_tensors(&read_tensors(&folder), &read_tensors(&original), model);
     }
 }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn llama(steps: usize) -> JobFile {
-    Fixture::load("llama").job("tiny").set("train.steps", steps).set("output.path", "model")
+    let job = Fixture::load("llama").job("tiny").set("train.steps", steps).set("output.path", "model");
+    if steps < 30 { job.set("schedule.warmup_steps", 0) } else { job }
 }
 
 /// A job that runs until it is stopped.

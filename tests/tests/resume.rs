@@ -3,7 +3,8 @@
 
 use nix::sys::signal::Signal;
 use ramtorch_tests::{
-    Fixture, JobFile, MetricsLine, Process, Sandbox, Tensor, bits, exit, losses, read_metrics, read_tensors, worst_relative_difference,
+    Fixture, JobFile, MetricsLine, Process, Sandbox, Tensor, assert_same_tensors, bits, exit, losses, read_metrics, read_tensors,
+    worst_relative_difference,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,7 +60,7 @@ fn on_the_same_ranks_every_bit_is_the_same() {
         sandbox.run_job("again", &job(), &format!("cpu:{ranks}")).expect_success();
         // Steps 13 to 18 were committed by the first run already; the file says each step once.
         assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&whole), "{ranks} ranks");
-        assert_eq!(read_tensors(&sandbox.path("model")), weights, "{ranks} ranks");
+        assert_same_tensors(&read_tensors(&sandbox.path("model")), &weights, &format!("{ranks} ranks"));
     }
 }
 
@@ -70,7 +71,7 @@ fn bf16_moments_and_arithmetic_resume_to_the_bit() {
     let sandbox = stopped_at_12(&job, 2);
     sandbox.run_job("again", &job, "cpu:2").expect_success();
     assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&whole));
-    assert_eq!(read_tensors(&sandbox.path("model")), weights);
+    assert_same_tensors(&read_tensors(&sandbox.path("model")), &weights, "the model folder");
 }
 
 #[test]
@@ -101,7 +102,7 @@ fn an_interrupted_run_goes_on() {
     assert!(!sandbox.path("model").exists(), "an unfinished run leaves no model folder");
     sandbox.run_job("run", &job, "cpu:2").expect_success();
     assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&whole));
-    assert_eq!(read_tensors(&sandbox.path("model")), weights);
+    assert_same_tensors(&read_tensors(&sandbox.path("model")), &weights, "the model folder");
 }
 
 #[test]
@@ -125,7 +126,7 @@ fn a_finished_run_is_not_run_twice() {
     let before = std::fs::read(sandbox.path("metrics.jsonl")).unwrap();
     sandbox.run_job("once", &job, "cpu:1").expect_success();
     assert_eq!(std::fs::read(sandbox.path("metrics.jsonl")).unwrap(), before);
-    assert_eq!(read_tensors(&sandbox.path("model")), weights);
+    assert_same_tensors(&read_tensors(&sandbox.path("model")), &weights, "the model folder");
 }
 
 /// `resume = false` begins anew whatever is there.
