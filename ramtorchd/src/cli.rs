@@ -2,7 +2,7 @@
 
 use crate::config::{ConfigFile, LogFormat, Overrides, Settings};
 use crate::daemon::Daemon;
-use crate::devices::{DeviceRequest, Host, parse_bytes};
+use crate::devices::{self, DeviceRequest, Host, parse_bytes};
 use crate::notify::notify;
 use crate::run;
 use crate::supervisor::outside::LinkedEngine;
@@ -32,6 +32,9 @@ enum Command {
     /// What the daemon starts as its workers
     #[command(hide = true)]
     Worker,
+    /// What the daemon asks for the memory of GPUs
+    #[command(hide = true)]
+    Gpus,
 }
 
 /// Devices and log, common to `start` and `run`.
@@ -91,6 +94,7 @@ pub fn main() -> ExitCode {
             log(LogFormat::Text, "info");
             worker::main()
         }
+        Command::Gpus => devices::print_gpus(),
         Command::Start(start) => finish(start_command(start)),
         Command::Run(run) => finish(run_command(run)),
     }

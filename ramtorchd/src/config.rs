@@ -326,7 +326,7 @@ mod tests {
     }
 
     fn host() -> Host {
-        Host { gpus: vec![], cores: 4, memory_available: 8 << 30 }
+        Host { gpus: vec![], gpu_memory: Ok(vec![]), cores: 4, memory_available: 8 << 30 }
     }
 
     #[test]

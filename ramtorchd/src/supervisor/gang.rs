@@ -229,6 +229,10 @@ impl Supervisor {
     fn step_committed(&mut self, key: JobKey, metrics: pb::Metrics) {
         let limit = self.job_limits.metrics_history;
         let Some(job) = self.jobs.get_mut(&key) else { return };
+        // A new gang tells the last step again: its predecessor may have died before it could.
+        if job.history.back() == Some(&metrics) {
+            return;
+        }
         // The budget is for failures in a row; a step that only repeats what was there before is no progress.
         if metrics.step > job.record.step {
             job.failures = 0;
@@ -423,7 +427,7 @@ impl Supervisor {
 
 /// Phases in which a rank is not at work yet.
 fn is_start_up(phase: &str) -> bool {
-    phase.is_empty() || ["start", "load", "init", "attach", "prepar"].iter().any(|p| phase.starts_with(p))
+    phase.is_empty() || ["start", "attach", "load", "recover", "open"].iter().any(|p| phase.starts_with(p))
 }
 
 fn stop_command(checkpoint: bool) -> pb::command::Command {

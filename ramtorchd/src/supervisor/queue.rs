@@ -18,17 +18,24 @@ impl Supervisor {
             return;
         }
         let waiting: Vec<JobKey> = self.jobs.values().filter(|j| matches!(j.phase, Phase::Queued { .. })).map(|j| j.key).collect();
+        let mut first: Option<String> = None;
         for key in waiting {
             let Some(job) = self.jobs.get(&key) else { continue };
+            let id = job.record.id.clone();
+            if let Some(first) = &first {
+                self.wait(key, format!("waits for its turn after job {first}"), None);
+                continue;
+            }
             if matches!(job.phase, Phase::Queued { retry_at: Some(at) } if now < at) {
-                return;
+                first = Some(id);
+                continue;
             }
             let resume = job.record.plan.as_ref().filter(|_| job.record.segment.is_some());
             match self.pool.lease(&job.spec, resume) {
                 Lease::Now(devices) => self.go(key, devices, now),
                 Lease::Later => {
                     self.wait(key, "waits for devices that other jobs hold".into(), None);
-                    return;
+                    first = Some(id);
                 }
                 Lease::NotHere(why) => {
                     let kept = if resume.is_some() { "; its parameter store is kept" } else { "" };

@@ -374,7 +374,7 @@ mod tests {
         let mut record = Record::new("abc".into(), &spec, 0, 5);
         let folder = dir.path().join("abc");
         std::fs::create_dir(&folder).unwrap();
-        let mut check = |record: &Record| {
+        let check = |record: &Record| {
             std::fs::write(folder.join("job.json"), serde_json::to_vec(record).unwrap()).unwrap();
             Record::read(&folder).map(|r| r.spec_toml)
         };

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,6 +23,8 @@ use tonic::transport::{Channel, Endpoint};
 
 /// Time between two heartbeats.
 const HEARTBEAT: Duration = Duration::from_millis(500);
+/// A new phase is told at once, but not more often than this.
+const NEWS: Duration = Duration::from_millis(100);
 /// Connecting and registering may take so long.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
 /// Reports that may wait to be sent.
@@ -51,6 +53,7 @@ pub enum LinkError {
 struct Queue {
     step: u64,
     phase: &'static str,
+    told: Option<Instant>,
     reports: VecDeque<Report>,
     progress: Option<pb::Progress>,
     left_out: u64,
@@ -256,12 +259,11 @@ impl LinkControl {
 impl Control for LinkControl {
     fn heartbeat(&self, step: u64, phase: &'static str) {
         let mut queue = lock(&self.0.queue);
-        // The first phase after starting up is news; after that the timer is soon enough.
-        let news = queue.phase == "starting" && phase != "starting";
+        let news = queue.phase != phase && queue.told.is_none_or(|at| at.elapsed() >= NEWS);
         (queue.step, queue.phase) = (step, phase);
         if news {
-            let report = Report::Heartbeat(pb::Heartbeat { step, phase: phase.to_string(), sequence: 0 });
-            queue.reports.push_back(report);
+            queue.told = Some(Instant::now());
+            queue.reports.push_back(Report::Heartbeat(pb::Heartbeat { step, phase: phase.to_string(), sequence: 0 }));
             drop(queue);
             self.0.wake.notify_one();
         }

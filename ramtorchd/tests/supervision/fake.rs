@@ -25,13 +25,14 @@ pub struct Script {
     pub prepare_ms: u64,
     pub load_ms: u64,
     pub step_ms: u64,
+    /// A rank that waits for its peers longer than this reports an error of its own.
+    pub patience_ms: Option<u64>,
 }
 
 /// Something that goes wrong.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Fault {
     /// In which process; every part that is set must match.
-    pub job: Option<String>,
     pub rank: Option<usize>,
     pub generation: Option<u64>,
     pub at: At,
@@ -81,14 +82,10 @@ impl Script {
 
 /// A fault of every process at this time.
 pub fn fault(at: At, act: Act) -> Fault {
-    Fault { job: None, rank: None, generation: None, at, act }
+    Fault { rank: None, generation: None, at, act }
 }
 
 impl Fault {
-    pub fn of(mut self, job: &str) -> Fault {
-        self.job = Some(job.into());
-        self
-    }
     pub fn rank(mut self, rank: usize) -> Fault {
         self.rank = Some(rank);
         self
@@ -147,17 +144,13 @@ struct Worker<'a> {
     script: Script,
     assignment: &'a Assignment,
     control: &'a dyn Control,
-    job: String,
 }
 
 impl Worker<'_> {
     fn fault(&self, at: At) -> Result<(), EngineError> {
         let a = self.assignment;
         for fault in &self.script.faults {
-            let here = fault.at == at
-                && fault.job.as_ref().is_none_or(|j| *j == self.job)
-                && fault.rank.is_none_or(|r| r == a.rank)
-                && fault.generation.is_none_or(|g| g == a.generation);
+            let here = fault.at == at && fault.rank.is_none_or(|r| r == a.rank) && fault.generation.is_none_or(|g| g == a.generation);
             if here {
                 act(&fault.act)?;
             }
@@ -175,11 +168,7 @@ fn value<T: Serialize>(result: T) -> Result<serde_json::Value, EngineError> {
 }
 
 fn engine(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::Value, EngineError> {
-    let job = match &assignment.task {
-        Task::Prepare { spec, .. } | Task::Train { spec, .. } => spec.name.clone(),
-        _ => String::new(),
-    };
-    let worker = Worker { script: read_script(), assignment, control, job };
+    let worker = Worker { script: read_script(), assignment, control };
     println!("{} rank {} generation {}", worker::task_name(&assignment.task), assignment.rank, assignment.generation);
     match &assignment.task {
         Task::Prepare { spec, .. } => {
@@ -196,6 +185,7 @@ fn engine(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::
                 sequence_length: 1,
                 steps: spec.train.steps.unwrap_or(1),
                 dataset: serde_json::Value::Null,
+                rates: Default::default(),
             })
         }
         Task::Train { spec, prepared, segment, .. } => worker.train(spec.checkpoint.path.as_deref(), prepared.steps, segment),
@@ -235,53 +225,100 @@ fn engine(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::
     }
 }
 
+/// The segment of a fake job: word 0 is the committed step, word 1 + r where rank r has got to.
+struct Segment(std::fs::File);
+
+impl Segment {
+    fn open(name: &str) -> Result<Segment, EngineError> {
+        let path = Path::new("/dev/shm").join(name.trim_start_matches('/'));
+        std::fs::File::options().read(true).write(true).open(path).map(Segment).map_err(EngineError::internal)
+    }
+    fn get(&self, word: usize) -> Result<u64, EngineError> {
+        let mut bytes = [0; 8];
+        self.0.read_exact_at(&mut bytes, word as u64 * 8).map_err(EngineError::internal)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+    fn set(&self, word: usize, value: u64) -> Result<(), EngineError> {
+        self.0.write_all_at(&value.to_le_bytes(), word as u64 * 8).map_err(EngineError::internal)
+    }
+}
+
 impl Worker<'_> {
-    /// Rank 0 commits steps by writing their number into the segment, as the engine commits its own there.
+    /// Ranks go step by step together, as collectives make them: rank 0 commits a step when all have arrived at it, the
+    /// others go on when it is committed. A rank that dies leaves the others waiting.
     fn train(&self, checkpoints: Option<&Path>, steps: u64, segment: &str) -> Result<serde_json::Value, EngineError> {
-        let path = Path::new("/dev/shm").join(segment.trim_start_matches('/'));
-        let file = std::fs::File::options().read(true).write(true).open(&path).map_err(EngineError::internal)?;
-        let committed = || {
-            let mut bytes = [0; 8];
-            file.read_exact_at(&mut bytes, 0).map(|()| u64::from_le_bytes(bytes)).map_err(EngineError::internal)
-        };
-        let rank = self.assignment.rank;
-        self.control.heartbeat(committed()?, "loading");
+        let segment = Segment::open(segment)?;
+        let (rank, world) = (self.assignment.rank, self.assignment.world_size);
+        self.control.heartbeat(segment.get(0)?, "loading");
         self.sleep(self.script.load_ms);
         self.fault(At::Load)?;
-        self.control.event(Level::Info, &format!("rank {rank} attached at step {}", committed()?));
-        let mut stopped = false;
+        let start = segment.get(0)?;
+        self.control.event(Level::Info, &format!("rank {rank} attached at step {start}"));
+        if rank == 0 && start > 0 {
+            self.control.metrics(&metrics(start), &format!("{{\"step\":{start}}}"));
+        }
         let mut newest = None;
-        while committed()? < steps && !stopped {
-            let step = committed()? + 1;
+        for step in start + 1..=steps {
             self.control.heartbeat(step, "computing");
             self.fault(At::Step(step))?;
             if step % 2 == 0 && self.assignment.generation < step {
                 self.fault(At::Everywhere)?;
             }
             self.sleep(self.script.step_ms.max(1));
-            if rank == 0 {
-                file.write_all_at(&step.to_le_bytes(), 0).map_err(EngineError::internal)?;
-                self.control.metrics(&metrics(step), &format!("{{\"step\":{step}}}"));
-            }
-            while let Some(command) = self.control.command() {
-                match command {
-                    Command::Stop { .. } => {
-                        self.fault(At::Stop)?;
-                        stopped = true;
-                    }
-                    Command::Checkpoint { request } if rank == 0 => {
-                        let folder = checkpoints.unwrap().join(format!("step-{step}"));
-                        let made = std::fs::create_dir_all(&folder).map_err(|e| e.to_string());
-                        self.control.checkpoint(&folder, step, request, made.as_ref().err().map(String::as_str));
-                        newest = Some(folder);
-                    }
-                    Command::Checkpoint { .. } => {}
+            let mine = (self.assignment.generation << 32) + step;
+            segment.set(1 + rank, mine)?;
+            let done = || -> Result<bool, EngineError> {
+                match rank {
+                    0 => (1..world).map(|r| segment.get(1 + r)).try_fold(true, |all, at| Ok(all && at? >= mine)),
+                    _ => Ok(segment.get(0)? >= step),
                 }
+            };
+            let mut waited = 0;
+            loop {
+                if self.commands(checkpoints, segment.get(0)?, &mut newest)? {
+                    return self.outcome(segment.get(0)?, true, newest);
+                }
+                if done()? {
+                    break;
+                }
+                self.sleep(1);
+                waited += 1;
+                if self.script.patience_ms.is_some_and(|p| waited > p) {
+                    return Err(EngineError::internal("a peer does not answer"));
+                }
+            }
+            if rank == 0 {
+                segment.set(0, step)?;
+                self.control.metrics(&metrics(step), &format!("{{\"step\":{step}}}"));
             }
         }
         self.fault(At::Finish)?;
-        let step = committed()?;
-        value(TrainOutcome { step, stopped, output: None, sample: (rank == 0).then(|| "text".into()), checkpoint: newest })
+        self.outcome(steps, false, newest)
+    }
+
+    /// Whether to stop.
+    fn commands(&self, checkpoints: Option<&Path>, step: u64, newest: &mut Option<PathBuf>) -> Result<bool, EngineError> {
+        while let Some(command) = self.control.command() {
+            match command {
+                Command::Stop { .. } => {
+                    self.fault(At::Stop)?;
+                    return Ok(true);
+                }
+                Command::Checkpoint { request } if self.assignment.rank == 0 => {
+                    let folder = checkpoints.unwrap().join(format!("step-{step}"));
+                    let made = std::fs::create_dir_all(&folder).map_err(|e| e.to_string());
+                    self.control.checkpoint(&folder, step, request, made.as_ref().err().map(String::as_str));
+                    *newest = Some(folder);
+                }
+                Command::Checkpoint { .. } => {}
+            }
+        }
+        Ok(false)
+    }
+
+    fn outcome(&self, step: u64, stopped: bool, checkpoint: Option<PathBuf>) -> Result<serde_json::Value, EngineError> {
+        let sample = (self.assignment.rank == 0).then(|| "text".into());
+        value(TrainOutcome { step, stopped, output: None, sample, checkpoint })
     }
 }
 
@@ -311,8 +348,6 @@ pub struct FakeEngine {
     /// Time that planning and creating take.
     pub plan_ms: u64,
     pub create_ms: u64,
-    /// What the engine believes to be free, instead of what is.
-    pub budget: Option<u64>,
 }
 
 impl Engine for FakeEngine {

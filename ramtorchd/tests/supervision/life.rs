@@ -62,9 +62,11 @@ pub fn trials() -> Vec<Trial> {
             for name in ["a", "b", "c"] {
                 ids.push(client.submit(bench.job(name, 30, "")).await.unwrap().id);
             }
-            let waiting = client.get("c").await.unwrap();
-            assert_eq!(waiting.state(), JobState::Queued);
-            assert!(waiting.message.contains("devices"), "{}", waiting.message);
+            for (name, why) in [("b", "devices"), ("c", "turn after job")] {
+                let waiting = client.get(name).await.unwrap();
+                assert_eq!(waiting.state(), JobState::Queued);
+                assert!(waiting.message.contains(why), "{}", waiting.message);
+            }
             let mut started = Vec::new();
             for id in &ids {
                 started.push(wait_state(&mut client, id, JobState::Succeeded).await);
