@@ -20,11 +20,13 @@
 
 use crate::template::ChatTemplate;
 use crate::{DataError, Tokenizer};
-use serde_json::Value;
+use minijinja::Value;
+use serde_json::Value as Json;
 use std::ops::Range;
 
-/// Messages, and the tools that they may call.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// Messages, and the tools that they may call. The messages are values of the template engine, which are cheap to
+/// share: a conversation is rendered many times.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Conversation {
     pub(crate) messages: Vec<Value>,
     pub(crate) tools: Option<Value>,
@@ -40,19 +42,19 @@ pub(crate) struct Marked {
 
 impl Conversation {
     /// Checks what every template takes for granted: messages with a role, and something said.
-    pub(crate) fn new(messages: Value, tools: Option<Value>) -> Result<Conversation, String> {
-        let Value::Array(messages) = messages else {
+    pub(crate) fn new(messages: &Json, tools: Option<&Json>) -> Result<Conversation, String> {
+        let Json::Array(messages) = messages else {
             return Err("`messages` is not a list of messages".into());
         };
         if messages.is_empty() {
             return Err("`messages` is empty".into());
         }
         for (k, message) in messages.iter().enumerate() {
-            let Value::Object(fields) = message else {
+            let Json::Object(fields) = message else {
                 return Err(format!("message {k} is not an object with `role` and `content`"));
             };
             match fields.get("role") {
-                Some(Value::String(_)) => {}
+                Some(Json::String(_)) => {}
                 Some(_) => return Err(format!("`role` of message {k} is not a string")),
                 None => return Err(format!("message {k} has no `role`")),
             }
@@ -60,17 +62,29 @@ impl Conversation {
                 return Err(format!("message {k} has no `content`"));
             }
         }
-        Ok(Conversation { messages, tools: tools.filter(|t| !t.is_null()) })
+        let messages = messages.iter().map(Value::from_serialize).collect();
+        Ok(Conversation { messages, tools: tools.filter(|t| !t.is_null()).map(Value::from_serialize) })
     }
 
+    /// The first messages.
     fn prefix(&self, length: usize) -> Conversation {
         Conversation { messages: self.messages[..length].to_vec(), tools: self.tools.clone() }
     }
 
+    /// The same with another content of message `k`.
     fn with_content(&self, k: usize, content: &str) -> Conversation {
         let mut changed = self.clone();
-        changed.messages[k]["content"] = Value::String(content.into());
+        let message = &self.messages[k];
+        let fields = message.try_iter().into_iter().flatten().map(|key| {
+            let value = if key.as_str() == Some("content") { Value::from(content) } else { message.get_item(&key).unwrap_or_default() };
+            (key, value)
+        });
+        changed.messages[k] = fields.collect();
         changed
+    }
+
+    fn field(&self, k: usize, name: &str) -> Value {
+        self.messages[k].get_attr(name).unwrap_or_default()
     }
 }
 
@@ -96,13 +110,13 @@ pub(crate) fn assistant_turns(
     let text = whole.text;
     let mut turns: Vec<Range<usize>> = Vec::new();
     for k in 0..conversation.messages.len() {
-        if conversation.messages[k]["role"] != "assistant" {
+        if conversation.field(k, "role").as_str() != Some("assistant") {
             continue;
         }
         let from = turns.last().map_or(0, |t| t.end);
         let mut turn = turn_by_prefixes(template, conversation, k, &text)?;
         if turn.as_ref().is_none_or(|t| t.start < from) {
-            turn = turn_by_placeholder(template, conversation, k, &text, from)?;
+            turn = turn_by_placeholder(template, conversation, k, &text, from, ends_with_special)?;
         }
         let Some(turn) = turn else {
             return Err(format!(
@@ -141,8 +155,10 @@ fn turn_by_placeholder(
     k: usize,
     text: &str,
     from: usize,
+    ends_with_special: &dyn Fn(&str) -> bool,
 ) -> Result<Option<Range<usize>>, String> {
-    let Some(content) = conversation.messages[k]["content"].as_str() else { return Ok(None) };
+    let content = conversation.field(k, "content");
+    let Some(content) = content.as_str() else { return Ok(None) };
     // A word that is nowhere in the conversation, of letters only, so that no template takes it apart.
     let mut placeholder = String::from("Xplaceholderx");
     while text.contains(&placeholder) {
@@ -163,7 +179,15 @@ fn turn_by_placeholder(
     }
     let prefix = template.render(&conversation.prefix(k + 1).with_content(k, &placeholder), false)?.text;
     let Some((_, prefix_tail)) = split_once_only(&prefix, &placeholder) else { return Ok(None) };
-    let end = said.end + common_prefix(tail, prefix_tail);
+    let shared = &tail[..common_prefix(tail, prefix_tail)];
+    // Where the two part in the middle, what they share may reach into what follows the turn (`<|` of two different
+    // tokens): the turn ends with the last special token in it.
+    let shared = if shared.len() == prefix_tail.len() {
+        shared.len()
+    } else {
+        shared.char_indices().map(|(i, c)| i + c.len_utf8()).rev().find(|end| ends_with_special(&shared[..*end])).unwrap_or(0)
+    };
+    let end = said.end + shared;
     let start = header_end(template, conversation, k, text).filter(|s| (from..=said.start).contains(s)).unwrap_or(said.start);
     Ok(Some(start..end))
 }
@@ -199,4 +223,176 @@ pub(crate) fn mark(offsets: &[(usize, usize)], spans: &[Range<usize>]) -> Vec<bo
             spans.get(span).is_some_and(|s| start.max(s.start) < end.min(s.end))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::special::Specials;
+    use crate::template::Clock;
+    use crate::testing::{CHATML, IM_END, IM_START, bytes, model_dir};
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn chat(messages: Json) -> Conversation {
+        Conversation::new(&messages, None).unwrap()
+    }
+
+    fn talk(turns: &[(&str, &str)]) -> Conversation {
+        chat(turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect())
+    }
+
+    /// What the assistant said, as text.
+    fn said(source: &str, conversation: &Conversation) -> Result<Vec<String>, String> {
+        let template = ChatTemplate::new(source, &Specials::default(), Clock::Fixed).unwrap();
+        let (text, turns) = assistant_turns(&template, conversation, &|t| t.ends_with("<|im_end|>"))?;
+        Ok(turns.into_iter().map(|t| text[t].to_string()).collect())
+    }
+
+    /// Drops the thoughts of all turns but the last, as reasoning models do, and opens the last one with a think tag.
+    const THINKING: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+    #[test]
+    fn a_turn_is_its_content_and_its_end_token() {
+        let c = talk(&[("system", "S"), ("user", "Hi"), ("assistant", "Hello\n"), ("user", "Bye"), ("assistant", "So long")]);
+        assert_eq!(said(CHATML, &c).unwrap(), ["Hello\n<|im_end|>", "So long<|im_end|>"]);
+        let c = talk(&[("user", "Hi")]);
+        assert_eq!(said(CHATML, &c).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn same_words_of_others_do_not_count() {
+        let c = talk(&[("user", "assistant\nYo"), ("assistant", "Yo"), ("user", "Yo"), ("assistant", "Yo")]);
+        let template = ChatTemplate::new(CHATML, &Specials::default(), Clock::Fixed).unwrap();
+        let (text, turns) = assistant_turns(&template, &c, &|t| t.ends_with("<|im_end|>")).unwrap();
+        let header = "<|im_start|>assistant\n";
+        assert_eq!(turns.len(), 2);
+        assert!(turns.iter().all(|t| text[..t.start].ends_with(header) && &text[t.clone()] == "Yo<|im_end|>"), "{turns:?}");
+    }
+
+    #[test]
+    fn without_end_tokens_white_space_ends_a_turn() {
+        let source = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+        let c = talk(&[("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]);
+        assert_eq!(said(source, &c).unwrap(), ["Hello\n\n"]);
+    }
+
+    #[test]
+    fn two_turns_in_a_row_are_two() {
+        let c = talk(&[("assistant", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]);
+        assert_eq!(said(CHATML, &c).unwrap(), ["A<|im_end|>", "B<|im_end|>", "D<|im_end|>"]);
+    }
+
+    #[test]
+    fn turns_that_lose_their_thoughts_are_found_by_their_words() {
+        let c = talk(&[("user", "Q"), ("assistant", "<think>hm</think>\n\nOne"), ("user", "R"), ("assistant", "<think>ha</think>\n\nTwo")]);
+        assert_eq!(said(THINKING, &c).unwrap(), ["One<|im_end|>", "<think>ha</think>\n\nTwo<|im_end|>"]);
+    }
+
+    #[test]
+    fn a_prompt_that_opens_a_thought_ends_where_it_is_written() {
+        // The generation prompt has a tag that finished turns do not have.
+        let source = CHATML.replace("<|im_start|>assistant\n' }}{% endif %}", "<|im_start|>assistant\n<think>' }}{% endif %}");
+        let c = talk(&[("user", "Q"), ("assistant", "One"), ("user", "R"), ("assistant", "<think>x</think>Two")]);
+        assert_eq!(said(&source, &c).unwrap(), ["One<|im_end|>", "x</think>Two<|im_end|>"]);
+    }
+
+    #[test]
+    fn what_closes_the_whole_conversation_belongs_to_its_last_turn() {
+        let source = format!("{CHATML}{{% if not add_generation_prompt %}}<done>{{% endif %}}");
+        let c = talk(&[("user", "Q"), ("assistant", "One"), ("user", "R"), ("assistant", "Two")]);
+        assert_eq!(said(&source, &c).unwrap(), ["One<|im_end|>", "Two<|im_end|>\n<done>"]);
+    }
+
+    #[test]
+    fn templates_that_refuse_prefixes_still_work() {
+        // Refuses conversations that do not end with the assistant, and empty ones.
+        let source = format!("{{% if messages[-1].role != 'assistant' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{CHATML}");
+        let c = talk(&[("user", "Q"), ("assistant", " One "), ("user", "R"), ("assistant", "Two")]);
+        assert_eq!(said(&source, &c).unwrap(), [" One <|im_end|>", "Two<|im_end|>"]);
+        assert_eq!(said(&source, &talk(&[("user", "Q")])).unwrap_err(), "no (line 1 of the template)");
+    }
+
+    #[test]
+    fn a_mask_is_never_guessed() {
+        // Earlier turns are replaced by something that has nothing to do with their content.
+        let source =
+            "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}(gone){% else %}{{ m.content }}{% endif %}{% endfor %}";
+        let c = talk(&[("user", "Q"), ("assistant", "One"), ("user", "R"), ("assistant", "Two")]);
+        let e = said(source, &c).unwrap_err();
+        assert!(e.contains("message 1") && e.contains("generation"), "{e}");
+    }
+
+    #[test]
+    fn tokens_are_marked_one_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = Tokenizer::load(&model_dir(dir.path(), true, Some(CHATML))).unwrap();
+        let c = talk(&[("user", "Hé"), ("assistant", "é!"), ("user", "x")]);
+        let marked = tokenizer.encode_conversation(&c).unwrap();
+        let turn = |role: &str, content: &str| [&[IM_START][..], &bytes(role), &[10], &bytes(content), &[IM_END, 10]].concat();
+        // No <bos>: the template has none.
+        assert_eq!(marked.ids, [turn("user", "Hé"), turn("assistant", "é!"), turn("user", "x")].concat());
+        let mut mask = vec![false; marked.ids.len()];
+        let from = turn("user", "Hé").len() + 1 + "assistant".len() + 1;
+        // Two bytes of é, one of !, the end token; not the line break after it.
+        mask[from..from + 4].fill(true);
+        assert_eq!(marked.assistant, mask);
+    }
+
+    #[test]
+    fn generation_blocks_decide_where_there_are_any() {
+        let source = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}.{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = Tokenizer::load(&model_dir(dir.path(), false, Some(source))).unwrap();
+        let marked = tokenizer.encode_conversation(&talk(&[("user", "ab"), ("assistant", "c"), ("user", "d")])).unwrap();
+        assert_eq!(marked.ids, bytes("abc.d"));
+        assert_eq!(marked.assistant, [false, false, true, true, false]);
+    }
+
+    #[test]
+    fn tokens_across_an_edge_count() {
+        // [ab][cd][ef] with a turn of c..=e: the second is inside, the third has one byte of it.
+        assert_eq!(mark(&[(0, 2), (2, 4), (4, 6)], &[2..5]), [false, true, true]);
+        assert_eq!(mark(&[(0, 2), (2, 4), (4, 6)], &[1..2, 4..6]), [true, false, true]);
+        assert_eq!(mark(&[(0, 2), (2, 2), (2, 4)], &[2..4]), [false, false, true]);
+        assert_eq!(mark(&[(0, 3), (0, 3), (0, 3)], &[0..3]), [true; 3]);
+        assert_eq!(mark(&[(0, 3)], &[]), [false]);
+    }
+
+    #[test]
+    fn malformed_conversations_say_what_is_missing() {
+        for (messages, what) in [
+            (json!("hi"), "not a list"),
+            (json!([]), "empty"),
+            (json!(["hi"]), "message 0 is not an object"),
+            (json!([{"role": "user", "content": "a"}, {"content": "b"}]), "message 1 has no `role`"),
+            (json!([{"role": 3, "content": "a"}]), "`role` of message 0 is not a string"),
+            (json!([{"role": "user"}]), "message 0 has no `content`"),
+        ] {
+            let e = Conversation::new(&messages, None).unwrap_err();
+            assert!(e.contains(what), "{e}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn exactly_the_assistants_words_are_found(turns in prop::collection::vec((any::<bool>(), "[a-cé \n<>|]{0,6}"), 1..8)) {
+            let turns: Vec<_> = turns.iter().map(|(a, t)| (if *a { "assistant" } else { "user" }, t.as_str())).collect();
+            let expected: Vec<_> = turns.iter().filter(|t| t.0 == "assistant").map(|t| format!("{}<|im_end|>", t.1)).collect();
+            prop_assert_eq!(said(CHATML, &talk(&turns)).unwrap(), expected);
+        }
+
+        #[test]
+        fn both_ways_of_marking_agree(turns in prop::collection::vec((any::<bool>(), "[a-c]{1,6}"), 1..8)) {
+            let turns: Vec<_> = turns.iter().map(|(a, t)| (if *a { "assistant" } else { "user" }, t.as_str())).collect();
+            let c = talk(&turns);
+            let template = ChatTemplate::new(CHATML, &Specials::default(), Clock::Fixed).unwrap();
+            let text = template.render(&c, false).unwrap().text;
+            for (k, _) in turns.iter().enumerate().filter(|(_, t)| t.0 == "assistant") {
+                let one = turn_by_prefixes(&template, &c, k, &text).unwrap();
+                let other = turn_by_placeholder(&template, &c, k, &text, 0, &|_| false).unwrap();
+                prop_assert_eq!(one, other);
+            }
+        }
+    }
 }

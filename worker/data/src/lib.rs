@@ -40,3 +40,7 @@ pub use stream::Split;
 pub use tensors::{TargetLayout, TargetRow, TensorData, TensorLayout};
 pub use text_stream::TextStream;
 pub use tokenizer::{Tokenizer, TokenizerSource};
+
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod testing;

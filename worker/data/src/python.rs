@@ -202,3 +202,34 @@ fn civil(days: i64) -> (i64, i64, i64) {
     let year = year_of_era + era * 400 + i64::from(month <= 2);
     (year, month, day_of_year - (153 * shifted + 2) / 5 + 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01 Thursday 001 00:00:00 12 AM"),
+            (951_782_399, "2000-02-28 Monday 059 23:59:59 11 PM"),
+            (951_782_400, "2000-02-29 Tuesday 060 00:00:00 12 AM"),
+            (1_721_952_000 + 46_800, "2024-07-26 Friday 208 13:00:00 01 PM"),
+            (4_107_542_400, "2100-03-01 Monday 060 00:00:00 12 AM"),
+            (-1, "1969-12-31 Wednesday 365 23:59:59 11 PM"),
+        ] {
+            assert_eq!(strftime("%F %A %j %T %I %p", seconds).unwrap(), text);
+        }
+        assert_eq!(strftime("%-d/%-m %y %b %B %e %a%%", 1_720_051_200).unwrap(), "4/7 24 Jul July  4 Thu%");
+        assert!(strftime("%Q", 0).is_err() && strftime("%", 0).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn a_date_and_its_day_agree(days in -1_000_000i64..1_000_000) {
+            let (year, month, day) = civil(days);
+            prop_assert!((1..=12).contains(&month) && (1..=31).contains(&day));
+            prop_assert_eq!(days_of(year, month, day), days);
+        }
+    }
+}

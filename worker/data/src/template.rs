@@ -93,9 +93,9 @@ impl ChatTemplate {
     pub(crate) fn render(&self, conversation: &Conversation, add_generation_prompt: bool) -> Result<Rendered, String> {
         let mut context: Vec<(String, Value)> = self.specials.iter().map(|(k, v)| (k.clone(), Value::from(v.as_str()))).collect();
         // transformers passes these even where there are none, so that `tools is defined` holds.
-        context.push(("tools".into(), Value::from_serialize(&conversation.tools)));
+        context.push(("tools".into(), conversation.tools.clone().unwrap_or(Value::from(()))));
         context.push(("documents".into(), Value::from(())));
-        context.push(("messages".into(), Value::from_serialize(&conversation.messages)));
+        context.push(("messages".into(), Value::from(conversation.messages.clone())));
         context.push(("add_generation_prompt".into(), Value::from(add_generation_prompt)));
         let template = self.environment.get_template(NAME).map_err(|e| describe(&e))?;
         let marked = template.render(context.into_iter().collect::<Value>()).map_err(|e| describe(&e))?;
@@ -194,5 +194,139 @@ fn describe(e: &Error) -> String {
     match e.line() {
         Some(line) => format!("{message} (line {line} of the template)"),
         None => message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn template(source: &str) -> ChatTemplate {
+        let specials =
+            Specials { bos: Some(("<s>".into(), 1)), eos: Some(("</s>".into(), 2)), others: vec![("pad_token".into(), "<pad>".into())] };
+        ChatTemplate::new(source, &specials, Clock::Fixed).unwrap()
+    }
+
+    fn chat(messages: serde_json::Value) -> Conversation {
+        Conversation::new(&messages, None).unwrap()
+    }
+
+    fn render(source: &str) -> Result<String, String> {
+        let messages = json!([{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Yo"}]);
+        template(source).render(&chat(messages), false).map(|r| r.text)
+    }
+
+    #[test]
+    fn blocks_are_trimmed_as_transformers_does() {
+        assert_eq!(
+            render("{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}\n").unwrap(),
+            "user\nassistant\n"
+        );
+    }
+
+    #[test]
+    fn python_is_spoken() {
+        assert_eq!(
+            render("{{ messages[0]['content'].strip().upper() }}{{ bos_token }}{{ pad_token }}{{ eos_token }}").unwrap(),
+            "HI<s><pad></s>"
+        );
+        assert_eq!(render("{{ true }} {{ none }} {{ false }} {{ missing }}|").unwrap(), "True None False |");
+        assert_eq!(render("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}").unwrap(), "user");
+        assert_eq!(
+            render("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}").unwrap(),
+            "2"
+        );
+        assert_eq!(
+            render("{{ messages[1:][0].role }} {{ messages[::-1][1].role }} {{ tools is none }} {{ tools is defined }}").unwrap(),
+            "assistant user True True"
+        );
+        assert_eq!(render("{{ strftime_now('%d %b %Y') }}").unwrap(), "26 Jul 2024");
+    }
+
+    #[test]
+    fn tojson_is_json_dumps() {
+        let source = |args: &str| format!("{{{{ {{'b': [1, 2.5, true, none], 'a': 'é<&\\'\\n'}}|tojson{args} }}}}");
+        assert_eq!(render(&source("")).unwrap(), r#"{"b": [1, 2.5, true, null], "a": "é<&'\n"}"#);
+        assert_eq!(render(&source("(sort_keys=true, ensure_ascii=true)")).unwrap(), r#"{"a": "\u00e9<&'\n", "b": [1, 2.5, true, null]}"#);
+        assert_eq!(render(&source("(separators=(',', ':'))")).unwrap(), r#"{"b":[1,2.5,true,null],"a":"é<&'\n"}"#);
+        assert_eq!(
+            render("{{ {'a': [1, {}], 'b': []}|tojson(indent=2) }}").unwrap(),
+            "{\n  \"a\": [\n    1,\n    {}\n  ],\n  \"b\": []\n}"
+        );
+    }
+
+    #[test]
+    fn refusals_have_message_and_line() {
+        assert_eq!(render("\n{{ raise_exception('roles must alternate') }}").unwrap_err(), "roles must alternate (line 2 of the template)");
+        assert!(render("{{ messages[0].tool.name }}").unwrap_err().contains("line 1"));
+        let e = ChatTemplate::new("{% for %}", &Specials::default(), Clock::Fixed).unwrap_err();
+        assert!(e.contains("line 1"), "{e}");
+    }
+
+    #[test]
+    fn endless_templates_are_stopped() {
+        let e = render("{% for i in range(90000) %}{% for j in range(90000) %}{% set x = 1 %}{% endfor %}{% endfor %}").unwrap_err();
+        assert!(e.contains("fuel"), "{e}");
+    }
+
+    #[test]
+    fn generation_blocks_are_found_in_the_text() {
+        let source = "{% for m in messages %}\n{% if m.role == 'assistant' %}\nA:{% generation %}\n  {{- m.content }};{%- endgeneration -%}  \n{% else %}\nU:{{ m.content }}\n{% endif %}\n{% endfor %}";
+        let t = template(source);
+        assert!(t.has_generation());
+        let messages =
+            json!([{"role": "user", "content": "é"}, {"role": "assistant", "content": "Ja"}, {"role": "assistant", "content": ""}]);
+        let r = t.render(&chat(messages), false).unwrap();
+        assert_eq!(r.text, "U:é\nA:Ja;A:;");
+        assert_eq!(r.generated.iter().map(|g| &r.text[g.clone()]).collect::<Vec<_>>(), ["Ja;", ";"]);
+    }
+
+    #[test]
+    fn generation_blocks_see_the_variables_around_them() {
+        let source = "{% set who = 'x' %}{% for m in messages %}{% set n = loop.index %}{% generation %}{{ who }}{{ n }}{{ m.role[0] }}{% endgeneration %}{% endfor %}";
+        let r = template(source).render(&chat(json!([{"role": "user", "content": ""}])), false).unwrap();
+        assert_eq!((r.text.as_str(), &r.generated[..]), ("x1u", &[0..3][..]));
+    }
+
+    #[test]
+    fn other_uses_of_the_word_are_left_alone() {
+        for source in [
+            "{% if add_generation_prompt %}{% endif %}",
+            "{# {% generation %} #}x",
+            "{{ '{% generation %}' }}",
+            "{% raw %}{% generation %}{% endraw %}",
+            "{{ \"it's {% generation %}\" }}{% set a = '%}{% generation %}' %}",
+        ] {
+            assert_eq!(rewrite_generation(source), (source.to_string(), false));
+        }
+        assert_eq!(rewrite_generation("{%-generation%}a{%+ endgeneration -%}").0, "{%- call generation_block() %}a{%+ endcall -%}");
+    }
+
+    #[test]
+    fn generation_blocks_taken_apart_are_an_error() {
+        let source = "{% generation %}{% generation %}a{% endgeneration %}{% endgeneration %}";
+        assert!(template(source).render(&chat(json!([{"role": "user", "content": ""}])), false).unwrap_err().contains("nested"));
+    }
+
+    proptest! {
+        #[test]
+        fn rewriting_keeps_all_other_text(source in "([{}%#'\" -]|raw|endraw|generation|é|\n){0,40}") {
+            let (out, found) = rewrite_generation(&source);
+            if !found {
+                prop_assert_eq!(&out, &source);
+            }
+            let _ = ChatTemplate::new(&source, &Specials::default(), Clock::Fixed);
+        }
+
+        #[test]
+        fn marks_come_out_whole(parts in prop::collection::vec(("[a-zé]{0,3}", any::<bool>()), 0..8)) {
+            let marked: String = parts.iter().map(|(t, g)| if *g { format!("{BEGIN}{t}{END}") } else { t.clone() }).collect();
+            let r = unmark(&marked).unwrap();
+            prop_assert_eq!(&r.text, &parts.iter().map(|(t, _)| t.as_str()).collect::<String>());
+            let inside: Vec<_> = r.generated.iter().map(|g| r.text[g.clone()].to_string()).collect();
+            prop_assert_eq!(inside, parts.iter().filter(|(_, g)| *g).map(|(t, _)| t.clone()).collect::<Vec<_>>());
+        }
     }
 }

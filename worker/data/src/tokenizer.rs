@@ -197,8 +197,9 @@ impl Tokenizer {
     /// # Errors
     /// The model has no chat template, or the template refuses the conversation.
     pub fn apply_chat_template(&self, messages: &[serde_json::Value], add_generation_prompt: bool) -> Result<String, DataError> {
-        let conversation = Conversation { messages: messages.to_vec(), tools: None };
-        self.template()?.render(&conversation, add_generation_prompt).map(|r| r.text).map_err(|reason| DataError::Template { reason })
+        let refused = |reason| DataError::Template { reason };
+        let conversation = Conversation::new(&serde_json::Value::from(messages), None).map_err(refused)?;
+        Ok(self.template()?.render(&conversation, add_generation_prompt).map_err(refused)?.text)
     }
 
     /// Tokens of a conversation and which of them the assistant wrote.

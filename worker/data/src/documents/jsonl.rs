@@ -80,7 +80,7 @@ pub(crate) fn parse_line(path: &Path, json: &[u8], line: u64) -> Result<Document
     match (text, messages) {
         (Some(Value::String(text)), _) => Ok(Document::Text(text)),
         (Some(other), _) => Err(bad(format!("`text` is {}, not a string", kind(&other)))),
-        (None, Some(messages)) => Conversation::new(messages, tools).map(Document::Chat).map_err(bad),
+        (None, Some(messages)) => Conversation::new(&messages, tools.as_ref()).map(Document::Chat).map_err(bad),
         (None, None) => Err(bad("has neither `text` nor `messages`".into())),
     }
 }

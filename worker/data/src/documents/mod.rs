@@ -11,7 +11,7 @@ use ramtorch_job::DataFormat;
 use std::path::{Path, PathBuf};
 
 /// What one document is.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) enum Document {
     /// Plain text.
     Text(String),

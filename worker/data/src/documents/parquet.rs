@@ -59,7 +59,7 @@ impl ParquetRows {
             list @ Field::ListInternal(_) => {
                 let value = to_json(list).map_err(&bad)?;
                 let bytes = size_of_json(&value);
-                Conversation::new(value, None).map(|c| (Document::Chat(c), bytes)).map_err(bad)
+                Conversation::new(&value, None).map(|c| (Document::Chat(c), bytes)).map_err(bad)
             }
             _ => Err(bad(format!("column `{}` holds neither text nor a list of messages", self.column))),
         }
