@@ -48,6 +48,14 @@ pub fn prepare_process() -> Result<(), EngineError> {
     if driver { ramtorch_cuda::ensure_libraries() } else { Ok(()) }
 }
 
+/// Bytes of memory of each GPU of this machine. Loads CUDA: not for the daemon's own process.
+///
+/// # Errors
+/// A library is missing or too old (with where it was looked for), or there is no usable GPU.
+pub fn gpu_memory_bytes() -> Result<Vec<u64>, EngineError> {
+    Ok(ramtorch_cuda::available()?.iter().map(|g| g.memory_bytes).collect())
+}
+
 /// Does what `assignment` says, in this process, until it is done or told to stop. The value is role-specific:
 /// [`Prepared`] for `Prepare`, [`TrainOutcome`] for `Train`, and so on.
 ///

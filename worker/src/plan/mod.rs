@@ -6,6 +6,8 @@
 //! and take the cheapest combination.
 
 mod cost;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use crate::api::*;
