@@ -56,7 +56,7 @@ fn table(jobs: &[v1::Job]) -> String {
             metrics.map_or_else(dash, |m| text::real(m.loss)),
             metrics.map_or_else(dash, |m| text::rate(m.tokens_per_second)),
             if job.world_size > 0 { job.world_size.to_string() } else { dash() },
-            if job.segment_bytes > 0 { text::gib(job.segment_bytes) } else { dash() },
+            if job.segment_bytes > 0 { text::bytes(job.segment_bytes) } else { dash() },
             text::seconds_between(job.created_unix_ms, now).map_or_else(dash, text::duration),
         ]);
     }

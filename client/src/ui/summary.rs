@@ -1,6 +1,7 @@
 //! What is said in words of a followed job: one line while it runs, a page at its end.
 
 use super::plot::{self, Size};
+use super::series::Series;
 use super::table;
 use super::text;
 use super::tracker::Tracker;
@@ -12,7 +13,7 @@ const CURVE_ROWS: usize = 10;
 /// Widest curve: beyond it a curve says no more.
 const CURVE_COLUMNS: usize = 100;
 
-/// Loss, validation loss, learning rate, pace and time left; parts that are not known are left out.
+/// Loss, validation loss, learning rate and pace; parts that are not known are left out.
 pub(crate) fn pace(tracker: &Tracker) -> String {
     let Some(m) = &tracker.metrics else { return String::new() };
     let mut parts = vec![format!("loss {}", text::real(m.loss))];
@@ -21,10 +22,12 @@ pub(crate) fn pace(tracker: &Tracker) -> String {
     }
     parts.push(format!("lr {:.2e}", m.lr));
     parts.push(format!("{} tok/s", text::rate(m.tokens_per_second)));
-    if let Some(left) = tracker.seconds_left().filter(|_| !super::follow::has_ended(tracker.job.state)) {
-        parts.push(format!("{} left", text::duration(left)));
-    }
     parts.join("  ")
+}
+
+/// The time left, where it is known: `1m 15s left`.
+pub(crate) fn left(tracker: &Tracker) -> Option<String> {
+    tracker.seconds_left().map(|s| format!("{} left", text::duration(s)))
 }
 
 /// `120/300`, or `120` while the total is not known.
@@ -101,9 +104,9 @@ fn outcome(tracker: &Tracker) -> String {
 
 fn results(tracker: &Tracker) -> String {
     let job = &tracker.job;
-    let course = |first: Option<f64>, last: Option<f64>| match (first, last) {
-        (Some(first), Some(last)) => format!("{} → {}", text::real(first), text::real(last)),
-        _ => String::new(),
+    let course = |series: &Series| match (series.first(), series.last()) {
+        (Some(first), Some(last)) if series.is_curve() => format!("{} → {}", text::real(first), text::real(last)),
+        (_, last) => last.map(text::real).unwrap_or_default(),
     };
     let not_finite = match tracker.train.not_finite() {
         0 => String::new(),
@@ -111,8 +114,8 @@ fn results(tracker: &Tracker) -> String {
     };
     let restarts = if job.restarts > 0 { format!("{} (no step was lost)", job.restarts) } else { String::new() };
     table::fields(&[
-        ("loss", course(tracker.train.first(), tracker.train.last())),
-        ("validation", course(tracker.validation.first(), tracker.validation.last())),
+        ("loss", course(&tracker.train)),
+        ("validation", course(&tracker.validation)),
         ("warning", not_finite),
         ("restarts", restarts),
         ("model folder", job.output_path.clone()),
@@ -159,7 +162,8 @@ mod tests {
     #[test]
     fn a_running_job_in_a_line() {
         let tracker = tracker(job(v1::JobState::Running));
-        assert_eq!(pace(&tracker), "loss 0.0500  validation 1.2500  lr 1.00e-3  15.2k tok/s  1m 40s left");
+        assert_eq!(pace(&tracker), "loss 0.0500  validation 1.2500  lr 1.00e-3  15.2k tok/s");
+        assert_eq!(left(&tracker).as_deref(), Some("1m 40s left"));
         assert_eq!(steps(&tracker), "100/300");
     }
 
@@ -171,6 +175,7 @@ mod tests {
         let page = end(&tracker(job), 80);
         assert!(page.contains("succeeded after 3m 05s: 100 steps, 410k tokens\n"), "{page}");
         assert!(page.contains("  loss          5.0000 → 0.0500\n"), "{page}");
+        assert!(page.contains("  validation    1.2500\n"), "a single value has no way\n{page}");
         assert!(page.contains("  model folder  /models/austen\n"), "{page}");
         assert!(page.ends_with("\nsample:\n  It is a truth\n  \u{fffd}[31muniversally\n"), "{page}");
         assert!(page.contains('┤') && page.contains("100 steps"), "{page}");

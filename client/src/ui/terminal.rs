@@ -4,12 +4,13 @@ use super::summary;
 use super::tracker::{News, Tracker};
 use super::view::View;
 use crate::json::state_name;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use ramtorch_proto::v1;
 use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-const WITH_STEPS: &str = "{spinner:.cyan} {prefix} {bar:24.cyan/dim} {wide_msg}";
+const WITH_STEPS: &str = "{spinner:.cyan} {prefix} {wide_bar:.cyan/dim} {steps}\n  {wide_msg}";
 const WITHOUT_STEPS: &str = "{spinner:.cyan} {prefix} {wide_msg}";
 
 /// Whether the standard output can hold a moving bar.
@@ -26,13 +27,15 @@ pub(crate) fn columns() -> usize {
 pub(crate) struct Terminal {
     bar: ProgressBar,
     total: Option<u64>,
+    /// Right of the bar.
+    steps: Arc<Mutex<String>>,
 }
 
 impl Terminal {
     pub fn new() -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout_with_hz(10));
         bar.enable_steady_tick(Duration::from_millis(120));
-        let mut terminal = Terminal { bar, total: None };
+        let mut terminal = Terminal { bar, total: None, steps: Arc::default() };
         terminal.set_total(0);
         terminal
     }
@@ -45,7 +48,12 @@ impl Terminal {
         let template = if steps > 0 { WITH_STEPS } else { WITHOUT_STEPS };
         // The templates are constants that a test checks; the default style is as good as an error.
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        self.bar.set_style(style.progress_chars("━╸─"));
+        let shown = self.steps.clone();
+        let write_steps = move |_: &ProgressState, out: &mut dyn std::fmt::Write| {
+            // A poisoned lock still holds a line of text; a line that cannot be written is not shown.
+            let _ = out.write_str(&shown.lock().unwrap_or_else(PoisonError::into_inner));
+        };
+        self.bar.set_style(style.with_key("steps", write_steps).progress_chars("━╸─"));
         self.bar.set_length(steps.max(1));
     }
 
@@ -55,8 +63,10 @@ impl Terminal {
         self.set_total(if trains { job.steps } else { 0 });
         self.bar.set_position(tracker.step().min(job.steps.max(1)));
         self.bar.set_prefix(state_name(job.state));
+        let left = summary::left(tracker).map(|left| format!("  {left}")).unwrap_or_default();
+        *self.steps.lock().unwrap_or_else(PoisonError::into_inner) = format!("{}{left}", summary::steps(tracker));
         self.bar.set_message(match trains {
-            true => format!("{}  {}", summary::steps(tracker), summary::pace(tracker)),
+            true => summary::pace(tracker),
             false => super::text::one_line(&job.message),
         });
     }

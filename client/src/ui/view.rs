@@ -145,7 +145,8 @@ impl<W: Write + Send, E: Write + Send> View for Plain<W, E> {
             return Ok(());
         }
         self.last_line = Some(Instant::now());
-        self.line(&format!("step {}  {}", summary::steps(tracker), summary::pace(tracker)))
+        let parts = [Some(format!("step {}", summary::steps(tracker))), Some(summary::pace(tracker)), summary::left(tracker)];
+        self.line(&parts.into_iter().flatten().collect::<Vec<_>>().join("  "))
     }
 
     fn note(&mut self, event: &v1::Event) -> io::Result<()> {

@@ -14,9 +14,16 @@ async fn a_watch_has_a_bar_and_leaves_the_summary() {
         Mock::start(Stage { jobs: vec![v1::Job { step: 0, ..job(JobState::Queued) }], scripts: [script].into(), ..Stage::default() });
     let (code, shown) = mock.run_on_terminal(&["watch", "austen"], "").await;
     assert_eq!(code, Some(0), "{shown}");
-    for part in
-        ["queued", "running on 2 ranks (cpu:0, cpu:1)", "checkpoint written", "/300", "tok/s", "succeeded after 2m 00s: 300 steps", "┤"]
-    {
+    for part in [
+        "queued",
+        "running on 2 ranks (cpu:0, cpu:1)",
+        "checkpoint written",
+        "300/300",
+        " left",
+        "15.2k tok/s",
+        "succeeded after 2m 00s: 300 steps",
+        "┤",
+    ] {
         assert!(shown.contains(part), "{part:?} is not in\n{shown}");
     }
     assert!(!shown.contains("\x1b]0;"), "foreign escape sequences stay out\n{shown}");
