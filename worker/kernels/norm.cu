@@ -65,7 +65,7 @@ DEVICE void norm_forward(const Rows& s, const real* x, const real* weight, const
 
 // Blocks walk over the vectors and add up the weights' gradients column by column: each column belongs to one thread of
 // the vector's row of threads, so nothing is shared until the end. `partial [blocks, 1 or 2, width]` receives the
-// block's sums. `spill` (the same memory, or null) is used where the sums do not fit in shared memory.
+// block's sums; they are made there where they do not fit in shared memory.
 template <int V, bool LAYER>
 DEVICE void norm_backward(const Rows& s, const real* dy, const real* x, const real* weight, const float* stats, const real* add,
                           real* dx, float* partial, int in_shared) {
@@ -74,13 +74,13 @@ DEVICE void norm_backward(const Rows& s, const real* dy, const real* x, const re
   const int sums = LAYER ? 2 : 1;
   float* block_partial = partial + (u64)blockIdx.x * sums * s.width;
   float* mine = in_shared ? dynamic + (u64)threadIdx.y * sums * s.width : block_partial;
-  for (int c = threadIdx.x * V; c < s.width; c += blockDim.x * V)
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-      mine[c + i] = 0.0f;
-      if (LAYER) mine[s.width + c + i] = 0.0f;
-    }
   float g[V], a[V], w[V];
+#pragma unroll
+  for (int i = 0; i < V; i++) g[i] = 0.0f;
+  for (int c = threadIdx.x * V; c < s.width; c += blockDim.x * V) {
+    store_f32<V>(mine + c, g);
+    if (LAYER) store_f32<V>(mine + s.width + c, g);
+  }
   for (u64 vector = blockIdx.x * (u64)blockDim.y + threadIdx.y; vector < s.vectors; vector += gridDim.x * (u64)blockDim.y) {
     u64 start = vector_start(s, vector);
     float mean = LAYER ? stats[2 * vector] : 0.0f;
@@ -103,13 +103,20 @@ DEVICE void norm_backward(const Rows& s, const real* dy, const real* x, const re
       load<real, V>(dy + start + c, g);
       load<real, V>(x + start + c, a);
       load<real, V>(weight + c, w);
-      float d[V];
+      float d[V], sums_of[V];
+      load_f32<V>(mine + c, sums_of);
 #pragma unroll
       for (int i = 0; i < V; i++) {
         float normed = (a[i] - mean) * root;
-        mine[c + i] += g[i] * normed;
-        if (LAYER) mine[s.width + c + i] += g[i];
+        sums_of[i] += g[i] * normed;
         d[i] = root * (g[i] * w[i] - (LAYER ? sum : 0.0f) - normed * dot);
+      }
+      store_f32<V>(mine + c, sums_of);
+      if (LAYER) {
+        load_f32<V>(mine + s.width + c, sums_of);
+#pragma unroll
+        for (int i = 0; i < V; i++) sums_of[i] += g[i];
+        store_f32<V>(mine + s.width + c, sums_of);
       }
       if (add) {
         load<real, V>(add + start + c, a);

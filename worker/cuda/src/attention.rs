@@ -1,9 +1,9 @@
 //! Attention: cuDNN where it takes the problem, this crate's kernels where not.
 //!
-//! cuDNN: bfloat16, head sizes that are multiples of 8 up to 128, plain causal masks. Everything else (single precision,
-//! windows, packed documents, caches) runs on the tiled kernels of attention.cu. Both are deterministic; cuDNN's
-//! backward pass only in deterministic mode, where its workspace grows with the square of the sequence: then sequences are
-//! taken a few at a time.
+//! cuDNN: bfloat16, head sizes that are multiples of 8; windows and packed documents become a tensor of first keys.
+//! Everything else (single precision, odd heads, caches) runs on the tiled kernels of attention.cu. Both are
+//! deterministic; cuDNN's backward pass only in deterministic mode, where its workspace grows with the square of the
+//! sequence: then sequences are taken a few at a time.
 
 use crate::GpuInfo;
 use crate::cudnn::{self, Handle, Plan, Problem, Target, io};
@@ -99,9 +99,8 @@ impl Attention {
 
     /// cuDNN's plans for `s`, if it takes the shape.
     fn plans(&mut self, s: &AttentionShape, workspace: u64) -> Option<(&Handle, &Pair)> {
-        let plain = s.window.is_none_or(|w| w >= s.seq) && s.starts.is_none();
-        let handle = self.handle.as_ref().filter(|_| plain && s.head_dim.is_multiple_of(8) && s.head_dim <= 128 && s.seq > 1)?;
-        let problem = Problem::new(s, s.batch);
+        let handle = self.handle.as_ref().filter(|_| s.head_dim.is_multiple_of(8) && s.head_dim <= 256 && s.seq > 1)?;
+        let problem = Problem::new(s, s.batch, masked(s));
         if !self.plans.contains_key(&problem) {
             let made = make_plans(handle, s, self.deterministic, workspace);
             if let Err(e) = &made {
@@ -113,26 +112,53 @@ impl Attention {
     }
 }
 
+/// Whether queries see less than everything before them.
+fn masked(s: &AttentionShape) -> bool {
+    s.window.is_some_and(|w| w < s.seq) || s.starts.is_some()
+}
+
+/// Bytes of the tensor of first keys.
+fn first_bytes(s: &AttentionShape) -> u64 {
+    if masked(s) { (s.rows() as u64 * 4).next_multiple_of(256) } else { 0 }
+}
+
+/// Where no key is seen yet, a tile of scores can be masked from end to end: with minus infinity its maximum would be
+/// that, and differences from it not numbers. What is seen later removes a large finite value as well.
+fn nothing(s: &AttentionShape) -> f32 {
+    if masked(s) { -1e30 } else { f32::NEG_INFINITY }
+}
+
+/// Writes the tensor of first keys to `at`.
+fn first_keys(d: &CudaDevice, s: &AttentionShape, at: u64) -> Result<(), EngineError> {
+    let (starts, window, rows, seq) = (address(s.starts), int(s.window.filter(|w| *w < s.seq).unwrap_or(0))?, s.rows() as u64, int(s.seq)?);
+    let l = Launch::new((s.rows().div_ceil(256) as u32, 1, 1), (256, 1));
+    launch!(d.kernels.get("first_keys")?, l, d.stream(Stream::Compute), "first_keys"; starts, window, rows, seq, at)
+}
+
 fn make_plans(handle: &Handle, s: &AttentionShape, deterministic: bool, workspace: u64) -> Result<Pair, EngineError> {
     let target = Target::Live(handle);
-    let forward = cudnn::forward(&target, &Problem::new(s, s.batch))?;
-    if forward.workspace > workspace {
+    let problem = |batch| Problem::new(s, batch, masked(s));
+    let forward = cudnn::forward(&target, &problem(s.batch))?;
+    if forward.workspace.next_multiple_of(256) + first_bytes(s) > workspace {
         return Err(EngineError::internal(format!("forward pass wants {} bytes of workspace", forward.workspace)));
     }
     let mut batch = s.batch;
-    let mut backward = cudnn::backward(&target, &Problem::new(s, batch), deterministic)?;
-    while deterministic && backward.workspace > DETERMINISTIC_BYTES && batch > 1 {
-        batch = batch.div_ceil(2);
-        backward = cudnn::backward(&target, &Problem::new(s, batch), deterministic)?;
+    let mut backward = cudnn::backward(&target, &problem(batch), deterministic)?;
+    // Tensors of later parts must begin at multiples of 16 bytes.
+    if deterministic && backward.workspace > DETERMINISTIC_BYTES && s.seq.is_multiple_of(4) {
+        let parts = (backward.workspace.div_ceil(DETERMINISTIC_BYTES) as usize).min(s.batch);
+        batch = s.batch.div_ceil(parts);
+        backward = cudnn::backward(&target, &problem(batch), deterministic)?;
     }
     let rest = s.batch % batch;
-    let backward_rest = if rest > 0 { Some(cudnn::backward(&target, &Problem::new(s, rest), deterministic)?) } else { None };
+    let backward_rest = if rest > 0 { Some(cudnn::backward(&target, &problem(rest), deterministic)?) } else { None };
     Ok(Pair { forward, backward, backward_batch: batch, backward_rest })
 }
 
-/// Parts of the backward pass's workspace: cuDNN's own, row sums, sums of the queries' gradients.
+/// Parts of the backward pass's workspace: cuDNN's own, first keys, row sums, sums of the queries' gradients.
 struct Workspace {
     own: u64,
+    first: u64,
     delta: u64,
     dq_sum: u64,
 }
@@ -142,10 +168,10 @@ impl Workspace {
         let own = p.backward.workspace.max(p.backward_rest.as_ref().map_or(0, |r| r.workspace));
         let delta = (p.backward_batch * s.heads * s.seq) as u64 * 4;
         let dq_sum = if deterministic { 0 } else { delta * s.head_dim as u64 };
-        Workspace { own: own.next_multiple_of(256), delta: delta.next_multiple_of(256), dq_sum }
+        Workspace { own: own.next_multiple_of(256), first: first_bytes(s), delta: delta.next_multiple_of(256), dq_sum }
     }
     fn total(&self) -> u64 {
-        self.own + self.delta + self.dq_sum
+        self.own + self.first + self.delta + self.dq_sum
     }
 }
 
@@ -215,16 +241,21 @@ pub(crate) fn forward(d: &CudaDevice, s: &AttentionShape, qkv: DevBuf, out: DevB
     let aligned = [qkv, out, lse].iter().all(|b| b.ptr.is_multiple_of(16));
     if let Some((handle, pair)) = a.plans(s, d.workspace.bytes).filter(|_| aligned) {
         let (q, k, v) = slices(s, qkv.ptr, d.dtype.size());
-        let masked = f32::NEG_INFINITY;
-        let tensors = [
+        let nothing = nothing(s);
+        let mut tensors = vec![
             (io::Q, q),
             (io::K, k),
             (io::V, v),
             (io::OUT, out.ptr),
             (io::STATISTICS, lse.ptr),
             (io::SCALE, host(&s.scale)),
-            (io::MASKED, host(&masked)),
+            (io::MASKED, host(&nothing)),
         ];
+        if masked(s) {
+            let first = d.workspace.ptr + pair.forward.workspace.next_multiple_of(256);
+            first_keys(d, s, first)?;
+            tensors.push((io::FIRST, first));
+        }
         return pair.forward.run(handle, &tensors, d.workspace.ptr);
     }
     let f = a.function(s.head_dim, "attention_forward")?;
@@ -288,8 +319,14 @@ fn backward_cudnn(
     capability: (i32, i32),
 ) -> Result<(), EngineError> {
     let size = d.dtype.size();
-    let (own, delta, dq_sum) = (b.workspace.ptr, b.workspace.ptr + w.own, b.workspace.ptr + w.own + w.delta);
-    let (masked, one) = (f32::NEG_INFINITY, 1f32);
+    let own = b.workspace.ptr;
+    let first_key = own + w.own;
+    let delta = first_key + w.first;
+    let dq_sum = delta + w.delta;
+    let (nothing, one) = (nothing(s), 1f32);
+    if masked(s) {
+        first_keys(d, s, first_key)?;
+    }
     let mut first = 0;
     while first < s.batch {
         let count = pair.backward_batch.min(s.batch - first);
@@ -312,10 +349,13 @@ fn backward_cudnn(
             (io::DK, dk),
             (io::DV, dv),
             (io::SCALE, host(&s.scale)),
-            (io::MASKED, host(&masked)),
+            (io::MASKED, host(&nothing)),
             (io::ONE, host(&one)),
             (io::DELTA, delta),
         ];
+        if masked(s) {
+            tensors.push((io::FIRST, first_key + tokens * 4));
+        }
         if !d.deterministic {
             // Only Hopper's kernels clear the sums themselves.
             if capability.0 != 9 {

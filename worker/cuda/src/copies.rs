@@ -36,11 +36,7 @@ impl Drop for Registration {
 }
 
 fn fits(buf: DevBuf, bytes: u64, what: &str) -> Result<(), EngineError> {
-    if bytes <= buf.bytes {
-        Ok(())
-    } else {
-        Err(EngineError::internal(format!("{what}: {bytes} bytes for a buffer of {}", buf.bytes)))
-    }
+    if bytes <= buf.bytes { Ok(()) } else { Err(EngineError::internal(format!("{what}: {bytes} bytes for a buffer of {}", buf.bytes))) }
 }
 
 pub(crate) fn upload(d: &CudaDevice, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError> {
@@ -73,7 +69,10 @@ pub(crate) fn load_parameters(
 ) -> Result<(), EngineError> {
     let page = store.layout().page_range(0);
     if offset.checked_add(count).is_none_or(|end| end > page.end - page.start) {
-        return Err(EngineError::internal(format!("load of parameters {offset}+{count}, past the end of a page of {}", page.end - page.start)));
+        return Err(EngineError::internal(format!(
+            "load of parameters {offset}+{count}, past the end of a page of {}",
+            page.end - page.start
+        )));
     }
     fits(dst, count * d.dtype.size(), "load of parameters")?;
     let pages = store.page_ptrs(physical);

@@ -71,7 +71,9 @@ impl CudaDevice {
             return Err(EngineError::new(ErrorKind::Resources, format!("there is no usable cuda:{ordinal}, only {} GPUs", all.len())));
         };
         if !info.cudnn {
-            tracing::warn!("cuda:{ordinal}: libcudnn was not found, attention will be much slower; install the Python package nvidia-cudnn-cu13 or cuDNN");
+            tracing::warn!(
+                "cuda:{ordinal}: libcudnn was not found, attention will be much slower; install the Python package nvidia-cudnn-cu13 or cuDNN"
+            );
         }
         let context = Context::open(ordinal)?;
         // Kernels of the copy streams are short and others wait for them: first in line.
@@ -158,7 +160,10 @@ impl CudaDevice {
     }
 
     fn explain(&self, e: EngineError, name: &str) -> EngineError {
-        EngineError { kind: e.kind, message: format!("cuda:{}: {name}: {} (last operation enqueued: {})", self.info.ordinal, e.message, self.last_operation.get()) }
+        EngineError {
+            kind: e.kind,
+            message: format!("cuda:{}: {name}: {} (last operation enqueued: {})", self.info.ordinal, e.message, self.last_operation.get()),
+        }
     }
 
     fn handle(&self, e: Event) -> Result<&RawEvent, EngineError> {
@@ -255,10 +260,26 @@ impl Device for CudaDevice {
     fn zero(&self, stream: Stream, dst: DevBuf) -> Result<(), EngineError> {
         self.operation("zero", stream, || cu!("zero", cuMemsetD8Async(dst.ptr, 0, dst.bytes as usize, self.stream(stream).0)))
     }
-    fn load_parameters(&self, stream: Stream, dst: DevBuf, store: &Arc<Store>, physical: u32, offset: u64, count: u64) -> Result<(), EngineError> {
+    fn load_parameters(
+        &self,
+        stream: Stream,
+        dst: DevBuf,
+        store: &Arc<Store>,
+        physical: u32,
+        offset: u64,
+        count: u64,
+    ) -> Result<(), EngineError> {
         self.operation("load_parameters", stream, || copies::load_parameters(self, stream, dst, store, physical, offset, count))
     }
-    fn store_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64, accumulate: bool) -> Result<(), EngineError> {
+    fn store_gradients(
+        &self,
+        stream: Stream,
+        src: DevBuf,
+        store: &Arc<Store>,
+        start: u64,
+        count: u64,
+        accumulate: bool,
+    ) -> Result<(), EngineError> {
         self.operation("store_gradients", stream, || copies::store_gradients(self, stream, src, store, start, count, accumulate))
     }
     fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
@@ -271,7 +292,15 @@ impl Device for CudaDevice {
     fn column_sum(&self, x: DevBuf, rows: usize, n: usize, out: DevBuf) -> Result<(), EngineError> {
         self.compute("column_sum", || ops::column_sum(self, x, rows, n, out))
     }
-    fn norm_forward(&self, s: &NormShape, x: DevBuf, weight: DevBuf, bias: Option<DevBuf>, y: DevBuf, stats: DevBuf) -> Result<(), EngineError> {
+    fn norm_forward(
+        &self,
+        s: &NormShape,
+        x: DevBuf,
+        weight: DevBuf,
+        bias: Option<DevBuf>,
+        y: DevBuf,
+        stats: DevBuf,
+    ) -> Result<(), EngineError> {
         self.compute("norm_forward", || ops::norm_forward(self, s, x, weight, bias, y, stats))
     }
     fn norm_backward(
@@ -310,7 +339,15 @@ impl Device for CudaDevice {
         self.enter()?;
         attention::workspace(self, s)
     }
-    fn attention_cached(&self, s: &CachedAttentionShape, qkv: DevBuf, keys: DevBuf, values: DevBuf, past: DevBuf, out: DevBuf) -> Result<(), EngineError> {
+    fn attention_cached(
+        &self,
+        s: &CachedAttentionShape,
+        qkv: DevBuf,
+        keys: DevBuf,
+        values: DevBuf,
+        past: DevBuf,
+        out: DevBuf,
+    ) -> Result<(), EngineError> {
         self.compute("attention_cached", || attention::cached(self, s, qkv, keys, values, past, out))
     }
     fn glu_forward(&self, act: ActivationKind, x: DevBuf, rows: usize, n: usize, h: DevBuf) -> Result<(), EngineError> {
@@ -337,10 +374,26 @@ impl Device for CudaDevice {
     ) -> Result<(), EngineError> {
         self.compute("embedding_forward", || ops::embedding_forward(self, t, table, width, position_table, seq, positions, x))
     }
-    fn embedding_backward(&self, t: &TokenIndex, dx: DevBuf, width: usize, dtable: DevBuf, dpositions: Option<DevBuf>, seq: usize) -> Result<(), EngineError> {
+    fn embedding_backward(
+        &self,
+        t: &TokenIndex,
+        dx: DevBuf,
+        width: usize,
+        dtable: DevBuf,
+        dpositions: Option<DevBuf>,
+        seq: usize,
+    ) -> Result<(), EngineError> {
         self.compute("embedding_backward", || ops::embedding_backward(self, t, dx, width, dtable, dpositions, seq))
     }
-    fn cross_entropy(&self, logits: DevBuf, rows: usize, classes: usize, targets: DevBuf, weights: DevBuf, out: &LossOut) -> Result<(), EngineError> {
+    fn cross_entropy(
+        &self,
+        logits: DevBuf,
+        rows: usize,
+        classes: usize,
+        targets: DevBuf,
+        weights: DevBuf,
+        out: &LossOut,
+    ) -> Result<(), EngineError> {
         self.compute("cross_entropy", || ops::cross_entropy(self, logits, rows, classes, targets, weights, out))
     }
     fn squared_error(&self, x: DevBuf, rows: usize, n: usize, targets: DevBuf, weights: DevBuf, out: &LossOut) -> Result<(), EngineError> {

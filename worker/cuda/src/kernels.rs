@@ -18,7 +18,7 @@ struct File {
     kernels: &'static [&'static str],
 }
 
-const FILES: [File; 8] = [
+const FILES: [File; 9] = [
     File {
         source: source!("norm.cu"),
         kernels: &[
@@ -73,13 +73,21 @@ const FILES: [File; 8] = [
         ],
     },
     File { source: source!("loss.cu"), kernels: &["cross_entropy", "squared_error"] },
+    File { source: source!("mask.cu"), kernels: &["first_keys"] },
     File { source: source!("gemm.cu"), kernels: &["gemm_real", "gemm_f32"] },
 ];
 
 /// Compiled for one size of heads, when it is first met.
 const ATTENTION: File = File {
     source: source!("attention.cu"),
-    kernels: &["attention_forward", "attention_delta", "attention_backward_keys", "attention_backward_queries", "cache_append", "attention_decode"],
+    kernels: &[
+        "attention_forward",
+        "attention_delta",
+        "attention_backward_keys",
+        "attention_backward_queries",
+        "cache_append",
+        "attention_decode",
+    ],
 };
 
 fn defines(dtype: Dtype) -> Vec<String> {

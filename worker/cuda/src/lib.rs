@@ -71,7 +71,10 @@ pub fn available() -> Result<Vec<GpuInfo>, EngineError> {
         }
     }
     if found.is_empty() {
-        return Err(EngineError::new(ErrorKind::Resources, format!("the CUDA driver reports {count} GPUs, none of compute capability 8.0 or later")));
+        return Err(EngineError::new(
+            ErrorKind::Resources,
+            format!("the CUDA driver reports {count} GPUs, none of compute capability 8.0 or later"),
+        ));
     }
     Ok(found)
 }

@@ -117,8 +117,9 @@ fn folders(pattern: &str) -> Vec<PathBuf> {
             Some((before, after)) => found
                 .into_iter()
                 .flat_map(|p| {
-                    let mut names: Vec<String> =
-                        std::fs::read_dir(&p).map(|d| d.flatten().filter_map(|e| e.file_name().into_string().ok()).collect()).unwrap_or_default();
+                    let mut names: Vec<String> = std::fs::read_dir(&p)
+                        .map(|d| d.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
+                        .unwrap_or_default();
                     names.retain(|n| n.len() >= before.len() + after.len() && n.starts_with(before) && n.ends_with(after));
                     names.sort_by(|a, b| b.cmp(a));
                     names.into_iter().map(move |n| p.join(n))
@@ -216,7 +217,8 @@ pub fn ensure_libraries() -> Result<(), EngineError> {
     };
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_else(|| OsString::from("ramtorch"));
-    let failure = std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).env("LD_LIBRARY_PATH", path).env(GUARD, "1").exec();
+    let failure =
+        std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).env("LD_LIBRARY_PATH", path).env(GUARD, "1").exec();
     Err(EngineError::internal(format!("cannot start this program again with the folders of the CUDA libraries: {failure}")))
 }
 
@@ -247,7 +249,10 @@ pub(crate) fn check() -> Result<(), EngineError> {
     };
     Err(EngineError::new(
         ErrorKind::Resources,
-        format!("CUDA cannot be used: {}. Searched: the system's library folders, LD_LIBRARY_PATH; {searched}. {CHOICE} adds folders", problems.join("; ")),
+        format!(
+            "CUDA cannot be used: {}. Searched: the system's library folders, LD_LIBRARY_PATH; {searched}. {CHOICE} adds folders",
+            problems.join("; ")
+        ),
     ))
 }
 

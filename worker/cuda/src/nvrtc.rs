@@ -97,7 +97,9 @@ fn architecture((major, minor): (i32, i32)) -> Result<String, EngineError> {
         Some(best) => Ok(format!("sm_{best}")),
         None => Err(EngineError::new(
             ErrorKind::Resources,
-            format!("the CUDA run-time compiler (libnvrtc) does not know devices of compute capability {major}.{minor}, only {known:?}: install a newer or older one"),
+            format!(
+                "the CUDA run-time compiler (libnvrtc) does not know devices of compute capability {major}.{minor}, only {known:?}: install a newer or older one"
+            ),
         )),
     }
 }
@@ -109,7 +111,9 @@ fn compile(source: &Source, options: &[String]) -> Result<Vec<u8>, EngineError> 
     let options: Vec<_> = options.iter().map(|o| o.as_ptr()).collect();
     let mut program = std::ptr::null_mut();
     // SAFETY: terminated strings and arrays of them that live until the call returns; one header.
-    let status = unsafe { nv::nvrtcCreateProgram(&mut program, code.as_ptr(), name.as_ptr(), 1, [header.as_ptr()].as_ptr(), [header_name.as_ptr()].as_ptr()) };
+    let status = unsafe {
+        nv::nvrtcCreateProgram(&mut program, code.as_ptr(), name.as_ptr(), 1, [header.as_ptr()].as_ptr(), [header_name.as_ptr()].as_ptr())
+    };
     checked(status, source.name)?;
     // SAFETY: a program just made; the option strings live until the call returns (`options` above shadows only pointers).
     let status = unsafe { nv::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr()) };

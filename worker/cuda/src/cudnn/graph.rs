@@ -76,7 +76,10 @@ impl Descriptor {
     }
     fn set<T>(&self, attribute: Attribute, kind: Type, values: &[T]) -> Result<(), EngineError> {
         // SAFETY: a live descriptor; `values` are of the attribute's type.
-        check(unsafe { dnn::cudnnBackendSetAttribute(self.0, attribute, kind, values.len() as i64, values.as_ptr().cast()) }, &format!("set {attribute:?}"))
+        check(
+            unsafe { dnn::cudnnBackendSetAttribute(self.0, attribute, kind, values.len() as i64, values.as_ptr().cast()) },
+            &format!("set {attribute:?}"),
+        )
     }
     fn refer(&self, attribute: Attribute, other: &Descriptor) -> Result<(), EngineError> {
         self.set(attribute, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, &[other.0])
@@ -88,7 +91,9 @@ impl Descriptor {
     fn integer(&self, attribute: Attribute) -> Result<i64, EngineError> {
         let (mut value, mut count) = (0i64, 0i64);
         // SAFETY: room for one integer.
-        let status = unsafe { dnn::cudnnBackendGetAttribute(self.0, attribute, Type::CUDNN_TYPE_INT64, 1, &mut count, std::ptr::from_mut(&mut value).cast()) };
+        let status = unsafe {
+            dnn::cudnnBackendGetAttribute(self.0, attribute, Type::CUDNN_TYPE_INT64, 1, &mut count, std::ptr::from_mut(&mut value).cast())
+        };
         check(status, &format!("get {attribute:?}"))?;
         Ok(value)
     }
@@ -183,7 +188,16 @@ impl Graph {
     }
 
     /// y = mode(x, b, t).
-    pub(super) fn pointwise(&mut self, mode: Pointwise, math: Format, x: Tensor, b: Option<Tensor>, t: Option<Tensor>, y: Tensor, axis: Option<i64>) -> Result<(), EngineError> {
+    pub(super) fn pointwise(
+        &mut self,
+        mode: Pointwise,
+        math: Format,
+        x: Tensor,
+        b: Option<Tensor>,
+        t: Option<Tensor>,
+        y: Tensor,
+        axis: Option<i64>,
+    ) -> Result<(), EngineError> {
         let p = Descriptor::new(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR)?;
         p.set(Attribute::CUDNN_ATTR_POINTWISE_MODE, Type::CUDNN_TYPE_POINTWISE_MODE, &[mode])?;
         p.set(Attribute::CUDNN_ATTR_POINTWISE_MATH_PREC, Type::CUDNN_TYPE_DATA_TYPE, &[math])?;
@@ -254,7 +268,11 @@ impl Graph {
         graph.finish(name)?;
         let heuristics = Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?;
         heuristics.refer(Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, &graph)?;
-        heuristics.set(Attribute::CUDNN_ATTR_ENGINEHEUR_MODE, Type::CUDNN_TYPE_HEUR_MODE, &[dnn::cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A])?;
+        heuristics.set(
+            Attribute::CUDNN_ATTR_ENGINEHEUR_MODE,
+            Type::CUDNN_TYPE_HEUR_MODE,
+            &[dnn::cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A],
+        )?;
         if let Target::Described(d) = target {
             heuristics.refer(Attribute::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, d)?;
         }
@@ -286,7 +304,13 @@ impl Graph {
             match plan.finish(name) {
                 Ok(()) => {
                     let workspace = plan.integer(Attribute::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE)?;
-                    return Ok(Plan { plan, workspace: workspace.max(0) as u64, _graph: graph, _parts: self.descriptors, _configurations: configurations });
+                    return Ok(Plan {
+                        plan,
+                        workspace: workspace.max(0) as u64,
+                        _graph: graph,
+                        _parts: self.descriptors,
+                        _configurations: configurations,
+                    });
                 }
                 Err(e) => reason = e,
             }

@@ -18,7 +18,7 @@ pub(crate) mod io {
     pub(crate) const DQ: i64 = 7;
     pub(crate) const DK: i64 = 8;
     pub(crate) const DV: i64 = 9;
-    /// Host scalars: scale, minus infinity, one.
+    /// Host scalars: scale, what masked scores become, one.
     pub(crate) const SCALE: i64 = 10;
     pub(crate) const MASKED: i64 = 11;
     pub(crate) const ONE: i64 = 12;
@@ -26,6 +26,8 @@ pub(crate) mod io {
     pub(crate) const DELTA: i64 = 13;
     /// `[batch, heads, seq, head_dim]` f32 workspace; only where the order of additions is free.
     pub(crate) const DQ_SUM: i64 = 14;
+    /// `[batch, seq]` i32: the first key that each query sees; only where the problem has them.
+    pub(crate) const FIRST: i64 = 15;
 }
 
 /// What a plan depends on.
@@ -36,16 +38,19 @@ pub(crate) struct Problem {
     pub(crate) heads: i64,
     pub(crate) kv_heads: i64,
     pub(crate) head_dim: i64,
+    /// Queries see keys from a given one on (windows, documents), and not from the sequence's start on.
+    pub(crate) masked: bool,
 }
 
 impl Problem {
-    pub(crate) fn new(s: &AttentionShape, batch: usize) -> Problem {
+    pub(crate) fn new(s: &AttentionShape, batch: usize, masked: bool) -> Problem {
         Problem {
             batch: batch as i64,
             seq: s.seq as i64,
             heads: s.heads as i64,
             kv_heads: s.kv_heads as i64,
             head_dim: s.head_dim as i64,
+            masked,
         }
     }
 
@@ -93,17 +98,28 @@ impl Problem {
 const F32: Format = Format::CUDNN_DATA_FLOAT;
 const BF16: Format = Format::CUDNN_DATA_BFLOAT16;
 
-/// x where the query is not before the key, `masked` elsewhere.
-fn causal(g: &mut Graph, x: Tensor, scores: Layout, masked: Tensor) -> Result<Tensor, EngineError> {
+/// x where the query sees the key, `nothing` elsewhere.
+fn mask(g: &mut Graph, p: &Problem, x: Tensor, nothing: Tensor) -> Result<Tensor, EngineError> {
+    let scores = p.scores();
     let row = g.between(Format::CUDNN_DATA_INT32, scores)?;
     let column = g.between(Format::CUDNN_DATA_INT32, scores)?;
-    let seen = g.between(Format::CUDNN_DATA_BOOLEAN, scores)?;
+    let causal = g.between(Format::CUDNN_DATA_BOOLEAN, scores)?;
     let y = g.between(F32, scores)?;
     g.pointwise(Pointwise::CUDNN_POINTWISE_GEN_INDEX, F32, x, None, None, row, Some(2))?;
     g.pointwise(Pointwise::CUDNN_POINTWISE_GEN_INDEX, F32, x, None, None, column, Some(3))?;
-    g.pointwise(Pointwise::CUDNN_POINTWISE_CMP_GE, Format::CUDNN_DATA_BOOLEAN, row, Some(column), None, seen, None)?;
-    g.pointwise(Pointwise::CUDNN_POINTWISE_BINARY_SELECT, F32, x, Some(masked), Some(seen), y, None)?;
-    Ok(y)
+    g.pointwise(Pointwise::CUDNN_POINTWISE_CMP_GE, Format::CUDNN_DATA_BOOLEAN, row, Some(column), None, causal, None)?;
+    g.pointwise(Pointwise::CUDNN_POINTWISE_BINARY_SELECT, F32, x, Some(nothing), Some(causal), y, None)?;
+    if !p.masked {
+        return Ok(y);
+    }
+    let first = g.real(io::FIRST, Format::CUDNN_DATA_INT32, Layout { dims: [p.batch, 1, p.seq, 1], strides: [p.seq, p.seq, 1, 1] })?;
+    let column = g.between(Format::CUDNN_DATA_INT32, scores)?;
+    let seen = g.between(Format::CUDNN_DATA_BOOLEAN, scores)?;
+    let z = g.between(F32, scores)?;
+    g.pointwise(Pointwise::CUDNN_POINTWISE_GEN_INDEX, F32, y, None, None, column, Some(3))?;
+    g.pointwise(Pointwise::CUDNN_POINTWISE_CMP_GE, Format::CUDNN_DATA_BOOLEAN, column, Some(first), None, seen, None)?;
+    g.pointwise(Pointwise::CUDNN_POINTWISE_BINARY_SELECT, F32, y, Some(nothing), Some(seen), z, None)?;
+    Ok(z)
 }
 
 /// out = softmax(scale · Q Kᵀ, causal) V, and the statistics.
@@ -120,7 +136,7 @@ pub(crate) fn forward(target: &Target, p: &Problem) -> Result<Plan, EngineError>
     g.matmul(q, k, products)?;
     let scaled = g.between(F32, scores)?;
     g.apply(Pointwise::CUDNN_POINTWISE_MUL, products, Some(scale), scaled)?;
-    let seen = causal(&mut g, scaled, scores, masked)?;
+    let seen = mask(&mut g, p, scaled, masked)?;
     let most = g.between(F32, statistics)?;
     g.reduce(Reduction::CUDNN_REDUCE_TENSOR_MAX, seen, most)?;
     let shifted = g.between(F32, scores)?;
@@ -168,7 +184,7 @@ pub(crate) fn backward(target: &Target, p: &Problem, deterministic: bool) -> Res
     g.apply(Pointwise::CUDNN_POINTWISE_MUL, products, Some(scale), scaled)?;
     let shifted = g.between(F32, scores)?;
     g.apply(Pointwise::CUDNN_POINTWISE_SUB, scaled, Some(log_sum), shifted)?;
-    let seen = causal(&mut g, shifted, scores, masked)?;
+    let seen = mask(&mut g, p, shifted, masked)?;
     let probabilities = g.between(F32, scores)?;
     g.apply(Pointwise::CUDNN_POINTWISE_EXP, seen, None, probabilities)?;
     // dV = Pᵀ dOut, summed over the group's heads
@@ -224,13 +240,15 @@ mod tests {
             return;
         }
         for (heads, kv_heads, head_dim, seq) in [(32, 8, 128, 4096), (28, 4, 128, 1024), (9, 3, 64, 512), (4, 4, 64, 200)] {
-            let p = Problem { batch: 2, seq, heads, kv_heads, head_dim };
-            let target = Target::described(H100).unwrap();
-            let f = forward(&target, &p).unwrap_or_else(|e| panic!("forward {p:?}: {e}"));
-            eprintln!("{p:?}: forward {} bytes of workspace", f.workspace);
-            for deterministic in [false, true] {
-                let b = backward(&target, &p, deterministic).unwrap_or_else(|e| panic!("backward {p:?}, {deterministic}: {e}"));
-                eprintln!("{p:?}: backward, deterministic {deterministic}: {} bytes of workspace", b.workspace);
+            for masked in [false, true] {
+                let p = Problem { batch: 2, seq, heads, kv_heads, head_dim, masked };
+                let target = Target::described(H100).unwrap();
+                let f = forward(&target, &p).unwrap_or_else(|e| panic!("forward {p:?}: {e}"));
+                eprintln!("{p:?}: forward {} bytes of workspace", f.workspace);
+                for deterministic in [false, true] {
+                    let b = backward(&target, &p, deterministic).unwrap_or_else(|e| panic!("backward {p:?}, {deterministic}: {e}"));
+                    eprintln!("{p:?}: backward, deterministic {deterministic}: {} bytes of workspace", b.workspace);
+                }
             }
         }
     }

@@ -62,7 +62,13 @@ pub(crate) fn norm_forward(
     if n == 0 || s.width == 0 || s.groups == 0 {
         return Ok(());
     }
-    check(&[(x, n, d.size()), (y, n, d.size()), (weight, s.width, d.size()), (stats, s.stats_len(), 4), (bias.unwrap_or(weight), s.width, d.size())])?;
+    check(&[
+        (x, n, d.size()),
+        (y, n, d.size()),
+        (weight, s.width, d.size()),
+        (stats, s.stats_len(), 4),
+        (bias.unwrap_or(weight), s.width, d.size()),
+    ])?;
     let v = d.width(&[x, y, weight, bias.unwrap_or(weight)], &[s.width, s.row_stride, s.offset]);
     let f = d.variant(&format!("{}_forward", name(s.kind)), v)?;
     let (shape, threads) = (rows(s)?, block(s.width, v));

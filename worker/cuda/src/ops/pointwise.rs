@@ -26,7 +26,15 @@ pub(crate) fn glu_forward(d: &CudaDevice, act: ActivationKind, x: DevBuf, rows: 
     launch!(d.variant("glu_forward", v)?, d.spread(rows * n / v), d.stream(Stream::Compute), "glu_forward"; kind, x, all, width, h)
 }
 
-pub(crate) fn glu_backward(d: &CudaDevice, act: ActivationKind, dh: DevBuf, x: DevBuf, rows: usize, n: usize, dx: DevBuf) -> Result<(), EngineError> {
+pub(crate) fn glu_backward(
+    d: &CudaDevice,
+    act: ActivationKind,
+    dh: DevBuf,
+    x: DevBuf,
+    rows: usize,
+    n: usize,
+    dx: DevBuf,
+) -> Result<(), EngineError> {
     if rows * n == 0 {
         return Ok(());
     }
@@ -46,7 +54,14 @@ pub(crate) fn activation_forward(d: &CudaDevice, act: ActivationKind, x: DevBuf,
     launch!(d.variant("activation_forward", v)?, d.spread(count / v), d.stream(Stream::Compute), "activation_forward"; kind, x, n, y)
 }
 
-pub(crate) fn activation_backward(d: &CudaDevice, act: ActivationKind, dy: DevBuf, x: DevBuf, count: usize, dx: DevBuf) -> Result<(), EngineError> {
+pub(crate) fn activation_backward(
+    d: &CudaDevice,
+    act: ActivationKind,
+    dy: DevBuf,
+    x: DevBuf,
+    count: usize,
+    dx: DevBuf,
+) -> Result<(), EngineError> {
     if count == 0 {
         return Ok(());
     }

@@ -27,7 +27,8 @@ pub(crate) fn embedding_forward(
     let v = d.width(&[table, x, position_table.unwrap_or(x)], &[width]);
     let f = d.variant("embedding_forward", v)?;
     let l = Launch::new((t.rows as u32, 1, 1), (threads(width, v), 1));
-    let (ids, table, n, places, seq, positions, x) = (t.ids.ptr, table.ptr, int(width)?, address(position_table), int(seq.max(1))?, address(positions), x.ptr);
+    let (ids, table, n, places, seq, positions, x) =
+        (t.ids.ptr, table.ptr, int(width)?, address(position_table), int(seq.max(1))?, address(positions), x.ptr);
     launch!(f, l, d.stream(Stream::Compute), "embedding_forward"; ids, table, n, places, seq, positions, x)
 }
 

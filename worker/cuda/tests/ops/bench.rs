@@ -100,7 +100,8 @@ fn products(b: &Bench, x: DevBuf, y: DevBuf, w: DevBuf, g: DevBuf) {
         b.measure(&format!("gemm {name} forward"), flops, 0.0, |d| d.gemm(&base));
         let dgrad = Gemm { n: k, k: n, transpose_b: false, ..base };
         b.measure(&format!("gemm {name} input gradient"), flops, 0.0, |d| d.gemm(&dgrad));
-        let wgrad = Gemm { m: n, n: k, k: ROWS, transpose_a: true, transpose_b: false, b: y, d: g, d_dtype: Dtype::F32, accumulate: true, ..base };
+        let wgrad =
+            Gemm { m: n, n: k, k: ROWS, transpose_a: true, transpose_b: false, b: y, d: g, d_dtype: Dtype::F32, accumulate: true, ..base };
         b.measure(&format!("gemm {name} weight gradient, f32 added"), flops, 0.0, |d| d.gemm(&wgrad));
     }
     let residual = Gemm {
@@ -128,11 +129,13 @@ fn attention(b: &Bench, x: DevBuf, y: DevBuf, z: DevBuf, stats: DevBuf, workspac
         let half = y.bytes / 2;
         let (out, dout) = (y.slice(0, half), y.slice(half, half));
         b.measure(&format!("attention forward b{batch} s{seq}"), flops, 0.0, |d| d.attention_forward(&s, x, out, stats));
-        b.measure(&format!("attention backward b{batch} s{seq}"), 2.5 * flops, 0.0, |d| d.attention_backward(&s, dout, x, out, stats, z, workspace));
-        let own = AttentionShape { window: Some(seq - 1), ..s };
-        b.measure(&format!("attention forward, own kernel b{batch} s{seq}"), flops, 0.0, |d| d.attention_forward(&own, x, out, stats));
-        b.measure(&format!("attention backward, own kernel b{batch} s{seq}"), 2.5 * flops, 0.0, |d| {
-            d.attention_backward(&own, dout, x, out, stats, z, workspace)
+        b.measure(&format!("attention backward b{batch} s{seq}"), 2.5 * flops, 0.0, |d| {
+            d.attention_backward(&s, dout, x, out, stats, z, workspace)
+        });
+        let masked = AttentionShape { window: Some(seq - 1), ..s };
+        b.measure(&format!("attention forward, first keys b{batch} s{seq}"), flops, 0.0, |d| d.attention_forward(&masked, x, out, stats));
+        b.measure(&format!("attention backward, first keys b{batch} s{seq}"), 2.5 * flops, 0.0, |d| {
+            d.attention_backward(&masked, dout, x, out, stats, z, workspace)
         });
     }
 }
@@ -158,15 +161,20 @@ fn elementwise(mut b: Bench, x: DevBuf, y: DevBuf, z: DevBuf, w: DevBuf, g: DevB
     let targets = b.d.alloc(ROWS as u64 * 4, "targets").unwrap();
     b.d.upload(Stream::Compute, targets, &bytes(&ids)).unwrap();
     let out = LossOut { losses: stats, gradient_scale: Some(1e-4) };
-    b.measure("cross-entropy 1024 x 128256", 0.0, 4.0 * (rows * classes) as f64, |d| d.cross_entropy(logits, rows, classes, targets, g, &out));
+    b.measure("cross-entropy 1024 x 128256", 0.0, 4.0 * (rows * classes) as f64, |d| {
+        d.cross_entropy(logits, rows, classes, targets, g, &out)
+    });
     let mut order: Vec<i32> = (0..ROWS as i32).collect();
     order.sort_by_key(|i| (ids[*i as usize], *i));
-    let mut bounds: Vec<i32> = (0..ROWS).filter(|i| *i == 0 || ids[order[*i] as usize] != ids[order[*i - 1] as usize]).map(|i| i as i32).collect();
+    let mut bounds: Vec<i32> =
+        (0..ROWS).filter(|i| *i == 0 || ids[order[*i] as usize] != ids[order[*i - 1] as usize]).map(|i| i as i32).collect();
     bounds.push(ROWS as i32);
     let (o, l) = (b.d.alloc(ROWS as u64 * 4, "order").unwrap(), b.d.alloc(ROWS as u64 * 4 + 4, "bounds").unwrap());
     b.d.upload(Stream::Compute, o, &bytes(&order)).unwrap();
     b.d.upload(Stream::Compute, l, &bytes(&bounds)).unwrap();
     let t = TokenIndex { rows: ROWS, ids: targets, order: o, bounds: l, unique: bounds.len() - 1 };
     b.measure("embedding forward", 0.0, 4.0 * n, |d| d.embedding_forward(&t, w, HIDDEN, None, 2048, None, y));
-    b.measure("embedding backward", 0.0, 2.0 * n + 8.0 * (t.unique * HIDDEN) as f64, |d| d.embedding_backward(&t, x, HIDDEN, g, None, 2048));
+    b.measure("embedding backward", 0.0, 2.0 * n + 8.0 * (t.unique * HIDDEN) as f64, |d| {
+        d.embedding_backward(&t, x, HIDDEN, g, None, 2048)
+    });
 }

@@ -14,6 +14,7 @@ pub const TESTS: &[Test] = &[
     ("attention_windows_and_documents", attention_masked),
     ("attention_of_odd_heads", attention_odd),
     ("attention_in_deterministic_mode_repeats", attention_deterministic),
+    ("attention_in_deterministic_mode_in_parts", attention_split),
     ("attention_to_a_cache", attention_cached),
 ];
 
@@ -54,11 +55,17 @@ fn run(r: &mut Rig, p: Product) -> Tensor {
     let bias = p.bias.then(|| r.shifted_input(n, 1.0, p.shift));
     let format = if p.f32_result { Format::F32 } else { Format::Real };
     let d = r.room(m * n, format, p.shift);
+    let mut add = p.add.then(|| r.shifted_input(m * n, 1.0, p.shift));
     if p.accumulate || p.in_place {
         let values = r.numbers(m * n, 1.0);
         r.fill(&d, &values);
+        if p.in_place {
+            // The reference reads the same values from elsewhere.
+            let copy = r.room(m * n, format, p.shift);
+            r.fill(&copy, &values);
+            add = Some(Tensor { gpu: d.gpu, ..copy });
+        }
     }
-    let add = if p.in_place { Some(d) } else { p.add.then(|| r.shifted_input(m * n, 1.0, p.shift)) };
     r.both(|device, at| {
         device.gemm(&Gemm {
             m,
@@ -77,13 +84,21 @@ fn run(r: &mut Rig, p: Product) -> Tensor {
     });
     let what = format!(
         "{m}x{n}x{k} ta={} tb={} f32={} acc={} add={} in place={} bias={} shift={}",
-        p.transpose_a as u8, p.transpose_b as u8, p.f32_result as u8, p.accumulate as u8, p.add as u8, p.in_place as u8, p.bias as u8, p.shift
+        p.transpose_a as u8,
+        p.transpose_b as u8,
+        p.f32_result as u8,
+        p.accumulate as u8,
+        p.add as u8,
+        p.in_place as u8,
+        p.bias as u8,
+        p.shift
     );
     r.close(&what, &d);
     d
 }
 
-const SIZES: [(usize, usize, usize); 7] = [(1, 1, 1), (33, 65, 17), (128, 256, 512), (1, 100, 64), (200, 1, 72), (7, 1001, 250), (511, 384, 96)];
+const SIZES: [(usize, usize, usize); 7] =
+    [(1, 1, 1), (33, 65, 17), (128, 256, 512), (1, 100, 64), (200, 1, 72), (7, 1001, 250), (511, 384, 96)];
 
 fn products() {
     formats(|mut r: Rig| {
@@ -100,7 +115,9 @@ fn products() {
 fn epilogues() {
     formats(|mut r: Rig| {
         for (m, n, k) in SIZES {
-            for (add, in_place, bias) in [(true, false, false), (false, true, false), (false, false, true), (true, false, true), (false, true, true)] {
+            for (add, in_place, bias) in
+                [(true, false, false), (false, true, false), (false, false, true), (true, false, true), (false, true, true)]
+            {
                 run(&mut r, Product { m, n, k, transpose_b: true, add, in_place, bias, ..PLAIN });
             }
             run(&mut r, Product { m, n, k, f32_result: true, bias: true, add: true, ..PLAIN });
@@ -141,7 +158,20 @@ fn deterministic_products() {
             let mut first = None;
             for _ in 0..5 {
                 let d = r.given(&vec![0.0; m * n]);
-                let g = Gemm { m, n, k, transpose_a: true, transpose_b: false, a: a.gpu, b: b.gpu, d: d.gpu, d_dtype: Dtype::F32, accumulate: true, add: None, bias: None };
+                let g = Gemm {
+                    m,
+                    n,
+                    k,
+                    transpose_a: true,
+                    transpose_b: false,
+                    a: a.gpu,
+                    b: b.gpu,
+                    d: d.gpu,
+                    d_dtype: Dtype::F32,
+                    accumulate: true,
+                    add: None,
+                    bias: None,
+                };
                 r.gpu.gemm(&g).unwrap();
                 let bits = r.gpu_bytes(&d);
                 assert!(first.get_or_insert_with(|| bits.clone()) == &bits, "{m}x{n}x{k}: two runs differ");
@@ -218,9 +248,15 @@ const CASE: Case = Case { batch: 2, seq: 128, heads: 4, kv_heads: 2, head_dim: 6
 
 fn attention_plain() {
     formats(|mut r: Rig| {
-        for (batch, seq, heads, kv_heads, head_dim) in
-            [(1, 1, 1, 1, 64), (2, 128, 4, 2, 64), (2, 256, 8, 2, 128), (1, 200, 4, 4, 64), (3, 77, 6, 2, 128), (1, 520, 9, 3, 64), (2, 65, 2, 1, 32)]
-        {
+        for (batch, seq, heads, kv_heads, head_dim) in [
+            (1, 1, 1, 1, 64),
+            (2, 128, 4, 2, 64),
+            (2, 256, 8, 2, 128),
+            (1, 200, 4, 4, 64),
+            (3, 77, 6, 2, 128),
+            (1, 520, 9, 3, 64),
+            (2, 65, 2, 1, 32),
+        ] {
             attention(&mut r, Case { batch, seq, heads, kv_heads, head_dim, ..CASE });
         }
     });
@@ -242,6 +278,13 @@ fn attention_odd() {
             attention(&mut r, Case { seq: 100, head_dim, ..CASE });
         }
     });
+}
+
+/// A workspace so large that the sequences are taken a few at a time.
+fn attention_split() {
+    let mut r = Rig::new(Dtype::Bf16, true);
+    attention(&mut r, Case { batch: 5, seq: 2048, heads: 32, kv_heads: 8, head_dim: 128, ..CASE });
+    attention(&mut r, Case { batch: 3, seq: 2048, heads: 48, kv_heads: 8, head_dim: 128, documents: true, ..CASE });
 }
 
 fn attention_deterministic() {

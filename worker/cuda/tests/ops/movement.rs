@@ -96,7 +96,10 @@ fn events() {
 
 fn store(gradients: GradientFormat, tag: &str) -> Arc<Store> {
     let spec = StoreSpec {
-        blocks: vec![BlockSpec { name: "b".into(), tensors: vec![TensorSpec { name: "w".into(), shape: vec![1000, 301], joined: false, decay: true }] }],
+        blocks: vec![BlockSpec {
+            name: "b".into(),
+            tensors: vec![TensorSpec { name: "w".into(), shape: vec![1000, 301], joined: false, decay: true }],
+        }],
         world_size: 1,
         moments: MomentFormat::None,
         gradients,
@@ -179,7 +182,9 @@ fn gradients() {
         };
         let round = |v: f32| if format == GradientFormat::Bf16 { bf16::from_f32(v).to_f32() } else { v };
         let mut want = vec![0f32; n];
-        for (pass, (start, count, accumulate)) in [(0usize, n, false), (5, 1003, true), (64, 4096, true), (0, n, true)].into_iter().enumerate() {
+        for (pass, (start, count, accumulate)) in
+            [(0usize, n, false), (5, 1003, true), (64, 4096, true), (0, n, true)].into_iter().enumerate()
+        {
             let values: Vec<f32> = (0..count).map(|i| ((i * 7919 + pass * 31) % 1009) as f32 / 1009.0 - 0.5).collect();
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             d.upload(Stream::CopyOut, src, &bytes).unwrap();
@@ -248,7 +253,8 @@ fn convert() {
             r.agree(&format!("to f32, {n}"), &wide, 0.0, 0.0);
             let (f, y) = (r.input_f32(n, 3.0), r.output(n));
             r.both(|d, b| d.from_f32(b(&f), n, b(&y)));
-            let want: Vec<f32> = r.cpu_values(&f).iter().map(|v| if r.dtype == Dtype::Bf16 { bf16::from_f32(*v).to_f32() } else { *v }).collect();
+            let want: Vec<f32> =
+                r.cpu_values(&f).iter().map(|v| if r.dtype == Dtype::Bf16 { bf16::from_f32(*v).to_f32() } else { *v }).collect();
             r.fence("from f32", &y);
             compare(&format!("from f32, {n}"), &r.gpu_values(&y), &want, 0.0);
             let z = r.input(n, 1.0);

@@ -33,8 +33,8 @@ pub struct Tensor {
     pub gpu: DevBuf,
     pub cpu: DevBuf,
     pub len: usize,
-    format: Format,
-    fenced: DevBuf,
+    pub format: Format,
+    pub fenced: DevBuf,
 }
 
 impl Rig {
@@ -90,7 +90,10 @@ impl Rig {
     /// Gives both devices the same values: rounded to the compute format first.
     pub fn fill(&self, t: &Tensor, values: &[f32]) {
         assert_eq!(values.len(), t.len);
-        let rounded: Vec<f32> = values.iter().map(|v| if t.format == Format::Real && self.dtype == Dtype::Bf16 { bf16::from_f32(*v).to_f32() } else { *v }).collect();
+        let rounded: Vec<f32> = values
+            .iter()
+            .map(|v| if t.format == Format::Real && self.dtype == Dtype::Bf16 { bf16::from_f32(*v).to_f32() } else { *v })
+            .collect();
         let exact: Vec<u8> = rounded.iter().flat_map(|v| v.to_le_bytes()).collect();
         let bytes = match (t.format, self.dtype) {
             (Format::Real, Dtype::Bf16) => rounded.iter().flat_map(|v| bf16::from_f32(*v).to_bits().to_le_bytes()).collect(),
@@ -136,7 +139,9 @@ impl Rig {
         let mut bytes = vec![0u8; t.gpu.bytes as usize];
         self.gpu.download(Stream::Compute, t.gpu, &mut bytes).unwrap();
         match (t.format, self.dtype) {
-            (Format::Real, Dtype::Bf16) => bytes.chunks_exact(2).map(|b| bf16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f32()).collect(),
+            (Format::Real, Dtype::Bf16) => {
+                bytes.chunks_exact(2).map(|b| bf16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f32()).collect()
+            }
             _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
         }
     }
@@ -170,9 +175,9 @@ impl Rig {
 
     /// Results rounded to the compute format once.
     pub fn close(&self, what: &str, t: &Tensor) {
-        // bf16 rounds by up to 2^-9 of a value; 2^-9 / √3 is the root mean square at the worst mantissa.
-        let rounded = t.format == Format::Real;
-        self.agree(what, t, if rounded { 3e-3 } else { 2e-5 }, 5e-6);
+        // bf16 rounds by up to 2^-8 of a value, a third of that in the mean over many; a library may round twice.
+        let rounded = if t.len < 64 { 8e-3 } else { 3e-3 };
+        self.agree(what, t, if t.format == Format::Real { rounded } else { 2e-5 }, 5e-6);
     }
 }
 
@@ -195,7 +200,11 @@ pub fn compare(what: &str, got: &[f32], want: &[f32], limit: f64) {
         norm += *w as f64 * *w as f64;
     }
     let relative = (error / norm.max(1e-30)).sqrt();
-    println!("    {what}: relative error {relative:.1e}, largest {:.1e} of root mean square {:.1e}", worst.0, (norm / got.len().max(1) as f64).sqrt());
+    println!(
+        "    {what}: relative error {relative:.1e}, largest {:.1e} of root mean square {:.1e}",
+        worst.0,
+        (norm / got.len().max(1) as f64).sqrt()
+    );
     assert!(
         relative <= limit,
         "{what}: relative error {relative:.2e} > {limit:.1e}; worst at {} of {}: {} for {}",
