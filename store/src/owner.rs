@@ -105,6 +105,23 @@ impl Owner<'_> {
     /// # Errors
     /// Not a page of this rank, a step out of range, or no spare page left.
     pub fn initialise(&mut self, page: PageId, step: u64, f: impl FnOnce(PageMut<'_>)) -> Result<(), StoreError> {
+        self.try_initialise(page, step, |new| {
+            f(new);
+            Ok(())
+        })
+    }
+
+    /// As [`Owner::initialise`], for contents that may fail to come: when `f` fails, the page stays as it was, and a
+    /// page that was never written still says so.
+    ///
+    /// # Errors
+    /// That of `f`, and those of [`Owner::initialise`].
+    pub fn try_initialise<E: From<StoreError>>(
+        &mut self,
+        page: PageId,
+        step: u64,
+        f: impl FnOnce(PageMut<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         if let Some(update) = self.start(page, step, Expect::Anything)? {
             let store = self.store;
             let unwinding = Unwinding { owner: self, update: Some(update) };
@@ -112,7 +129,7 @@ impl Owner<'_> {
                 // SAFETY: the spare belongs to the update, which this frame holds; nobody else has a reference to it.
                 let mut new = unsafe { page_mut(store, update.spare(), store.layout().page_range(page)) };
                 new.clear();
-                f(new);
+                f(new)?;
             }
             unwinding.publish()?;
         }
@@ -194,7 +211,7 @@ impl Drop for Owner<'_> {
     }
 }
 
-/// Gives the spare back when a closure panics.
+/// Gives the spare back when a closure fails or panics.
 struct Unwinding<'o, 's> {
     owner: &'o mut Owner<'s>,
     update: Option<Update>,

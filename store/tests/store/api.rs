@@ -4,6 +4,7 @@ use crate::common::*;
 use ramtorch_store::*;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 fn store(segment: &Segment) -> Store {
     Store::create(&segment.name, &spec(2, MomentFormat::F32, GradientFormat::F32)).unwrap()
@@ -145,6 +146,23 @@ fn a_panic_while_a_page_is_filled_changes_nothing() {
         })
         .unwrap();
     assert_eq!(store.entry(2).step, 1);
+}
+
+#[test]
+fn contents_that_fail_to_come_are_not_published() {
+    let segment = Segment::new();
+    let store = store(&segment);
+    let mut owner = store.claim(1).unwrap();
+    for _ in 0..3 {
+        let failed = owner.try_initialise(3, 0, |mut new| {
+            fill_part(&mut new, 0, 0, 100);
+            Err(StoreError::NoMoments)
+        });
+        assert!(matches!(failed, Err(StoreError::NoMoments)));
+        assert_eq!(store.entry(3).step, NEVER);
+    }
+    owner.try_initialise(3, 0, |new| Ok::<_, StoreError>(fill(new, 0))).unwrap();
+    assert_eq!(store.entry(3).step, 0);
 }
 
 #[test]
@@ -297,32 +315,55 @@ fn a_reader_thread_sees_whole_pages_while_they_are_updated() {
     let store = store(&segment);
     load_all(&store);
     let done = AtomicBool::new(false);
+    // Ends the writers however the reader ends.
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Release);
+        }
+    }
     std::thread::scope(|scope| {
+        let reader = Done(&done);
         for rank in 0..2 {
             let (store, done) = (&store, &done);
             scope.spawn(move || {
                 let mut owner = store.claim(rank).unwrap();
-                for step in 1..=2000 {
+                for step in 1.. {
                     owner.pages().for_each(|page| owner.update(page, step, |_, new, _| fill(new, step)).unwrap());
+                    if done.load(Ordering::Acquire) {
+                        break;
+                    }
                 }
-                done.store(true, Ordering::Release);
             });
         }
-        let (mut out, mut steps) = (vec![0.0; 1024], std::collections::BTreeSet::new());
-        while !done.load(Ordering::Acquire) {
-            for page in [0u64, 1] {
-                match store.read(page * 1024, Part::Weight, &mut out) {
-                    Ok(step) => {
-                        assert!(out.iter().zip(page * 1024..).all(|(x, p)| *x == weight(p, step)), "page {page} torn at step {step}");
-                        steps.insert(step);
-                    }
-                    Err(StoreError::Busy(_)) => {}
-                    Err(e) => panic!("{e}"),
+        let (mut out, mut steps, mut reads) = (vec![0.0; 1024], std::collections::BTreeSet::new(), 0u64);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while steps.len() < 20 || reads < 5000 {
+            assert!(Instant::now() < deadline, "{reads} reads saw {} steps only", steps.len());
+            let first = reads % 2 * 1024;
+            reads += 1;
+            match store.read(first, Part::Weight, &mut out) {
+                Ok(step) => {
+                    assert!(out.iter().zip(first..).all(|(x, p)| *x == weight(p, step)), "the page of {first} is torn at step {step}");
+                    steps.insert(step);
                 }
+                Err(StoreError::Busy(_)) => {}
+                Err(e) => panic!("{e}"),
             }
         }
-        assert!(steps.len() > 2, "the reader saw {} steps only", steps.len());
+        drop(reader);
     });
+}
+
+#[test]
+fn stores_are_shared_and_owners_sent_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    fn sent<T: Send>() {}
+    shared::<Store>();
+    shared::<PagePtrs>();
+    shared::<StoreError>();
+    sent::<Owner<'_>>();
+    sent::<Update>();
 }
 
 /// What docs/store-format.md says is enough to read a tensor by name, with nothing but the bytes.
