@@ -161,7 +161,12 @@ fn contents_that_fail_to_come_are_not_published() {
         assert!(matches!(failed, Err(StoreError::NoMoments)));
         assert_eq!(store.entry(3).step, NEVER);
     }
-    owner.try_initialise(3, 0, |new| Ok::<_, StoreError>(fill(new, 0))).unwrap();
+    owner
+        .try_initialise(3, 0, |new| {
+            fill(new, 0);
+            Ok::<(), StoreError>(())
+        })
+        .unwrap();
     assert_eq!(store.entry(3).step, 0);
 }
 
