@@ -90,8 +90,7 @@ pub(crate) fn put_folder(new: &Path, place: &Path, aside: &Path) -> Result<bool,
         rename(new, place)?;
         return Ok(false);
     }
-    let exchange = || renameat2(AT_FDCWD, new, AT_FDCWD, place, RenameFlags::RENAME_EXCHANGE).map_err(std::io::Error::from);
-    match step().and_then(|()| exchange()) {
+    match step().and_then(|()| exchange(new, place)) {
         Ok(()) => Ok(true),
         Err(e) if matches!(e.raw_os_error(), Some(nix::libc::EINVAL | nix::libc::ENOSYS | nix::libc::EOPNOTSUPP)) => {
             rename(place, aside)?;
@@ -101,6 +100,12 @@ pub(crate) fn put_folder(new: &Path, place: &Path, aside: &Path) -> Result<bool,
         }
         Err(e) => Err(ModelError::write(place, e)),
     }
+}
+
+fn exchange(a: &Path, b: &Path) -> std::io::Result<()> {
+    #[cfg(test)]
+    faults::exchange()?;
+    Ok(renameat2(AT_FDCWD, a, AT_FDCWD, b, RenameFlags::RENAME_EXCHANGE)?)
 }
 
 /// Undo a [`put_folder`] that was cut off: give the old folder its name back, if nothing has it.
@@ -191,12 +196,22 @@ pub(crate) mod faults {
     thread_local! {
         static PLAN: Cell<Option<(u64, Fault)>> = const { Cell::new(None) };
         static COUNT: Cell<u64> = const { Cell::new(0) };
+        static EXCHANGE: Cell<bool> = const { Cell::new(true) };
     }
 
     /// Let change number `n` (from 0) by this thread fail, and count anew. `None`: all succeed.
     pub(crate) fn plan(fault: Option<(u64, Fault)>) {
         PLAN.set(fault);
         COUNT.set(0);
+    }
+
+    /// Whether this thread's file system can exchange two names.
+    pub(crate) fn allow_exchange(allowed: bool) {
+        EXCHANGE.set(allowed);
+    }
+
+    pub(super) fn exchange() -> Result<()> {
+        if EXCHANGE.get() { Ok(()) } else { Err(Error::from_raw_os_error(nix::libc::EINVAL)) }
     }
 
     /// Changes since the last [`plan`].

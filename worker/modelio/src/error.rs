@@ -99,7 +99,10 @@ pub enum ModelError {
     /// The live parameter store cannot be read or written.
     #[error(transparent)]
     Store(#[from] ramtorch_store::StoreError),
-    /// The caller asked for something that contradicts itself.
+    /// The user asked for something that does not exist or cannot be.
+    #[error("{0}")]
+    Request(String),
+    /// The calling code asked for something that contradicts itself.
     #[error("{0}")]
     Invalid(String),
 }
@@ -107,7 +110,7 @@ pub enum ModelError {
 /// Whose fault an error is; callers turn it into an exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// A file that came in is missing, damaged or does not fit.
+    /// A file that came in is missing, damaged or does not fit, or the user's request cannot be met.
     Input,
     /// A file could not be written.
     Output,

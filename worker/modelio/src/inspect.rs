@@ -51,14 +51,14 @@ pub fn inspect(
     layout: Option<&Layout>,
 ) -> Result<Vec<TensorSummary>, ModelError> {
     let patterns = names.iter().map(|text| {
-        let pattern = glob::Pattern::new(text).map_err(|e| ModelError::Invalid(format!("\"{text}\" is not a valid pattern: {e}")))?;
+        let pattern = glob::Pattern::new(text).map_err(|e| ModelError::Request(format!("\"{text}\" is not a valid pattern: {e}")))?;
         Ok((text, pattern))
     });
     let patterns = patterns.collect::<Result<Vec<_>, ModelError>>()?;
     let blocks = architecture.blocks();
     for (text, pattern) in &patterns {
         if !blocks.iter().flat_map(|b| &b.tensors).any(|t| pattern.matches(&t.name)) {
-            return Err(ModelError::Invalid(format!("no tensor of this model ({}) matches \"{text}\"", architecture.describe())));
+            return Err(ModelError::Request(format!("no tensor of this model ({}) matches \"{text}\"", architecture.describe())));
         }
     }
     let mut summaries = Vec::new();

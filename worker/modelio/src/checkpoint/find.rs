@@ -1,6 +1,6 @@
 //! Finding the checkpoint to go on from.
 
-use super::{Checkpoint, step_of};
+use super::{Checkpoint, REPLACED, folder_name, step_of};
 use crate::error::ModelError;
 use std::path::{Path, PathBuf};
 
@@ -66,7 +66,8 @@ pub fn find_sound(root: &Path, options: &FindOptions) -> Result<Search, ModelErr
     Ok(search)
 }
 
-/// Checkpoint folders in `root`, newest first.
+/// Checkpoint folders in `root`, newest first. One that was moved aside for a new one of the same step counts while that is
+/// not there: the writer died in between.
 pub(super) fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>, ModelError> {
     let entries = match std::fs::read_dir(root) {
         Ok(entries) => entries,
@@ -76,7 +77,13 @@ pub(super) fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>, ModelError> {
     let mut folders = Vec::new();
     for entry in entries {
         let entry = entry.map_err(|e| ModelError::read(root, e))?;
-        if let Some(step) = entry.file_name().to_str().and_then(step_of) {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if let Some(step) = step_of(name) {
+            folders.push((step, entry.path()));
+        } else if let Some(step) = name.strip_suffix(REPLACED).and_then(step_of)
+            && !root.join(folder_name(step)).exists()
+        {
             folders.push((step, entry.path()));
         }
     }

@@ -30,6 +30,11 @@ pub const MANIFEST_FILE: &str = "checkpoint.json";
 /// Name of the file that names the newest checkpoint, for people and scripts.
 pub const LATEST_FILE: &str = "latest";
 
+/// Suffix of a folder that is being written.
+const PARTIAL: &str = ".partial";
+/// Suffix of a folder that another of the same step replaces, where two names cannot be exchanged.
+const REPLACED: &str = ".replaced";
+
 /// Name of the folder of step `step`.
 pub fn folder_name(step: u64) -> String {
     format!("step-{step:08}")

@@ -209,6 +209,12 @@ impl WeightSource for Checkpoint {
     }
 }
 
+/// The run that wrote the checkpoint in folder `path`, if that can be told.
+pub(super) fn run_of(path: &Path) -> Option<String> {
+    let text = read_limited(&path.join(MANIFEST_FILE), MAX_MANIFEST_BYTES).ok()?;
+    parse_manifest(&text).ok().map(|manifest| manifest.meta.run)
+}
+
 /// Understand checkpoint.json, the version first: another one may have other fields.
 fn parse_manifest(text: &[u8]) -> Result<Manifest, String> {
     #[derive(Deserialize)]

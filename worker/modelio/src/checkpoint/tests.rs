@@ -1,7 +1,7 @@
 use super::*;
 use crate::durable::faults::{self, Fault};
 use crate::source::{StoreWeights, WeightSource};
-use crate::testing::{Synthetic, TINY_LLAMA, TestStore, bits, read_all, read_all_moments, store, tiny_llama};
+use crate::testing::{Synthetic, TINY_LLAMA, TestStore, bits, empty_folder, read_all, read_all_moments, store, tiny_llama};
 use crate::{ModelAssets, ModelError};
 use proptest::prelude::*;
 use ramtorch_store::{MomentFormat, Store};
@@ -55,7 +55,7 @@ fn state_returns_bit_for_bit_on_any_number_of_ranks() {
     for (moments, ranks, shards) in
         [(MomentFormat::F32, 1, 1), (MomentFormat::Bf16, 3, 3), (MomentFormat::F32, 2, 5), (MomentFormat::None, 2, 2)]
     {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = empty_folder();
         let before = store(&model, ranks, moments, 12, &source);
         let done = write(folder.path(), 12, shards, &before, 0).unwrap();
         assert_eq!(done.path, folder.path().join("step-00000012"));
@@ -80,7 +80,7 @@ fn state_returns_bit_for_bit_on_any_number_of_ranks() {
 
 #[test]
 fn moments_change_format_on_the_way_in() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (before, source) = state(5, 3);
     write(folder.path(), 3, 1, &before, 0).unwrap();
     let found = verified(folder.path()).found.unwrap();
@@ -90,7 +90,7 @@ fn moments_change_format_on_the_way_in() {
 
 #[test]
 fn the_reference_library_reads_the_shards() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (store, source) = state(2, 1);
     let path = write(folder.path(), 1, 2, &store, 0).unwrap().path;
     let mut seen = 0;
@@ -113,7 +113,7 @@ fn with_faults(fault: Fault, before: u64, mut check: impl FnMut(&Path, &Result<C
     let ((old, old_source), (new, new_source)) = (state(1, before), state(2, 2));
     let mut n = 0;
     loop {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = empty_folder();
         write(folder.path(), before, 1, &old, 0).unwrap();
         faults::plan(Some((n, fault)));
         let result = write(folder.path(), 2, 2, &new, 1);
@@ -131,7 +131,8 @@ fn with_faults(fault: Fault, before: u64, mut check: impl FnMut(&Path, &Result<C
 
 #[test]
 fn a_writer_may_die_at_any_change_of_the_disk() {
-    for before in [1, 2] {
+    for (before, exchange) in [(1, true), (2, true), (2, false)] {
+        faults::allow_exchange(exchange);
         with_faults(Fault::Death, before, |root, result, old, new| {
             let search = verified(root);
             let found = search.found.expect("a sound checkpoint at any time");
@@ -146,6 +147,7 @@ fn a_writer_may_die_at_any_change_of_the_disk() {
             assert_eq!(entries(root), ["latest", "step-00000002"]);
         });
     }
+    faults::allow_exchange(true);
 }
 
 #[test]
@@ -169,22 +171,44 @@ fn a_full_disk_leaves_the_checkpoint_before() {
 
 #[test]
 fn older_checkpoints_go_and_damaged_ones_do_not_count() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     for step in 1..=4 {
         let (store, _) = state(1, step);
         let done = write(folder.path(), step, 1, &store, 2).unwrap();
         assert_eq!(done.removed.len(), usize::from(step > 2));
     }
     assert_eq!(entries(folder.path()), ["latest", "step-00000003", "step-00000004"]);
-    std::fs::write(folder.path().join("step-00000004").join(MANIFEST_FILE), "{").unwrap();
-    let (store, _) = state(1, 5);
-    write(folder.path(), 5, 1, &store, 2).unwrap();
-    assert_eq!(entries(folder.path()), ["latest", "step-00000003", "step-00000004", "step-00000005"]);
+    std::fs::remove_file(folder.path().join("step-00000004/shard-00000-of-00001.safetensors")).unwrap();
+    for (step, left) in [(5, &[3, 4, 5][..]), (6, &[5, 6])] {
+        let (store, _) = state(1, step);
+        write(folder.path(), step, 1, &store, 2).unwrap();
+        let left: Vec<_> = std::iter::once("latest".to_owned()).chain(left.iter().map(|&s| folder_name(s))).collect();
+        assert_eq!(entries(folder.path()), left);
+    }
+}
+
+#[test]
+fn what_another_run_or_a_later_step_left_is_not_removed() {
+    let folder = empty_folder();
+    for step in [9, 2] {
+        let (store, _) = state(1, step);
+        let removed = write(folder.path(), step, 1, &store, 1).unwrap().removed;
+        assert_eq!(removed, Vec::<PathBuf>::new(), "step {step}");
+    }
+    let (store, _) = state(1, 3);
+    let writer = CheckpointWriter::begin(folder.path(), 3).unwrap();
+    writer.write_shard(0, 1, &store).unwrap();
+    writer.commit(&CheckpointMeta { run: "run-2".into(), ..meta(3) }, &assets(), 1).unwrap();
+    assert_eq!(entries(folder.path()), ["latest", "step-00000002", "step-00000003", "step-00000009"]);
+    let (store, _) = state(1, 4);
+    assert_eq!(write(folder.path(), 4, 1, &store, 1).unwrap().removed, [folder.path().join(folder_name(2))]);
+    let of_run_2 = FindOptions { run: Some("run-2".into()), ..Default::default() };
+    assert_eq!(find_sound(folder.path(), &of_run_2).unwrap().found.unwrap().step(), 3);
 }
 
 #[test]
 fn one_writer_at_a_time() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let writer = CheckpointWriter::begin(folder.path(), 1).unwrap();
     let second = CheckpointWriter::begin(folder.path(), 2).err().unwrap();
     assert!(second.to_string().contains("another process is writing"), "{second}");
@@ -197,7 +221,7 @@ fn one_writer_at_a_time() {
 
 #[test]
 fn an_incomplete_checkpoint_is_not_committed() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (store, _) = state(1, 1);
     let writer = CheckpointWriter::begin(folder.path(), 1).unwrap();
     writer.write_shard(0, 2, &store).unwrap();
@@ -236,7 +260,7 @@ fn damage(path: &Path, at: u64) {
 
 #[test]
 fn a_damaged_tensor_is_named_and_the_checkpoint_before_used() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (first, source) = state(1, 1);
     write(folder.path(), 1, 1, &first, 0).unwrap();
     let (second, _) = state(2, 2);
@@ -264,7 +288,7 @@ fn a_damaged_tensor_is_named_and_the_checkpoint_before_used() {
 
 #[test]
 fn incomplete_and_foreign_folders_are_passed_over_with_a_reason() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (store, _) = state(1, 1);
     let good = write(folder.path(), 1, 2, &store, 0).unwrap().path;
     let copy = |step: u64| {
@@ -302,7 +326,7 @@ proptest! {
     fn no_damage_of_the_description_panics(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
         thread_local! {
             static SOUND: (tempfile::TempDir, Vec<u8>) = {
-                let folder = tempfile::tempdir().unwrap();
+                let folder = empty_folder();
                 let (store, _) = state(1, 1);
                 write(folder.path(), 1, 1, &store, 0).unwrap();
                 let text = std::fs::read(folder.path().join(folder_name(1)).join(MANIFEST_FILE)).unwrap();

@@ -1,7 +1,7 @@
 //! Writing a checkpoint.
 
 use super::format::{CheckpointMeta, FORMAT, Manifest, PART_SUFFIXES, ShardInfo, TensorChecksums, VERSION};
-use super::{LATEST_FILE, MANIFEST_FILE, folder_name, partition, step_of};
+use super::{LATEST_FILE, MANIFEST_FILE, PARTIAL, REPLACED, folder_name, partition, step_of};
 use crate::assets::ModelAssets;
 use crate::dtype::Dtype;
 use crate::durable::{self, FolderLock};
@@ -16,8 +16,6 @@ use std::path::{Path, PathBuf};
 
 /// Holds the identity of the writer inside the temporary folder.
 const WRITER_FILE: &str = "writer";
-const PARTIAL: &str = ".partial";
-const REPLACED: &str = ".replaced";
 /// Longest note of a rank that is read, in bytes.
 const MAX_NOTE_BYTES: u64 = 512 << 20;
 const PARTS: [Part; 3] = [Part::Weight, Part::Moment1, Part::Moment2];
@@ -138,7 +136,8 @@ impl CheckpointWriter {
         Ok(info)
     }
 
-    /// Make the checkpoint final once every shard is written, then remove all but the `keep` newest (0: keep all).
+    /// Make the checkpoint final once every shard is written, then remove those of the same run that are older than
+    /// the `keep` newest sound ones (0: keep all).
     ///
     /// # Errors
     /// A shard is missing or not of this writer, or the disk fails: the checkpoints before are then as they were.
@@ -175,7 +174,7 @@ impl CheckpointWriter {
             warn(durable::remove_folder(&self.partial));
         }
         if warn(durable::replace_file(&self.root.join(LATEST_FILE), format!("{}\n", folder_name(self.step)).as_bytes())) {
-            for old in superseded(&self.root, keep) {
+            for old in superseded(&self.root, keep, self.step, &meta.run) {
                 if warn(durable::remove_folder(&old)) {
                     done.removed.push(old);
                 }
@@ -301,14 +300,18 @@ fn clean(root: &Path) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Checkpoints older than the `keep` newest sound ones.
-fn superseded(root: &Path, keep: usize) -> Vec<PathBuf> {
+/// Checkpoints of this run that are older than the `keep` newest sound ones up to `step`. Those of other runs stay, as do
+/// later ones, which a run that began again from an earlier step left behind: neither is this run's to remove.
+fn superseded(root: &Path, keep: usize, step: u64, run: &str) -> Vec<PathBuf> {
     if keep == 0 {
         return Vec::new();
     }
     let mut kept = 0;
     let mut old = Vec::new();
-    for (_, path) in super::find::list(root).unwrap_or_default() {
+    for (_, path) in super::find::list(root).unwrap_or_default().into_iter().filter(|&(s, _)| s <= step) {
+        if super::read::run_of(&path).is_none_or(|of| of != run) {
+            continue;
+        }
         if kept >= keep {
             old.push(path);
         } else if super::Checkpoint::open(&path).is_ok() {

@@ -2,7 +2,7 @@ use super::*;
 use crate::durable::faults::{self, Fault};
 use crate::hf::HfFolder;
 use crate::source::StoreWeights;
-use crate::testing::{Synthetic, TINY_LLAMA, fixture, read_all, store, tiny_llama};
+use crate::testing::{Synthetic, TINY_LLAMA, empty_folder, fixture, read_all, store, tiny_llama};
 use ramtorch_store::MomentFormat;
 
 fn assets() -> ModelAssets {
@@ -30,7 +30,7 @@ fn fixtures_go_out_as_they_came_in() {
         let (model, _) = Architecture::from_config_file(&path.join("config.json")).unwrap();
         let folder = HfFolder::open(&path, &model).unwrap();
         let assets = ModelAssets::from_folder(&path, None).unwrap();
-        let out = tempfile::tempdir().unwrap();
+        let out = empty_folder();
         let out = out.path().join("deep/model");
         export_hf(&out, &model, &assets, &folder, &ExportOptions::new(folder.dtype(), false)).unwrap();
         let back = HfFolder::open(&out, &Architecture::from_config_file(&out.join("config.json")).unwrap().0).unwrap();
@@ -42,7 +42,7 @@ fn fixtures_go_out_as_they_came_in() {
 
 #[test]
 fn a_store_is_exported_at_one_step_and_rounded_as_pytorch_rounds() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (model, out) = (tiny_llama(), folder.path().join("out"));
     let store = store(&model, 2, MomentFormat::F32, 7, &source(1));
     let options = ExportOptions::new(Dtype::BF16, false);
@@ -75,7 +75,7 @@ fn large_models_are_sharded() {
     assert_eq!(lengths(&[4, 4, 4], 11), [2, 1]);
     assert_eq!(lengths(&[4, 40, 4, 4], 11), [1, 1, 2]);
 
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let out = folder.path().join("m");
     export(&out, 1, &ExportOptions { shard_bytes: 3000, ..ExportOptions::new(Dtype::F32, false) }).unwrap();
     let index: Value = serde_json::from_slice(&std::fs::read(out.join(INDEX_FILE)).unwrap()).unwrap();
@@ -90,7 +90,7 @@ fn large_models_are_sharded() {
 
 #[test]
 fn folders_are_replaced_only_when_that_is_safe() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let out = folder.path().join("out");
     std::fs::create_dir(&out).unwrap();
     export(&out, 1, &ExportOptions::new(Dtype::F32, false)).unwrap();
@@ -123,7 +123,7 @@ fn an_export_that_dies_leaves_the_old_folder_or_the_new_one() {
     for fault in [Fault::Death, Fault::DiskFull] {
         let mut n = 0;
         loop {
-            let folder = tempfile::tempdir().unwrap();
+            let folder = empty_folder();
             let out = folder.path().join("out");
             let options = ExportOptions { shard_bytes: 3000, ..ExportOptions::new(Dtype::F32, true) };
             export(&out, 1, &options).unwrap();

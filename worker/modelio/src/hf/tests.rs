@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{Synthetic, TINY_LLAMA, architecture, bits, fixture, read_all, tiny_llama};
+use crate::testing::{Synthetic, TINY_LLAMA, architecture, bits, empty_folder, fixture, read_all, tiny_llama};
 use crate::{ExportOptions, ModelAssets, export_hf};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ fn write(path: &Path, tensors: &Tensors, dtype: &str) {
 }
 
 fn open(tensors: &Tensors, architecture: &Architecture) -> Result<HfFolder, ModelError> {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     write(&folder.path().join(SINGLE_FILE), tensors, "F32");
     HfFolder::open(folder.path(), architecture)
 }
@@ -80,7 +80,7 @@ fn every_number_format_is_read() {
     let mut given = tensors(&model);
     given.values_mut().for_each(|(_, values)| values.iter_mut().for_each(|x| *x = (*x * 64.0).round() / 64.0));
     for dtype in ["F64", "F32", "BF16", "F16"] {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = empty_folder();
         write(&folder.path().join(SINGLE_FILE), &given, dtype);
         let opened = HfFolder::open(folder.path(), &model).unwrap();
         assert_eq!(opened.dtype().name(), dtype);
@@ -90,7 +90,7 @@ fn every_number_format_is_read() {
             assert_eq!(&out, values, "{dtype} {name}");
         }
     }
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     write(&folder.path().join(SINGLE_FILE), &given, "I32");
     let error = HfFolder::open(folder.path(), &model).unwrap_err().to_string();
     assert!(error.contains("type that weights cannot have"), "{error}");
@@ -122,7 +122,7 @@ fn what_does_not_fit_names_tensor_and_file() {
     given.insert("norm.weight".into(), plain);
     assert!(open(&given, &model).unwrap_err().to_string().contains("as well"));
 
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let error = HfFolder::open(folder.path(), &model).unwrap_err().to_string();
     assert!(error.contains("neither model.safetensors nor"), "{error}");
     std::fs::write(folder.path().join("pytorch_model.bin"), b"x").unwrap();
@@ -149,7 +149,7 @@ fn buffers_prefixes_and_tied_heads_of_older_files_are_accepted() {
     bare.insert("h.0.attn.bias".into(), (vec![1, 1, 6, 6], vec![0.0; 36]));
     bare.insert("h.0.attn.masked_bias".into(), (vec![], vec![0.0]));
     let opened = open(&bare, &gpt2);
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     write(&folder.path().join(SINGLE_FILE), &bare, "F32");
     drop(opened.unwrap());
     let opened = HfFolder::open(folder.path(), &gpt2).unwrap();
@@ -171,7 +171,7 @@ fn sharded(folder: &Path) -> (Architecture, Index) {
 
 #[test]
 fn shards_are_put_together_and_missing_ones_told() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (model, index) = sharded(folder.path());
     let out = folder.path().join("out");
     assert!(index.files.len() > 2, "{:?}", index.files);

@@ -41,7 +41,7 @@ pub fn resolve(spec: &ModelSpec) -> Result<ModelInput, ModelError> {
     let tokenizer = spec.tokenizer.as_deref();
     if let Some(widths) = &spec.layers {
         let architecture = Architecture::Stack(StackConfig { widths: widths.clone(), activation: spec.activation, loss: spec.loss });
-        architecture.validate().map_err(|e| ModelError::Invalid(format!("[model] layers: {e}")))?;
+        architecture.validate().map_err(|e| ModelError::Request(format!("[model] layers: {e}")))?;
         let weights = spec.weights.clone();
         return Ok(ModelInput { architecture, assets: ModelAssets::default(), weights, dtype: None, warnings: Vec::new() });
     }
@@ -51,7 +51,7 @@ pub fn resolve(spec: &ModelSpec) -> Result<ModelInput, ModelError> {
             (folder.join(CONFIG), assets, Some(folder.clone()))
         }
         (None, Some(config)) => (config.clone(), ModelAssets::from_config(config, tokenizer)?, None),
-        (None, None) => return Err(ModelError::Invalid("[model] needs one of path, config and layers".into())),
+        (None, None) => return Err(ModelError::Request("[model] needs one of path, config and layers".into())),
     };
     let parsed = parse(&config, &assets)?;
     let ParsedConfig { config, dtype, warnings } = parsed;

@@ -3,7 +3,7 @@ use crate::checkpoint::{CheckpointMeta, CheckpointWriter};
 use crate::export::{ExportOptions, export_hf};
 use crate::inspect::inspect;
 use crate::source::StoreWeights;
-use crate::testing::{Synthetic, TINY_LLAMA, bits, fixture, read_all, store, tiny_llama};
+use crate::testing::{Synthetic, TINY_LLAMA, bits, empty_folder, fixture, read_all, store, tiny_llama};
 use ramtorch_store::MomentFormat;
 
 fn spec(text: &str) -> ModelSpec {
@@ -29,7 +29,7 @@ fn a_job_names_its_model_in_three_ways() {
 
 #[test]
 fn another_tokenizer_brings_its_settings() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let (model, other) = (folder.path().join("model"), folder.path().join("other"));
     for (path, mark) in [(&model, "model"), (&other, "other")] {
         std::fs::create_dir(path).unwrap();
@@ -51,7 +51,7 @@ fn another_tokenizer_brings_its_settings() {
 
 #[test]
 fn weights_come_from_a_folder_a_file_or_a_seed() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let stack = resolve(&spec(r#"{"layers": [4, 8, 2]}"#)).unwrap();
     let seeded = open_weights(&stack.architecture, None, 3).unwrap();
     let out = folder.path().join("out");
@@ -70,7 +70,7 @@ fn weights_come_from_a_folder_a_file_or_a_seed() {
 
 #[test]
 fn paths_are_recognised() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let source = Synthetic { salt: 1, moments: true };
     let config = TINY_LLAMA.replace("\"tie_word", "\"torch_dtype\": \"bfloat16\", \"tie_word");
     for step in [5, 6] {
@@ -94,7 +94,7 @@ fn paths_are_recognised() {
     assert!(error.contains("none of its 2 checkpoints"), "{error}");
 
     assert_eq!(OpenModel::open(&fixture("qwen2-untied")).unwrap().dtype, Dtype::BF16);
-    let empty = tempfile::tempdir().unwrap();
+    let empty = empty_folder();
     assert!(OpenModel::open(empty.path()).err().unwrap().to_string().contains("neither a model"));
     assert!(matches!(OpenModel::open(&empty.path().join("x")), Err(ModelError::Read { .. })));
 }

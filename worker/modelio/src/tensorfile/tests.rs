@@ -1,5 +1,6 @@
 use super::*;
 use crate::dtype::Dtype;
+use crate::testing::empty_folder;
 use proptest::prelude::*;
 use std::io::Write;
 
@@ -24,7 +25,7 @@ fn sample(folder: &Path) -> PathBuf {
 
 #[test]
 fn the_reference_library_reads_what_is_written() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let path = sample(folder.path());
     let bytes = std::fs::read(&path).unwrap();
     let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -43,7 +44,7 @@ fn the_reference_library_reads_what_is_written() {
 
 #[test]
 fn any_range_is_read() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let file = TensorFile::open(&sample(folder.path())).unwrap();
     for tensor in file.tensors() {
         for start in 0..tensor.elements {
@@ -70,7 +71,7 @@ fn with_header(folder: &Path, header: &str, data: usize) -> Result<TensorFile, M
 
 #[test]
 fn damaged_headers_are_told() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     for (header, data, says) in [
         (r#"{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}"#, 7, "truncated: tensor `w`"),
         (r#"{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}"#, 9, "its tensors end at"),
@@ -105,7 +106,7 @@ fn damaged_headers_are_told() {
 
 #[test]
 fn what_is_no_safetensors_file_is_told() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let path = folder.path().join("x");
     std::fs::write(&path, b"abc").unwrap();
     assert!(TensorFile::open(&path).unwrap_err().to_string().contains("3 bytes long"));
@@ -117,7 +118,7 @@ fn what_is_no_safetensors_file_is_told() {
 
 #[test]
 fn a_file_that_shrinks_while_open_is_an_error() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty_folder();
     let path = sample(folder.path());
     let file = TensorFile::open(&path).unwrap();
     File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
@@ -130,7 +131,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
     #[test]
     fn no_damage_panics(changes in proptest::collection::vec((0usize..400, any::<u8>()), 1..6), cut in proptest::option::of(0usize..400)) {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = empty_folder();
         let path = sample(folder.path());
         let mut bytes = std::fs::read(&path).unwrap();
         for (at, byte) in changes {
