@@ -58,7 +58,15 @@ pub enum ClientError {
     },
     /// The standard output cannot be written to. A closed pipe is one of its kinds; see [`ClientError::is_broken_pipe`].
     #[error("cannot write to the standard output: {0}")]
-    Output(#[from] std::io::Error),
+    Output(std::io::Error),
+    /// The operating system refused something that every command needs.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was to be done: "listen for signals".
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// A signal from the keyboard ended the command.
     #[error("interrupted")]
     Interrupted,
@@ -90,7 +98,7 @@ impl ClientError {
         match self {
             ClientError::Unreachable { .. } | ClientError::Lost(_) | ClientError::Deadline { .. } => exit::UNREACHABLE,
             ClientError::Refused { exit_code, .. } | ClientError::Read { exit_code, .. } => *exit_code,
-            ClientError::Protocol(_) => exit::INTERNAL,
+            ClientError::Protocol(_) | ClientError::System { .. } => exit::INTERNAL,
             ClientError::Usage(_) => exit::USAGE,
             ClientError::Output(_) if self.is_broken_pipe() => exit::OK,
             ClientError::Output(_) => exit::OUTPUT,

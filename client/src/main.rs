@@ -34,7 +34,8 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli, printer: Printer) -> Result<u8, ClientError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|source| ClientError::System { what: "start", source })?;
     let result = runtime.block_on(async {
         if cli.command.minds_interrupts() {
             return cli.command.run(&cli.global, printer).await;

@@ -45,9 +45,7 @@ impl Printer {
     /// Bytes as they are.
     pub fn raw(self, bytes: &[u8]) -> Result<(), ClientError> {
         let mut out = io::stdout().lock();
-        out.write_all(bytes)?;
-        out.flush()?;
-        Ok(())
+        out.write_all(bytes).and_then(|()| out.flush()).map_err(ClientError::Output)
     }
 }
 

@@ -50,8 +50,8 @@ async fn confirmed(info: &v1::NodeInfo, printer: Printer) -> Result<bool, Client
         n => format!("has {} under way, which will be stopped", text::plural(n.into(), "job")),
     };
     let mut err = std::io::stderr();
-    write!(err, "ramtorchd on {} (pid {}) {jobs}. Stop it? [y/N] ", text::one_line(&info.hostname), info.pid)?;
-    err.flush()?;
+    let question = format!("ramtorchd on {} (pid {}) {jobs}. Stop it? [y/N] ", text::one_line(&info.hostname), info.pid);
+    err.write_all(question.as_bytes()).and_then(|()| err.flush()).map_err(ClientError::Output)?;
     let read = || std::io::stdin().lines().next().transpose();
     let line = tokio::task::spawn_blocking(read).await.map_err(|e| ClientError::Protocol(e.to_string()))?;
     Ok(is_yes(line.ok().flatten().as_deref().unwrap_or("")))

@@ -145,7 +145,8 @@ struct Interrupts {
 }
 
 impl Interrupts {
-    fn listen(meaning: Interrupt) -> io::Result<Self> {
+    fn listen(meaning: Interrupt) -> Result<Self, ClientError> {
+        let signal = |kind| signal(kind).map_err(|source| ClientError::System { what: "listen for signals", source });
         // Ending a command that only looks needs no care; one that owns a job takes it down in order.
         let terminate = match meaning {
             Interrupt::Detach => None,
@@ -333,7 +334,7 @@ impl Follower {
     fn show(&mut self, draw: impl FnOnce(&mut dyn View, &Tracker) -> io::Result<()>) -> Result<(), ClientError> {
         match (draw(self.view.as_mut(), &self.tracker), self.interrupt) {
             (Ok(()), _) => Ok(()),
-            (Err(error), Interrupt::Detach) => Err(error.into()),
+            (Err(error), Interrupt::Detach) => Err(ClientError::Output(error)),
             // Nobody looks any more, but the job is this command's own: see it through.
             (Err(_), Interrupt::Cancel) => {
                 self.view = Box::new(Quiet);
