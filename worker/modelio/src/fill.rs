@@ -16,11 +16,9 @@ const PIECE: usize = 1 << 18;
 /// Runs on the rayon pool of the caller; other pages may be filled at the same time by other owners.
 ///
 /// # Errors
-/// `source` cannot be read, or the store refuses. The page must not be used then: its content is undefined.
+/// `source` cannot be read, or the store refuses. Nothing is published then.
 pub fn fill_page(owner: &mut Owner<'_>, layout: &Layout, page: PageId, step: u64, source: &dyn WeightSource) -> Result<(), ModelError> {
-    let mut filled = Ok(());
-    owner.initialise(page, step, |state| filled = fill(layout, state, source))?;
-    filled
+    owner.try_initialise(page, step, |state| fill(layout, state, source))
 }
 
 /// The part of a page that one thread fills.

@@ -224,9 +224,7 @@ impl Index {
         let listed = self.weight_map.iter().filter(|(_, f)| f.as_str() == name);
         for (tensor, _) in listed {
             if file.tensor(tensor).is_none() && !file.other_tensors().contains(tensor) {
-                let path = file.path().to_owned();
-                tracing::debug!(index = %self.path.display(), "the index lists a tensor that its file lacks");
-                return Err(ModelError::MissingTensor { path, tensor: tensor.clone() });
+                return Err(ModelError::format(&self.path, format_args!("places tensor `{tensor}` in {name}, which does not hold it")));
             }
         }
         Ok(())
