@@ -15,7 +15,8 @@ pub(crate) struct Cost {
 }
 
 impl Cost {
-    pub fn new(_model: &Model, rates: Rates, kind: DeviceKind) -> Cost {
+    pub fn new(rates: Rates, kind: DeviceKind) -> Cost {
+        let cpu = kind == DeviceKind::Cpu;
         let or = |x: f64, default: f64| if x > 0.0 { x } else { default };
         let (flops, copy, optimizer) = match kind {
             DeviceKind::Cpu => (5e10, 4e9, 2e8),
@@ -23,11 +24,12 @@ impl Cost {
             DeviceKind::Cuda => (5e14, 4e10, 3e9),
         };
         Cost {
-            flops: or(rates.gemm_flops, flops),
-            copy: or(rates.copy_bytes, copy),
+            // What was measured is the processor; of a GPU's step only the optimizer runs there.
+            flops: if cpu { or(rates.gemm_flops, flops) } else { flops },
+            copy: if cpu { or(rates.copy_bytes, copy) } else { copy },
             optimizer: or(rates.optimizer_parameters, optimizer),
             overlapped: kind == DeviceKind::Cuda,
-            measured: rates.gemm_flops > 0.0,
+            measured: cpu && rates.gemm_flops > 0.0,
         }
     }
 
@@ -84,7 +86,7 @@ impl Cost {
     }
 
     pub fn optimizer(&self, model: &Model, p: &EnginePlan) -> f64 {
-        model.places.iter().map(|x| x.1 as f64).sum::<f64>() / self.optimizer / if self.overlapped { p.world as f64 } else { 1.0 }
+        model.places.iter().map(|x| x.1 as f64).sum::<f64>() / self.optimizer
     }
 
     /// Seconds a step.

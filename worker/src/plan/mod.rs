@@ -244,7 +244,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     let model = Model::new(&architecture, &layout, dtype)?;
     let budget = devices.iter().map(|d| spec.device.memory_bytes.map_or(d.memory_bytes, |m| m.min(d.memory_bytes))).min().unwrap_or(0);
     let workspace = assumed_workspace(first.kind);
-    let cost = Cost::new(&model, prepared.rates, first.kind);
+    let cost = Cost::new(prepared.rates, first.kind);
     let share = batch.div_ceil(world);
     let mut best: Option<(f64, EnginePlan)> = None;
     let mut least: Option<u64> = None;
