@@ -16,13 +16,8 @@ fn act(kind: ActivationKind, x: f32) -> f32 {
         ActivationKind::GeluTanh => 0.5 * x * (1.0 + tanh(GELU_A * (x + GELU_B * x * x * x))),
         ActivationKind::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
         ActivationKind::Relu => {
-            if x > 0.0 {
-                x
-            } else if x.is_nan() {
-                x
-            } else {
-                0.0
-            }
+            // written so that NaN stays NaN
+            if x <= 0.0 { 0.0 } else { x }
         }
         ActivationKind::Tanh => tanh(x),
     }

@@ -149,9 +149,12 @@ pub(crate) fn store_gradients(
     Ok(())
 }
 
+/// What [`Device::host_reduce`] runs.
+type HostFunction = Box<dyn FnOnce(&[f32]) + Send>;
+
 /// What a host function needs when its turn comes.
 struct HostCall {
-    f: Box<dyn FnOnce(&[f32]) + Send>,
+    f: HostFunction,
     data: *const f32,
     len: usize,
     failure: Arc<Mutex<Option<String>>>,
@@ -173,7 +176,7 @@ unsafe extern "C" fn host_call(argument: *mut c_void) {
 }
 
 /// One staging buffer a stream is enough: the stream's order keeps the next copy behind this host function.
-pub(crate) fn host_reduce(d: &CudaDevice, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
+pub(crate) fn host_reduce(d: &CudaDevice, stream: Stream, src: DevBuf, f: HostFunction) -> Result<(), EngineError> {
     let s = d.stream(stream);
     let bytes = src.bytes as usize / 4 * 4;
     let mut slot = d.host_staging[index(stream)].borrow_mut();

@@ -285,6 +285,7 @@ impl Plan {
         // Never TF32: the single precision device is exact enough to compare with the CPU.
         // SAFETY: writes the pointer.
         ok(
+            // SAFETY: the call writes a handle into a place that lives through it.
             unsafe { lt::cublasLtMatmulDescCreate(&mut plan.desc, lt::cublasComputeType_t::CUBLAS_COMPUTE_32F, single) },
             "cublasLtMatmulDescCreate",
         )?;

@@ -38,8 +38,8 @@ pub fn prepare(
     }
     let train = resolve("data.train", &spec.train)?;
     let validation = spec.validation.as_ref().map(|v| resolve("data.validation", v)).transpose()?;
-    let both = |mut read: &mut dyn FnMut(&[PathBuf]) -> Result<Source, DataError>| -> Result<(Source, Option<Source>), DataError> {
-        let train_source = (&mut read)(&train)?;
+    let both = |read: &mut dyn FnMut(&[PathBuf]) -> Result<Source, DataError>| -> Result<(Source, Option<Source>), DataError> {
+        let train_source = read(&train)?;
         Ok((train_source, validation.as_deref().map(read).transpose()?))
     };
     let mut data = Dataset {

@@ -425,5 +425,6 @@ pub trait Device: Send {
     /// Converts to f32.
     fn to_f32(&self, x: DevBuf, count: usize, y: DevBuf) -> Result<(), EngineError>;
     /// Converts f32 host-like data on the device into the compute format.
+    #[allow(clippy::wrong_self_convention)] // the pair of to_f32, on the device's buffers
     fn from_f32(&self, x: DevBuf, count: usize, y: DevBuf) -> Result<(), EngineError>;
 }

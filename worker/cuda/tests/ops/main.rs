@@ -8,6 +8,7 @@
 //! ```
 //! `--isolate` runs each test in a process of its own: a fault on the device ends one test and not all.
 //! `--bench` measures instead of testing.
+#![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
 mod bench;
 mod elementwise;
