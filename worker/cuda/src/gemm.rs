@@ -229,8 +229,8 @@ impl Products {
         results[..found.max(0) as usize].iter().filter(good).map(|r| r.algo).collect()
     }
 
-    /// Times each candidate on the operands of the first call, with a scratch result: D is not touched. Several rounds, of
-    /// which the best counts: clocks change while the GPU warms up.
+    /// Times each candidate on the operands of the first call, with a scratch result: D is not touched. Each timing is long
+    /// enough for the GPU's power limit to show, without which the choice is often one that is slower in the long run.
     fn fastest(
         &self,
         plan: &mut Plan,
@@ -241,23 +241,30 @@ impl Products {
         stream: &RawStream,
         workspace: &Memory,
     ) -> Result<Option<lt::cublasLtMatmulAlgo_t>, EngineError> {
-        const ROUNDS: usize = 3;
-        const RUNS: u32 = 3;
+        const ROUNDS: usize = 2;
+        const SECONDS: f64 = 0.015;
         let start = if key.in_place { scratch.ptr } else { operands.start };
         let operands = Operands { start, result: scratch.ptr, ..operands };
+        let mut timed = |algorithm: &lt::cublasLtMatmulAlgo_t, runs: u32| -> Result<Option<f64>, EngineError> {
+            plan.algorithm = Some(*algorithm);
+            stream.synchronize("algorithm search")?;
+            let before = Instant::now();
+            let ran = (0..runs).try_for_each(|_| execute(self.handle, plan, key, operands, stream, workspace));
+            stream.synchronize("algorithm search")?;
+            Ok(ran.is_ok().then(|| before.elapsed().as_secs_f64() / runs as f64))
+        };
         let mut seconds = vec![f64::INFINITY; candidates.len()];
-        for round in 0..=ROUNDS {
-            for (algorithm, best) in candidates.iter().zip(&mut seconds) {
-                plan.algorithm = Some(*algorithm);
-                stream.synchronize("algorithm search")?;
-                let before = Instant::now();
-                // The first round warms up, and finds what does not run at all.
-                let ran =
-                    (0..if round == 0 { 1 } else { RUNS }).try_for_each(|_| execute(self.handle, plan, key, operands, stream, workspace));
-                stream.synchronize("algorithm search")?;
-                if round > 0 && ran.is_ok() {
-                    *best = best.min(before.elapsed().as_secs_f64() / RUNS as f64);
-                }
+        for (algorithm, best) in candidates.iter().zip(&mut seconds) {
+            // Loads the code; what does not run at all stays infinite.
+            if timed(algorithm, 1)?.is_some() {
+                *best = f64::MAX;
+            }
+        }
+        for _ in 0..ROUNDS {
+            for (algorithm, best) in candidates.iter().zip(&mut seconds).filter(|(_, best)| best.is_finite()) {
+                let once = timed(algorithm, 2)?.unwrap_or(SECONDS);
+                let runs = (SECONDS / once.max(1e-6)).clamp(1.0, 1000.0) as u32;
+                *best = best.min(timed(algorithm, runs)?.unwrap_or(f64::MAX));
             }
         }
         // The heuristic's order decides between what the GPU's power limit makes hard to tell apart.
