@@ -271,18 +271,25 @@ fn a_model_that_does_not_fit() {
 
 #[test]
 fn outputs_that_cannot_be_written() {
-    let sandbox = Sandbox::new();
-    sandbox.file("file", "in the way");
-    refused(&sandbox, &llama().set("output.path", "file/model"), exit::OUTPUT, &["file/model"]);
-    refused(&sandbox, &llama().set("output.metrics", "file/metrics.jsonl"), exit::OUTPUT, &["file/metrics.jsonl"]);
-    let checkpoints = llama().set("checkpoint.path", "file/checkpoints").set("checkpoint.every_steps", 1);
-    refused(&sandbox, &checkpoints, exit::OUTPUT, &["file/checkpoints"]);
+    // Found out before the first step, not after the last.
+    let case = |prepare: &dyn Fn(&Sandbox), job: JobFile, words: &[&str]| {
+        let sandbox = Sandbox::new();
+        prepare(&sandbox);
+        refused(&sandbox, &job, exit::OUTPUT, words);
+        let metrics = std::fs::read_to_string(sandbox.path("metrics.jsonl")).unwrap_or_default();
+        assert_eq!(metrics, "", "steps were trained for an output that cannot be written: {words:?}");
+        sandbox
+    };
+    let in_the_way = |s: &Sandbox| drop(s.file("file", "in the way"));
+    case(&in_the_way, llama().set("output.path", "file/model"), &["file/model"]);
+    case(&in_the_way, llama().set("output.metrics", "file/metrics.jsonl"), &["file/metrics.jsonl"]);
     // Every write there says "no space left on device".
-    refused(&sandbox, &llama().set("output.metrics", "/dev/full"), exit::OUTPUT, &["/dev/full", "space"]);
+    case(&|_| (), llama().set("output.metrics", "/dev/full"), &["/dev/full", "space"]);
     // A folder with somebody's files in it is not replaced.
-    sandbox.file("mine/precious.txt", "keep");
-    refused(&sandbox, &llama().set("output.path", "mine"), exit::OUTPUT, &["mine"]);
-    assert_eq!(std::fs::read(sandbox.path("mine/precious.txt")).unwrap(), b"keep");
+    let somebodys = case(&|s| drop(s.file("mine/precious.txt", "keep")), llama().set("output.path", "mine"), &["mine"]);
+    assert_eq!(std::fs::read(somebodys.path("mine/precious.txt")).unwrap(), b"keep");
+    let checkpoints = llama().set("checkpoint.path", "file/checkpoints").set("checkpoint.every_steps", 1);
+    case(&in_the_way, checkpoints, &["file/checkpoints"]);
 }
 
 /// A real file system that runs full, where this user may mount one in a namespace of its own.
