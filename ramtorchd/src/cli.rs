@@ -2,16 +2,19 @@
 
 use crate::config::{ConfigFile, LogFormat, Overrides, Settings};
 use crate::daemon::Daemon;
-use crate::devices::{self, DeviceRequest, Host, parse_bytes};
+use crate::devices::{DeviceRequest, Host, parse_bytes};
+use crate::gpus;
 use crate::notify::notify;
 use crate::run;
 use crate::supervisor::outside::LinkedEngine;
 use crate::worker;
 use clap::{Args, Parser, Subcommand};
 use ramtorch_client::exit;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -87,6 +90,9 @@ struct Run {
     json: bool,
 }
 
+/// Signals closer together than this count as one.
+const SAME_SIGNAL: Duration = Duration::from_millis(500);
+
 /// Runs the program; the exit codes are explained in docs/exit-codes.md.
 pub fn main() -> ExitCode {
     match Cli::parse().command {
@@ -94,7 +100,7 @@ pub fn main() -> ExitCode {
             log(LogFormat::Text, "info");
             worker::main()
         }
-        Command::Gpus => devices::print_gpus(),
+        Command::Gpus => gpus::main(),
         Command::Start(start) => finish(start_command(start)),
         Command::Run(run) => finish(run_command(run)),
     }
@@ -121,7 +127,7 @@ impl Common {
     fn resolve(self, file: ConfigFile, socket: Option<PathBuf>) -> Result<Settings, (u8, String)> {
         let devices = DeviceRequest { devices: self.devices, gpus: self.gpus, memory_bytes: self.device_memory, threads: self.threads };
         let flags = Overrides { socket, state_dir: self.state_dir, devices };
-        file.resolve(flags, &Host::probe()).map_err(|e| (exit::USAGE, e.to_string()))
+        file.resolve(flags, &Host::probe(), gpus::memory_bytes).map_err(|e| (e.exit_code(), e.to_string()))
     }
 }
 
@@ -140,6 +146,7 @@ fn start_command(start: Start) -> Result<u8, (u8, String)> {
         let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
         notify("READY=1");
         let mut finished = std::pin::pin!(daemon.finish());
+        let mut last: Option<Instant> = None;
         loop {
             tokio::select! {
                 left = &mut finished => {
@@ -151,8 +158,11 @@ fn start_command(start: Start) -> Result<u8, (u8, String)> {
                 _ = interrupt.recv() => {}
                 _ = hangup.recv() => {}
             }
-            notify("STOPPING=1");
-            stopper.stop().await;
+            // timeout(1) and terminals signal a process and its group: that is one signal, not an impatient second.
+            if last.replace(Instant::now()).is_none_or(|at| at.elapsed() > SAME_SIGNAL) {
+                notify("STOPPING=1");
+                stopper.stop().await;
+            }
         }
     })
 }
@@ -171,7 +181,7 @@ fn run_command(run: Run) -> Result<u8, (u8, String)> {
     let runtime = runtime()?;
     let result = runtime.block_on(run::run(settings, options, Arc::new(LinkedEngine)));
     // Whatever still blocks (an unlink, a read) does not hold up the end.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(Duration::from_secs(1));
     drop(private);
     result
 }
@@ -184,7 +194,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, (u8, String)> {
 /// Log lines go to stderr; RAMTORCH_LOG chooses what is told, as in `RAMTORCH_LOG=ramtorchd=debug`.
 fn log(format: LogFormat, level: &str) {
     let filter = EnvFilter::try_from_env("RAMTORCH_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
     // A subscriber that is there already (in a test) is as good.
     let _ = match format {
         LogFormat::Text => builder.with_target(false).try_init(),

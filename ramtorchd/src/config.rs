@@ -185,6 +185,16 @@ pub enum ConfigError {
     CurrentDir(std::io::Error),
 }
 
+impl ConfigError {
+    /// Exit code of a daemon that ends with this.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            ConfigError::Devices(e) if e.is_shortage() => ramtorch_client::exit::RESOURCES,
+            _ => ramtorch_client::exit::USAGE,
+        }
+    }
+}
+
 impl ConfigFile {
     /// Reads and checks a configuration file.
     ///
@@ -231,7 +241,12 @@ impl ConfigFile {
     ///
     /// # Errors
     /// Devices that this machine does not have, or no place for the state.
-    pub fn resolve(self, flags: Overrides, host: &Host) -> Result<Settings, ConfigError> {
+    pub fn resolve(
+        self,
+        flags: Overrides,
+        host: &Host,
+        ask_gpus: impl FnOnce() -> Result<Vec<u64>, String>,
+    ) -> Result<Settings, ConfigError> {
         let chosen_by_flag = flags.devices.devices.is_some() || flags.devices.gpus.is_some();
         let request = DeviceRequest {
             devices: flags.devices.devices.or(if chosen_by_flag { None } else { self.devices }),
@@ -239,7 +254,7 @@ impl ConfigFile {
             memory_bytes: flags.devices.memory_bytes.or(self.device_memory_bytes),
             threads: flags.devices.threads.or(self.threads),
         };
-        let inventory = devices::choose(&request, host)?;
+        let inventory = devices::choose(&request, host, ask_gpus)?;
         let absolute = |p: PathBuf| std::path::absolute(p).map_err(ConfigError::CurrentDir);
         let state_dir = absolute(match flags.state_dir.or(self.state_dir) {
             Some(dir) => dir,
@@ -326,20 +341,20 @@ mod tests {
     }
 
     fn host() -> Host {
-        Host { gpus: vec![], gpu_memory: Ok(vec![]), cores: 4, memory_available: 8 << 30 }
+        Host { gpus: vec![], cores: 4, memory_available: 8 << 30 }
     }
 
     #[test]
     fn flags_override_the_file() {
         let file = read("state_dir = \"/s\"\ndevices = \"cpu:4\"\nthreads = 2\n[supervision]\nrestart_budget = 7\n").unwrap();
-        let s = file.clone().resolve(Overrides::default(), &host()).unwrap();
+        let s = file.clone().resolve(Overrides::default(), &host(), || Err("no GPU".into())).unwrap();
         assert_eq!((s.devices.len(), s.state_dir.as_path(), s.supervision.restart_budget), (4, Path::new("/s"), 7));
         let flags = Overrides {
             socket: Some("/x/y.sock".into()),
             devices: DeviceRequest { gpus: Some(0), ..Default::default() },
             ..Default::default()
         };
-        let s = file.resolve(flags, &host()).unwrap();
+        let s = file.resolve(flags, &host(), || Err("no GPU".into())).unwrap();
         assert_eq!((s.devices.len(), s.devices[0].spec.threads, s.socket.as_path()), (1, 2, Path::new("/x/y.sock")));
     }
 

@@ -6,8 +6,6 @@
 use crate::node;
 use ramtorch_worker::{DeviceKind, DeviceSpec};
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 /// What the user asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -78,14 +76,21 @@ pub enum DeviceError {
         /// How many there are.
         found: u32,
     },
-    /// The probe that asks CUDA in a process of its own failed.
-    #[error("cannot use cuda:{index}: {reason}")]
+    /// The process that asks CUDA failed, or does not know this GPU.
+    #[error("cannot use cuda:{index}: {reason}\n(to use the CPU instead, give --devices cpu)")]
     GpuUnusable {
         /// The GPU.
         index: u32,
-        /// What the probe said.
+        /// What it said.
         reason: String,
     },
+}
+
+impl DeviceError {
+    /// Whether the machine lacks something, rather than the request making no sense.
+    pub fn is_shortage(&self) -> bool {
+        matches!(self, DeviceError::NoSuchGpu { .. } | DeviceError::GpuUnusable { .. })
+    }
 }
 
 /// Most CPU devices: beyond this a typing error is likelier than a wish.
@@ -96,8 +101,6 @@ const CPU_DEVICES_MAX: u64 = 256;
 pub struct Host {
     /// Models of the GPUs, in the order of the PCI bus.
     pub gpus: Vec<String>,
-    /// Bytes of memory of each, as CUDA tells them, or why it does not.
-    pub gpu_memory: Result<Vec<u64>, String>,
     /// CPU threads.
     pub cores: usize,
     /// Bytes available now.
@@ -107,63 +110,10 @@ pub struct Host {
 impl Host {
     /// This machine.
     pub fn probe() -> Host {
-        let gpus = gpus(Path::new("/proc/driver/nvidia/gpus"), Path::new("/dev"));
         Host {
-            gpu_memory: if gpus.is_empty() { Ok(Vec::new()) } else { gpu_memory() },
-            gpus,
+            gpus: gpus(Path::new("/proc/driver/nvidia/gpus"), Path::new("/dev")),
             cores: node::cores(),
             memory_available: node::memory().available,
-        }
-    }
-}
-
-/// Bytes of a GPU's memory that its context and libraries take.
-const GPU_RESERVE_BYTES: u64 = 2 << 30;
-/// Longest that the probe may take: a driver that hangs must not hang the daemon.
-const PROBE_LIMIT: Duration = Duration::from_secs(60);
-
-/// Asks CUDA for the memory of each GPU in a process of its own (`ramtorchd gpus`): the daemon never loads CUDA.
-fn gpu_memory() -> Result<Vec<u64>, String> {
-    let probe = || -> std::io::Result<std::process::Child> {
-        Command::new("/proc/self/exe")
-            .arg("gpus")
-            .env("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-    };
-    let mut child = probe().map_err(|e| format!("the probe does not start: {e}"))?;
-    let begin = Instant::now();
-    loop {
-        match child.try_wait() {
-            Ok(Some(_)) => break,
-            Ok(None) if begin.elapsed() < PROBE_LIMIT => std::thread::sleep(Duration::from_millis(10)),
-            Ok(None) => {
-                let _ = child.kill(); // and not waited for: a process that hangs in the driver cannot be ended
-                return Err(format!("the CUDA driver does not answer within {} s", PROBE_LIMIT.as_secs()));
-            }
-            Err(e) => return Err(format!("the probe is lost: {e}")),
-        }
-    }
-    let output = child.wait_with_output().map_err(|e| format!("the probe's answer is lost: {e}"))?;
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).trim().to_string());
-    }
-    serde_json::from_slice(&output.stdout).map_err(|e| format!("the probe's answer does not read: {e}"))
-}
-
-/// `ramtorchd gpus`: prints the bytes of memory of each GPU as a JSON list.
-pub fn print_gpus() -> std::process::ExitCode {
-    let listed = ramtorch_worker::prepare_process().and_then(|()| ramtorch_worker::gpu_memory_bytes());
-    match listed.map(|bytes| serde_json::to_string(&bytes).unwrap_or_default()) {
-        Ok(text) => {
-            println!("{text}");
-            std::process::ExitCode::SUCCESS
-        }
-        Err(e) => {
-            eprintln!("{e}");
-            std::process::ExitCode::from(e.kind.exit_code())
         }
     }
 }
@@ -193,11 +143,12 @@ fn gpus(proc: &Path, dev: &Path) -> Vec<String> {
 /// Works out the devices from what was asked for and what there is.
 ///
 /// CPU devices share the cores evenly (at least one thread each). Without `memory_bytes`, CPU devices share half of
-/// the memory available now; the other half is for parameter stores.
+/// the memory available now; the other half is for parameter stores. Of a GPU's memory, as `ask_gpus` tells it (it is
+/// asked only where GPUs are wanted), a small part is left to the driver and its libraries.
 ///
 /// # Errors
 /// A request that is malformed or that this machine cannot meet.
-pub fn choose(request: &DeviceRequest, host: &Host) -> Result<Inventory, DeviceError> {
+pub fn choose(request: &DeviceRequest, host: &Host, ask_gpus: impl FnOnce() -> Result<Vec<u64>, String>) -> Result<Inventory, DeviceError> {
     if request.devices.is_some() && request.gpus.is_some_and(|n| n > 0) {
         return Err(DeviceError::Both);
     }
@@ -229,11 +180,12 @@ pub fn choose(request: &DeviceRequest, host: &Host) -> Result<Inventory, DeviceE
                 return Err(DeviceError::NoSuchGpu { index, found });
             }
             let each = (threads / list.len().max(1)).max(1);
+            let memory = ask_gpus();
             let device = |&index: &u32| -> Result<Device, DeviceError> {
                 let unusable = |reason: &str| DeviceError::GpuUnusable { index, reason: reason.to_string() };
-                let all = host.gpu_memory.as_ref().map_err(|e| unusable(e))?.get(index as usize).copied();
-                let usable = all.ok_or_else(|| unusable("CUDA does not show it"))?.saturating_sub(GPU_RESERVE_BYTES);
-                let memory_bytes = request.memory_bytes.map_or(usable, |wanted| wanted.min(usable));
+                let total = memory.as_ref().map_err(|e| unusable(e))?.get(index as usize).copied();
+                let most = usable(total.ok_or_else(|| unusable("CUDA does not show it"))?);
+                let memory_bytes = request.memory_bytes.map_or(most, |wanted| wanted.min(most));
                 let spec = DeviceSpec { kind: DeviceKind::Cuda, index, threads: each, memory_bytes };
                 Ok(Device { spec, model: host.gpus[index as usize].clone() })
             };
@@ -243,6 +195,11 @@ pub fn choose(request: &DeviceRequest, host: &Host) -> Result<Inventory, DeviceE
             Ok(Inventory { devices, note })
         }
     }
+}
+
+/// What plans may use of a GPU's memory: not what the driver's context and the libraries take for themselves.
+fn usable(total: u64) -> u64 {
+    total.saturating_sub((total / 32).clamp(768 << 20, 2 << 30))
 }
 
 #[derive(Debug, PartialEq)]
@@ -301,8 +258,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn choose(request: &DeviceRequest, host: &Host) -> Result<Inventory, DeviceError> {
+        super::choose(request, host, || Ok(vec![80 << 30; host.gpus.len()]))
+    }
+
     fn host(gpus: usize) -> Host {
-        Host { gpus: vec!["H100".into(); gpus], gpu_memory: Ok(vec![80 << 30; gpus]), cores: 8, memory_available: 64 << 30 }
+        Host { gpus: vec!["H100".into(); gpus], cores: 8, memory_available: 64 << 30 }
     }
 
     fn ask(devices: &str) -> DeviceRequest {
@@ -335,7 +296,7 @@ mod tests {
         assert_eq!(names(&by_number).unwrap(), ["cuda:0", "cuda:1"]);
         assert_eq!(names(&ask("cuda:3, cuda:1")).unwrap(), ["cuda:3", "cuda:1"]);
         let memory = |r: &DeviceRequest| choose(r, &host(1)).unwrap().devices[0].spec.memory_bytes;
-        assert_eq!(memory(&DeviceRequest { memory_bytes: None, ..ask("cuda:0") }), (80 << 30) - GPU_RESERVE_BYTES);
+        assert_eq!(memory(&DeviceRequest { memory_bytes: None, ..ask("cuda:0") }), 78 << 30);
         assert_eq!(memory(&ask("cuda:0")), 1 << 30);
         assert_eq!(names(&ask("cuda:4")).unwrap_err(), DeviceError::NoSuchGpu { index: 4, found: 4 });
         assert!(matches!(names(&ask("cuda:1,cuda:1")), Err(DeviceError::Twice { index: 1, .. })));
@@ -349,8 +310,12 @@ mod tests {
         assert!(matches!(choose(&ask("cpu,cuda:0"), &host(8)), Err(DeviceError::Mixed(_))));
         assert!(matches!(choose(&ask("cpu:0"), &host(8)), Err(DeviceError::Range { .. })));
         assert_eq!(choose(&DeviceRequest { gpus: Some(1), ..ask("cpu") }, &host(8)), Err(DeviceError::Both));
-        let mute = Host { gpu_memory: Err("libcuda.so.1 cannot be opened".into()), ..host(1) };
-        assert!(choose(&ask("cuda:0"), &mute).unwrap_err().to_string().contains("libcuda.so.1"));
+        let e = super::choose(&ask("cuda:0"), &host(1), || Err("libcuda.so.1 cannot be opened".into())).unwrap_err();
+        assert!(e.is_shortage() && e.to_string().contains("libcuda.so.1"), "{e}");
+        let e = super::choose(&ask("cuda:1"), &host(2), || Ok(vec![80 << 30])).unwrap_err();
+        assert!(e.to_string().contains("cuda:1: CUDA does not show it"), "{e}");
+        // Nobody loads CUDA for the CPU.
+        super::choose(&ask("cpu:2"), &host(2), || unreachable!()).unwrap();
     }
 
     #[test]
@@ -385,7 +350,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_request_panics_and_every_choice_keeps_its_promises(text in "[cpuda:0-9, ]{0,12}", gpus in 0usize..9, cores in 1usize..300) {
-            let host = Host { gpus: vec!["G".into(); gpus], gpu_memory: Ok(vec![1 << 34; gpus]), cores, memory_available: 1 << 36 };
+            let host = Host { gpus: vec!["G".into(); gpus], cores, memory_available: 1 << 36 };
             if let Ok(i) = choose(&ask(&text), &host) {
                 prop_assert!(!i.devices.is_empty());
                 prop_assert!(i.devices.iter().all(|d| d.spec.threads >= 1));

@@ -15,6 +15,7 @@ pub mod config;
 pub mod daemon;
 pub mod devices;
 mod disk;
+mod gpus;
 mod logs;
 pub mod node;
 mod notify;

@@ -11,12 +11,12 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// What the name of a log file says. Ordered as the files were written, ranks apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LogName {
-    /// Generation of the gang, or of the preparation.
+    /// Generation of the gang, or of the gang that is prepared.
     pub generation: u64,
+    /// Of a member of the gang, and not of the preparing worker before it.
+    pub gang: bool,
     /// Rank; the preparing worker counts as rank 0.
     pub rank: u32,
-    /// Of the preparing worker.
-    pub preparing: bool,
 }
 
 impl LogName {
@@ -25,8 +25,8 @@ impl LogName {
         let (who, generation) = name.strip_suffix(".log")?.rsplit_once(".g")?;
         let generation = generation.parse().ok()?;
         match who.strip_prefix("rank-") {
-            Some(rank) => Some(LogName { generation, rank: rank.parse().ok()?, preparing: false }),
-            None => (who == "prepare").then_some(LogName { generation, rank: 0, preparing: true }),
+            Some(rank) => Some(LogName { generation, gang: true, rank: rank.parse().ok()? }),
+            None => (who == "prepare").then_some(LogName { generation, gang: false, rank: 0 }),
         }
     }
 }
@@ -85,8 +85,8 @@ impl LogReader {
     }
 
     fn path(&self, name: LogName) -> PathBuf {
-        let LogName { generation, rank, preparing } = name;
-        self.dir.join(if preparing { format!("prepare.g{generation}.log") } else { format!("rank-{rank}.g{generation}.log") })
+        let LogName { generation, gang, rank } = name;
+        self.dir.join(if gang { format!("rank-{rank}.g{generation}.log") } else { format!("prepare.g{generation}.log") })
     }
 
     fn look(&mut self) {
@@ -158,7 +158,7 @@ mod tests {
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         write("rank-0.g10.log", "new\n");
         write("rank-0.g2.log", "old\n");
-        write("prepare.g1.log", "prepare\n");
+        write("prepare.g2.log", "prepare\n");
         write("rank-1.g2.log", "other\n");
         write("junk", "x");
         let mut reader = LogReader::new(dir.path().into(), Some(0));
@@ -200,7 +200,7 @@ mod tests {
 
         #[test]
         fn names_are_read_back(generation in any::<u64>(), rank in any::<u32>(), junk in "\\PC{0,20}") {
-            let name = LogName { generation, rank, preparing: false };
+            let name = LogName { generation, gang: true, rank };
             prop_assert_eq!(LogName::parse(&format!("rank-{rank}.g{generation}.log")), Some(name));
             let _ = LogName::parse(&junk);
         }

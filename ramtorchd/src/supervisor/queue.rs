@@ -78,7 +78,7 @@ impl Supervisor {
     pub(super) fn resume(&mut self, key: JobKey, now: Instant) {
         let Some(job) = self.jobs.get(&key) else { return };
         if self.pool.any_quarantined(&job.leases) {
-            self.pool.release(Holder::Job(key));
+            self.release_devices(key);
             self.wait(key, "waits for healthy devices".into(), None);
             return self.schedule(now);
         }
@@ -101,8 +101,8 @@ impl Supervisor {
         let Some(first) = devices.first() else { return };
         // Preparation is one process with the threads of the whole gang.
         let device = DeviceSpec { threads: devices.iter().map(|d| d.threads).sum(), ..first.clone() };
-        job.record.generation += 1;
-        let generation = job.record.generation;
+        // That of the gang to come.
+        let generation = job.record.generation + 1;
         let id = job.record.id.clone();
         let task = Task::Prepare { spec: job.spec.clone(), cache_dir: self.out.cache_dir() };
         let (world, at) = (devices.len(), job.leases.first().copied());
@@ -191,11 +191,15 @@ impl Supervisor {
     }
 
     fn wait_for_memory(&mut self, key: JobKey, why: String, now: Instant) {
+        self.release_devices(key);
+        self.wait(key, format!("waits for memory that other jobs hold: {why}"), Some(now + super::MEMORY_RETRY));
+    }
+
+    fn release_devices(&mut self, key: JobKey) {
         self.pool.release(Holder::Job(key));
         if let Some(job) = self.jobs.get_mut(&key) {
             job.leases.clear();
         }
-        self.wait(key, format!("waits for memory that other jobs hold: {why}"), Some(now + super::MEMORY_RETRY));
     }
 
     fn reserve(&mut self, key: JobKey, plan: Plan) {
@@ -291,10 +295,9 @@ impl Supervisor {
     }
 
     fn finish(&mut self, key: JobKey, end: End, now: Instant) {
-        self.pool.release(Holder::Job(key));
+        self.release_devices(key);
         let at = self.out.unix_ms();
         let Some(job) = self.jobs.get_mut(&key) else { return };
-        job.leases.clear();
         job.record.workers.clear();
         match end {
             End::Final { state, code, message } => {

@@ -183,12 +183,9 @@ impl Bench {
 
     fn exit(&mut self, key: ProcKey, status: Status) {
         self.fake.with(|a| a.procs.retain(|p| p.0 != key));
-        let connected = self.connected.iter().any(|c| c.0 == key);
         self.connected.retain(|c| c.0 != key);
         self.handle(Message::Process(Event::Ended(key, Ended { status, tail: "tail".into() })));
-        if connected {
-            self.handle(Message::Closed { key });
-        }
+        self.handle(Message::Closed { key });
     }
 
     /// The process does its work: whatever it is for.

@@ -31,6 +31,7 @@ static PANIC: Mutex<String> = Mutex::new(String::new());
 
 /// Runs a worker process with the engine that is linked in.
 pub fn main() -> ExitCode {
+    // May start the program again, in this very process; so it comes before everything else.
     if let Err(e) = ramtorch_worker::prepare_process() {
         eprintln!("ramtorchd worker: {e}");
         return ExitCode::from(e.kind.exit_code());
@@ -50,10 +51,7 @@ pub fn run(engine: Engine) -> ExitCode {
 }
 
 fn serve(engine: Engine) -> Result<u8, String> {
-    let variable =
-        |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set; workers are started by ramtorchd, not by hand"));
-    let parent: i32 = variable(process::PARENT_VARIABLE)?.parse().map_err(|_| format!("{} is no pid", process::PARENT_VARIABLE))?;
-    die_with(parent)?;
+    die_with_parent()?;
     let socket = PathBuf::from(variable(process::SOCKET_VARIABLE)?);
     let (link, assignment) = Link::connect(socket, variable(process::TOKEN_VARIABLE)?).map_err(|e| e.to_string())?;
     keep_panics();
@@ -71,8 +69,13 @@ fn serve(engine: Engine) -> Result<u8, String> {
     Ok(code)
 }
 
-/// Has the kernel kill this process when the daemon's spawning thread dies, however it dies.
-fn die_with(parent: i32) -> Result<(), String> {
+fn variable(name: &str) -> Result<String, String> {
+    std::env::var(name).map_err(|_| format!("{name} is not set; this command is started by ramtorchd, not by hand"))
+}
+
+/// Has the kernel kill this process when the thread that started it dies, however it dies.
+pub(crate) fn die_with_parent() -> Result<(), String> {
+    let parent: i32 = variable(process::PARENT_VARIABLE)?.parse().map_err(|_| format!("{} is no pid", process::PARENT_VARIABLE))?;
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(|e| format!("prctl(PR_SET_PDEATHSIG): {e}"))?;
     // It may have died before: then this process belongs to somebody else by now.
     let now = nix::unistd::getppid().as_raw();

@@ -67,7 +67,7 @@ pub fn trials() -> Vec<Trial> {
             let request = |rank, follow| v1::LogsRequest { id: id.clone(), rank, follow, tail_lines: 0 };
             let followed = client.logs(request(None, true)).await.unwrap();
             let all = tokio::time::timeout(LIMIT, text(followed)).await.unwrap();
-            for line in ["prepare rank 0 generation 1", "train rank 0 generation 2", "train rank 1 generation 2"] {
+            for line in ["prepare rank 0 generation 1", "train rank 0 generation 1", "train rank 1 generation 1"] {
                 assert!(all.contains(line), "{line}: {all}");
             }
             wait_state(&mut client, &id, JobState::Succeeded).await;
