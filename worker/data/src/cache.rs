@@ -220,8 +220,162 @@ fn sweep(dir: &Path) {
     }
 }
 
-/// The words of a cache, for tests.
 #[cfg(test)]
-pub(crate) fn words(path: &Path) -> Vec<u32> {
-    std::fs::read(path).unwrap()[HEADER_BYTES..].chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+mod tests {
+    use super::*;
+    use crate::DataErrorKind;
+    use proptest::prelude::*;
+    use std::fs;
+
+    fn key(text: &str) -> blake3::Hash {
+        blake3::hash(text.as_bytes())
+    }
+
+    fn words(path: &Path) -> Vec<u32> {
+        fs::read(path).unwrap()[HEADER_BYTES..].chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    fn written(dir: &Path, key: blake3::Hash) -> Source {
+        let mut w = Writer::create(dir, key).unwrap();
+        w.part(&[5, 6], None, true).unwrap();
+        w.part(&[7, 8, 9], Some(&[false, true, false]), true).unwrap();
+        w.part(&[], None, true).unwrap();
+        w.part(&[3], None, false).unwrap();
+        w.finish().unwrap().0
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn words_carry_documents_and_loss() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = written(&dir.path().join("made/for/it"), key("a"));
+        assert_eq!((source.tokens, source.loss_tokens, source.documents), (6, 4, 2));
+        let (s, n) = (FLAG_START, FLAG_NO_LOSS);
+        assert_eq!(words(&source.files[0].path), [5 | s, 6, 7 | s | n, 8, 9 | n, 3]);
+        let (found, contents) = find(&dir.path().join("made/for/it"), &key("a")).unwrap();
+        assert_eq!(found, source);
+        assert_eq!(contents, Contents { tokens: 6, documents: 2, loss_tokens: 4, max_id: 9 });
+        assert!(find(dir.path(), &key("b")).is_none());
+    }
+
+    #[test]
+    fn every_damaged_byte_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = written(dir.path(), key("a")).files[0].path.clone();
+        let good = fs::read(&path).unwrap();
+        let checked = (0..CHECKED_BYTES + 32).chain(HEADER_BYTES..good.len());
+        for i in checked {
+            let mut bad = good.clone();
+            bad[i] ^= 0x10;
+            fs::write(&path, bad).unwrap();
+            assert!(find(dir.path(), &key("a")).is_none(), "byte {i}");
+        }
+        for length in [0, 7, HEADER_BYTES - 1, HEADER_BYTES, good.len() - 4, good.len() - 1] {
+            fs::write(&path, &good[..length]).unwrap();
+            assert!(find(dir.path(), &key("a")).is_none(), "length {length}");
+        }
+        fs::write(&path, [&good[..], &[0; 4]].concat()).unwrap();
+        assert!(find(dir.path(), &key("a")).is_none());
+        fs::write(&path, &good).unwrap();
+        assert!(find(dir.path(), &key("a")).is_some());
+    }
+
+    #[test]
+    fn a_cache_of_other_data_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = written(dir.path(), key("a")).files[0].path.clone();
+        fs::rename(path, path_of(dir.path(), &key("b"))).unwrap();
+        assert!(find(dir.path(), &key("b")).is_none());
+    }
+
+    #[test]
+    fn two_writers_do_not_disturb_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = Writer::create(dir.path(), key("a")).unwrap();
+        first.part(&[1, 2], None, true).unwrap();
+        // The second one sweeps, and must leave the first one's file alone.
+        let mut second = Writer::create(dir.path(), key("a")).unwrap();
+        second.part(&[1, 2], None, true).unwrap();
+        let (from_second, _) = second.finish().unwrap();
+        let opened = from_second.files[0].map().unwrap();
+        let (from_first, contents) = first.finish().unwrap();
+        assert_eq!(from_first.files[0].blake3, from_second.files[0].blake3);
+        assert_eq!(find(dir.path(), &key("a")).unwrap().1, contents);
+        // The replaced file stays mapped, and its description is still good for the file in its place.
+        assert_eq!(opened[HEADER_BYTES], 1);
+        from_second.files[0].map().unwrap();
+        assert_eq!(names(dir.path()).len(), 1);
+    }
+
+    #[test]
+    fn what_a_writer_leaves_behind_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Writer::create(dir.path(), key("a")).unwrap());
+        assert_eq!(names(dir.path()), [""; 0]);
+        // As after SIGKILL: the file is there, its lock is not.
+        fs::write(dir.path().join(format!("0123.x{PARTIAL}")), "half").unwrap();
+        fs::write(dir.path().join("unrelated.txt"), "stays").unwrap();
+        written(dir.path(), key("a"));
+        let mut names = names(dir.path());
+        names.sort();
+        assert_eq!(names.len(), 2);
+        assert_eq!(names[1], "unrelated.txt");
+    }
+
+    #[test]
+    fn folders_that_cannot_be_written_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let e = Writer::create(&file.join("cache"), key("a")).unwrap_err();
+        assert_eq!(e.kind(), DataErrorKind::Output);
+        assert!(e.to_string().contains("file/cache") && e.to_string().contains("data.cache"), "{e}");
+    }
+
+    #[test]
+    fn a_full_disk_is_an_output_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut w = Writer::create(dir.path(), key("a")).unwrap();
+        // The device that is always full takes the place of the file.
+        w.out = BufWriter::new(OpenOptions::new().write(true).open("/dev/full").unwrap());
+        w.part(&[1, 2, 3], None, true).unwrap();
+        let e = w.finish().unwrap_err();
+        assert_eq!(e.kind(), DataErrorKind::Output);
+        assert!(e.to_string().contains("No space left"), "{e}");
+        assert_eq!(names(dir.path()), [""; 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_are_never_a_cache(head in prop::collection::vec(any::<u8>(), 0..200), magic: bool) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut bytes = if magic { MAGIC.to_vec() } else { Vec::new() };
+            bytes.extend(head);
+            bytes.resize(HEADER_BYTES + 8, 0);
+            fs::write(path_of(dir.path(), &key("a")), bytes).unwrap();
+            prop_assert!(find(dir.path(), &key("a")).is_none());
+        }
+
+        #[test]
+        fn documents_come_back_as_written(documents in prop::collection::vec(prop::collection::vec((0u32..ID_MASK, any::<bool>()), 1..20), 1..20)) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut w = Writer::create(dir.path(), key("a")).unwrap();
+            for d in &documents {
+                let (ids, loss): (Vec<u32>, Vec<bool>) = d.iter().copied().unzip();
+                w.part(&ids, Some(&loss), true).unwrap();
+            }
+            let (source, _) = w.finish().unwrap();
+            let mut back: Vec<Vec<(u32, bool)>> = Vec::new();
+            for word in words(&source.files[0].path) {
+                if word & FLAG_START != 0 {
+                    back.push(Vec::new());
+                }
+                back.last_mut().unwrap().push((word & ID_MASK, word & FLAG_NO_LOSS == 0));
+            }
+            prop_assert_eq!(back, documents);
+        }
+    }
 }

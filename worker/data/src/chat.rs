@@ -9,14 +9,17 @@
 //!  the whole conversation                  <user>Hi<end>\n<assistant>\nHello.<end>\n<user>Bye<end>\n…
 //!                                                                      └─ turn ───┘
 //! ```
-//! The turn runs from the end of the first to the end of the second; white space after a special token that ends it is
-//! left out, since a model that has said its end token is never asked to go on.
+//! The turn runs from the end of the first to the end of the second, with its end token and the white space that the
+//! template writes after it: what `{% generation %}` blocks commonly hold, too.
 //!
 //! Some templates write a turn differently once others follow it (they drop the thoughts of earlier turns, or close the
-//! conversation), so that a prefix is not the beginning of the whole. There the content of the message is replaced by
-//! a placeholder and looked up in the rendered text: what stands around it says where the content is, and what follows
-//! it both in the prefix and in the whole is the end of the turn. Where that fails too, the conversation is an error;
-//! a mask is never guessed.
+//! conversation), so that a prefix is not the beginning of the whole. Then
+//! - the content of the message is replaced by a placeholder and looked up in the rendered text: what stands around it
+//!   says where the content is, and what follows it both in the prefix and in the whole is the end of the turn;
+//! - where there is no content to replace (a call of a tool), the prefix may have something that the whole leaves out: the
+//!   turn ends where the rest of the prefix does.
+//!
+//! Where that fails too, the conversation is an error; a mask is never guessed.
 
 use crate::template::ChatTemplate;
 use crate::{DataError, Tokenizer};
@@ -114,96 +117,113 @@ pub(crate) fn assistant_turns(
             continue;
         }
         let from = turns.last().map_or(0, |t| t.end);
-        let mut turn = turn_by_prefixes(template, conversation, k, &text)?;
-        if turn.as_ref().is_none_or(|t| t.start < from) {
-            turn = turn_by_placeholder(template, conversation, k, &text, from, ends_with_special)?;
+        let search = Search { template, conversation, k, text: &text, ends_with_special };
+        match search.turn()? {
+            Some(turn) if from <= turn.start && turn.start <= turn.end => turns.push(turn),
+            _ => {
+                return Err(format!(
+                    "cannot tell which part of the text message {k} became, because the template writes it differently when other messages follow; \
+                     mark the assistant's part in the template with {{% generation %}} … {{% endgeneration %}}"
+                ));
+            }
         }
-        let Some(turn) = turn else {
-            return Err(format!(
-                "cannot tell which part of the text message {k} became, because the template writes it differently when other messages follow; \
-                 mark the assistant's part in the template with {{% generation %}} … {{% endgeneration %}}"
-            ));
-        };
-        let said = text[turn.clone()].trim_end();
-        let end = if ends_with_special(said) { turn.start + said.len() } else { turn.end };
-        turns.push(turn.start..end);
     }
     Ok((text, turns))
 }
 
-/// Message `k` in `text`, where the conversation's prefixes are rendered as in the whole.
-fn turn_by_prefixes(template: &ChatTemplate, conversation: &Conversation, k: usize, text: &str) -> Result<Option<Range<usize>>, String> {
-    // Templates may refuse a prefix (an empty one, or one that ends in the middle of a tool call).
-    let Ok(before) = template.render(&conversation.prefix(k), true) else { return Ok(None) };
-    let last = k + 1 == conversation.messages.len();
-    let end = if last {
-        text.len()
-    } else {
-        match template.render(&conversation.prefix(k + 1), false) {
-            Ok(with) if text.starts_with(&with.text) => with.text.len(),
-            _ => return Ok(None),
-        }
-    };
-    let start = before.text.len();
-    Ok((text.starts_with(&before.text) && start <= end).then_some(start..end))
-}
-
-/// Message `k` in `text`, by the place of its content; `from` is where the turn before it ends.
-fn turn_by_placeholder(
-    template: &ChatTemplate,
-    conversation: &Conversation,
+/// The search for message `k` in the text of the whole conversation.
+struct Search<'a> {
+    template: &'a ChatTemplate,
+    conversation: &'a Conversation,
     k: usize,
-    text: &str,
-    from: usize,
-    ends_with_special: &dyn Fn(&str) -> bool,
-) -> Result<Option<Range<usize>>, String> {
-    let content = conversation.field(k, "content");
-    let Some(content) = content.as_str() else { return Ok(None) };
-    // A word that is nowhere in the conversation, of letters only, so that no template takes it apart.
-    let mut placeholder = String::from("Xplaceholderx");
-    while text.contains(&placeholder) {
-        placeholder.push('x');
-    }
-    if content.trim().is_empty() {
-        return Ok(None);
-    }
-    let marked = template.render(&conversation.with_content(k, &placeholder), false)?.text;
-    let Some((head, tail)) = split_once_only(&marked, &placeholder) else { return Ok(None) };
-    if !text.starts_with(head) || !text.ends_with(tail) || head.len() + tail.len() > text.len() || head.len() < from {
-        return Ok(None);
-    }
-    let said = head.len()..text.len() - tail.len();
-    // What is left must be the content, as far as the template shows it.
-    if !content.contains(text[said.clone()].trim()) {
-        return Ok(None);
-    }
-    let prefix = template.render(&conversation.prefix(k + 1).with_content(k, &placeholder), false)?.text;
-    let Some((_, prefix_tail)) = split_once_only(&prefix, &placeholder) else { return Ok(None) };
-    let shared = &tail[..common_prefix(tail, prefix_tail)];
-    // Where the two part in the middle, what they share may reach into what follows the turn (`<|` of two different
-    // tokens): the turn ends with the last special token in it.
-    let shared = if shared.len() == prefix_tail.len() {
-        shared.len()
-    } else {
-        shared.char_indices().map(|(i, c)| i + c.len_utf8()).rev().find(|end| ends_with_special(&shared[..*end])).unwrap_or(0)
-    };
-    let end = said.end + shared;
-    let start = header_end(template, conversation, k, text).filter(|s| (from..=said.start).contains(s)).unwrap_or(said.start);
-    Ok(Some(start..end))
+    text: &'a str,
+    ends_with_special: &'a dyn Fn(&str) -> bool,
 }
 
-/// Where the header of message `k` ends and what the model says begins: as far as the generation prompt is written in
-/// the whole text. `None` where the template writes none or the messages before differ, so that only the content is
-/// certain.
-fn header_end(template: &ChatTemplate, conversation: &Conversation, k: usize, text: &str) -> Option<usize> {
-    let before = template.render(&conversation.prefix(k), false).ok()?.text;
-    let prompt = template.render(&conversation.prefix(k), true).ok()?.text;
-    let shared = common_prefix(text, &prompt);
-    (text.starts_with(&before) && shared > before.len()).then_some(shared)
+/// Where the content of a message is, and where its turn ends.
+struct Placed {
+    content: usize,
+    end: usize,
+}
+
+impl Search<'_> {
+    fn turn(&self) -> Result<Option<Range<usize>>, String> {
+        let prefix = self.conversation.prefix(self.k + 1);
+        let last = prefix.messages.len() == self.conversation.messages.len();
+        let with = if last { self.text.to_string() } else { self.template.render(&prefix, false).map_or(String::new(), |r| r.text) };
+        // Templates may refuse a prefix (an empty one, or one that ends in the middle of a call of a tool).
+        let prompt = self.template.render(&self.conversation.prefix(self.k), true).map_or(String::new(), |r| r.text);
+        let whole_prompt = !prompt.is_empty() && self.text.starts_with(&prompt);
+        let whole_turn = !with.is_empty() && self.text.starts_with(&with);
+        if whole_prompt && whole_turn {
+            return Ok(Some(prompt.len()..with.len()));
+        }
+        let placed = self.by_placeholder()?;
+        let end = if whole_turn { Some(with.len()) } else { placed.as_ref().map(|p| p.end).or_else(|| self.end_by_omission(&with)) };
+        let start = if whole_prompt { Some(prompt.len()) } else { self.part_of_prompt(&prompt).or(placed.as_ref().map(|p| p.content)) };
+        // A prompt that goes on like the content does not reach into it.
+        let start = start.map(|s| placed.as_ref().map_or(s, |p| s.min(p.content)));
+        Ok(start.zip(end).map(|(start, end)| start..end))
+    }
+
+    /// Finds the content by a placeholder in its place.
+    fn by_placeholder(&self) -> Result<Option<Placed>, String> {
+        let content = self.conversation.field(self.k, "content");
+        let Some(content) = content.as_str().filter(|c| !c.trim().is_empty()) else { return Ok(None) };
+        // A word that is nowhere in the conversation, of letters only, so that no template takes it apart.
+        let mut placeholder = String::from("Xplaceholderx");
+        while self.text.contains(&placeholder) {
+            placeholder.push('x');
+        }
+        let marked = self.template.render(&self.conversation.with_content(self.k, &placeholder), false)?.text;
+        let Some((head, tail)) = split_once_only(&marked, &placeholder) else { return Ok(None) };
+        if !self.text.starts_with(head) || !self.text.ends_with(tail) || head.len() + tail.len() > self.text.len() {
+            return Ok(None);
+        }
+        let said = head.len()..self.text.len() - tail.len();
+        // What is left must be the content, as far as the template shows it.
+        if !content.contains(self.text[said.clone()].trim()) {
+            return Ok(None);
+        }
+        let prefix = self.template.render(&self.conversation.prefix(self.k + 1).with_content(self.k, &placeholder), false)?.text;
+        let Some((_, prefix_tail)) = split_once_only(&prefix, &placeholder) else { return Ok(None) };
+        let shared = common_prefix(tail, prefix_tail);
+        // Where the two part in the middle, what they share may reach into what follows the turn (`<|` of two different
+        // tokens): the turn ends with the last special token in it and the white space after that.
+        let shared = if shared == prefix_tail.len() {
+            shared
+        } else {
+            let end = last_end(&tail[..shared], self.ends_with_special).unwrap_or(0);
+            end + tail[end..shared].len() - tail[end..shared].trim_start().len()
+        };
+        Ok(Some(Placed { content: said.start, end: said.end + shared }))
+    }
+
+    /// The end of a turn of which the prefix (`with`) has something that the whole leaves out.
+    fn end_by_omission(&self, with: &str) -> Option<usize> {
+        let parted = common_prefix(self.text, with);
+        let (whole, with) = (&self.text[parted..], &with[parted..]);
+        let rest = with.char_indices().map(|(i, _)| &with[i..]).find(|rest| whole.starts_with(rest))?;
+        (!rest.trim().is_empty()).then_some(parted + rest.len())
+    }
+
+    /// Where the header of the turn ends, if the whole has only part of the generation prompt: after a line or a special
+    /// token of it.
+    fn part_of_prompt(&self, prompt: &str) -> Option<usize> {
+        let before = self.template.render(&self.conversation.prefix(self.k), false).ok()?.text.len();
+        let shared = common_prefix(self.text, prompt);
+        let header = self.text.get(before..shared)?;
+        last_end(header, &|t| t.ends_with('\n') || (self.ends_with_special)(t)).map(|end| before + end)
+    }
 }
 
 fn split_once_only<'t>(text: &'t str, needle: &str) -> Option<(&'t str, &'t str)> {
     text.split_once(needle).filter(|(_, tail)| !tail.contains(needle))
+}
+
+/// End of the longest part of `text`, from its start, for which `holds` is true.
+fn last_end(text: &str, holds: &dyn Fn(&str) -> bool) -> Option<usize> {
+    text.char_indices().map(|(i, c)| i + c.len_utf8()).rev().find(|end| holds(&text[..*end]))
 }
 
 /// Bytes that two texts have in common at their start, in whole characters.
@@ -242,10 +262,14 @@ mod tests {
         chat(turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect())
     }
 
+    fn special(text: &str) -> bool {
+        text.ends_with("<|im_end|>") || text.ends_with("<done>")
+    }
+
     /// What the assistant said, as text.
     fn said(source: &str, conversation: &Conversation) -> Result<Vec<String>, String> {
         let template = ChatTemplate::new(source, &Specials::default(), Clock::Fixed).unwrap();
-        let (text, turns) = assistant_turns(&template, conversation, &|t| t.ends_with("<|im_end|>"))?;
+        let (text, turns) = assistant_turns(&template, conversation, &special)?;
         Ok(turns.into_iter().map(|t| text[t].to_string()).collect())
     }
 
@@ -253,9 +277,9 @@ mod tests {
     const THINKING: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
     #[test]
-    fn a_turn_is_its_content_and_its_end_token() {
+    fn a_turn_is_its_content_and_its_end() {
         let c = talk(&[("system", "S"), ("user", "Hi"), ("assistant", "Hello\n"), ("user", "Bye"), ("assistant", "So long")]);
-        assert_eq!(said(CHATML, &c).unwrap(), ["Hello\n<|im_end|>", "So long<|im_end|>"]);
+        assert_eq!(said(CHATML, &c).unwrap(), ["Hello\n<|im_end|>\n", "So long<|im_end|>\n"]);
         let c = talk(&[("user", "Hi")]);
         assert_eq!(said(CHATML, &c).unwrap(), [""; 0]);
     }
@@ -264,10 +288,10 @@ mod tests {
     fn same_words_of_others_do_not_count() {
         let c = talk(&[("user", "assistant\nYo"), ("assistant", "Yo"), ("user", "Yo"), ("assistant", "Yo")]);
         let template = ChatTemplate::new(CHATML, &Specials::default(), Clock::Fixed).unwrap();
-        let (text, turns) = assistant_turns(&template, &c, &|t| t.ends_with("<|im_end|>")).unwrap();
+        let (text, turns) = assistant_turns(&template, &c, &special).unwrap();
         let header = "<|im_start|>assistant\n";
         assert_eq!(turns.len(), 2);
-        assert!(turns.iter().all(|t| text[..t.start].ends_with(header) && &text[t.clone()] == "Yo<|im_end|>"), "{turns:?}");
+        assert!(turns.iter().all(|t| text[..t.start].ends_with(header) && &text[t.clone()] == "Yo<|im_end|>\n"), "{turns:?}");
     }
 
     #[test]
@@ -280,13 +304,29 @@ mod tests {
     #[test]
     fn two_turns_in_a_row_are_two() {
         let c = talk(&[("assistant", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]);
-        assert_eq!(said(CHATML, &c).unwrap(), ["A<|im_end|>", "B<|im_end|>", "D<|im_end|>"]);
+        assert_eq!(said(CHATML, &c).unwrap(), ["A<|im_end|>\n", "B<|im_end|>\n", "D<|im_end|>\n"]);
     }
 
     #[test]
     fn turns_that_lose_their_thoughts_are_found_by_their_words() {
         let c = talk(&[("user", "Q"), ("assistant", "<think>hm</think>\n\nOne"), ("user", "R"), ("assistant", "<think>ha</think>\n\nTwo")]);
-        assert_eq!(said(THINKING, &c).unwrap(), ["One<|im_end|>", "<think>ha</think>\n\nTwo<|im_end|>"]);
+        assert_eq!(said(THINKING, &c).unwrap(), ["One<|im_end|>\n", "<think>ha</think>\n\nTwo<|im_end|>\n"]);
+    }
+
+    #[test]
+    fn calls_of_tools_are_found_without_words() {
+        // Writes empty thoughts into the last turn only.
+        let source = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m.content }}{% if m.calls %}{{ m.calls|tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+        let call = json!({"role": "assistant", "content": "", "calls": [{"f": 1}]});
+        let c =
+            chat(json!([{"role": "user", "content": "Q"}, call, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "A"}]));
+        assert_eq!(said(source, &c).unwrap(), ["[{\"f\": 1}]<|im_end|>\n", "<think></think>A<|im_end|>\n"]);
+        // Without calls and words the turn is its end.
+        let nothing = json!({"role": "assistant", "content": ""});
+        let c = chat(
+            json!([{"role": "user", "content": "Q"}, nothing, {"role": "user", "content": "R"}, {"role": "assistant", "content": "A"}]),
+        );
+        assert_eq!(said(source, &c).unwrap(), ["<|im_end|>\n", "<think></think>A<|im_end|>\n"]);
     }
 
     #[test]
@@ -294,14 +334,14 @@ mod tests {
         // The generation prompt has a tag that finished turns do not have.
         let source = CHATML.replace("<|im_start|>assistant\n' }}{% endif %}", "<|im_start|>assistant\n<think>' }}{% endif %}");
         let c = talk(&[("user", "Q"), ("assistant", "One"), ("user", "R"), ("assistant", "<think>x</think>Two")]);
-        assert_eq!(said(&source, &c).unwrap(), ["One<|im_end|>", "x</think>Two<|im_end|>"]);
+        assert_eq!(said(&source, &c).unwrap(), ["One<|im_end|>\n", "x</think>Two<|im_end|>\n"]);
     }
 
     #[test]
     fn what_closes_the_whole_conversation_belongs_to_its_last_turn() {
         let source = format!("{CHATML}{{% if not add_generation_prompt %}}<done>{{% endif %}}");
         let c = talk(&[("user", "Q"), ("assistant", "One"), ("user", "R"), ("assistant", "Two")]);
-        assert_eq!(said(&source, &c).unwrap(), ["One<|im_end|>", "Two<|im_end|>\n<done>"]);
+        assert_eq!(said(&source, &c).unwrap(), ["One<|im_end|>\n", "Two<|im_end|>\n<done>"]);
     }
 
     #[test]
@@ -309,7 +349,7 @@ mod tests {
         // Refuses conversations that do not end with the assistant, and empty ones.
         let source = format!("{{% if messages[-1].role != 'assistant' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{CHATML}");
         let c = talk(&[("user", "Q"), ("assistant", " One "), ("user", "R"), ("assistant", "Two")]);
-        assert_eq!(said(&source, &c).unwrap(), [" One <|im_end|>", "Two<|im_end|>"]);
+        assert_eq!(said(&source, &c).unwrap(), [" One <|im_end|>\n", "Two<|im_end|>\n"]);
         assert_eq!(said(&source, &talk(&[("user", "Q")])).unwrap_err(), "no (line 1 of the template)");
     }
 
@@ -334,8 +374,8 @@ mod tests {
         assert_eq!(marked.ids, [turn("user", "Hé"), turn("assistant", "é!"), turn("user", "x")].concat());
         let mut mask = vec![false; marked.ids.len()];
         let from = turn("user", "Hé").len() + 1 + "assistant".len() + 1;
-        // Two bytes of é, one of !, the end token; not the line break after it.
-        mask[from..from + 4].fill(true);
+        // Two bytes of é, one of !, the end token and the line break after it.
+        mask[from..from + 5].fill(true);
         assert_eq!(marked.assistant, mask);
     }
 
@@ -378,7 +418,7 @@ mod tests {
         #[test]
         fn exactly_the_assistants_words_are_found(turns in prop::collection::vec((any::<bool>(), "[a-cé \n<>|]{0,6}"), 1..8)) {
             let turns: Vec<_> = turns.iter().map(|(a, t)| (if *a { "assistant" } else { "user" }, t.as_str())).collect();
-            let expected: Vec<_> = turns.iter().filter(|t| t.0 == "assistant").map(|t| format!("{}<|im_end|>", t.1)).collect();
+            let expected: Vec<_> = turns.iter().filter(|t| t.0 == "assistant").map(|t| format!("{}<|im_end|>\n", t.1)).collect();
             prop_assert_eq!(said(CHATML, &talk(&turns)).unwrap(), expected);
         }
 
@@ -388,10 +428,10 @@ mod tests {
             let c = talk(&turns);
             let template = ChatTemplate::new(CHATML, &Specials::default(), Clock::Fixed).unwrap();
             let text = template.render(&c, false).unwrap().text;
-            for (k, _) in turns.iter().enumerate().filter(|(_, t)| t.0 == "assistant") {
-                let one = turn_by_prefixes(&template, &c, k, &text).unwrap();
-                let other = turn_by_placeholder(&template, &c, k, &text, 0, &|_| false).unwrap();
-                prop_assert_eq!(one, other);
+            for k in (0..turns.len()).filter(|k| turns[*k].0 == "assistant") {
+                let search = Search { template: &template, conversation: &c, k, text: &text, ends_with_special: &special };
+                let (turn, placed) = (search.turn().unwrap().unwrap(), search.by_placeholder().unwrap().unwrap());
+                prop_assert_eq!(turn, placed.content..placed.end);
             }
         }
     }

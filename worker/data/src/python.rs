@@ -17,6 +17,16 @@ pub(crate) fn format_value(out: &mut Output, state: &State, value: &Value) -> Re
     out.write_str(literal).map_err(|_| Error::new(ErrorKind::WriteFailure, "out of memory"))
 }
 
+/// Whether Python could loop over the value; `none` is not iterable, an undefined one is.
+pub(crate) fn is_iterable(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable | ValueKind::Undefined)
+}
+
+/// Whether the value has a length and items.
+pub(crate) fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
+}
+
 /// `json.dumps(value, ensure_ascii=False, indent=…)`. Unlike Jinja's own filter it does not escape HTML.
 pub(crate) fn tojson(value: Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;

@@ -208,3 +208,123 @@ fn fill_starts(starts: &mut [i32], length: usize, mut begins: impl FnMut(usize) 
         *start = begin;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::modified_ns;
+    use crate::testing::{token_bytes, write};
+    use proptest::prelude::*;
+
+    fn file(dir: &Path, name: &str, words: &[u32]) -> DataFile {
+        let path = write(dir, name, token_bytes(words.iter().copied()));
+        let meta = path.metadata().unwrap();
+        DataFile {
+            path,
+            bytes: meta.len(),
+            modified_ns: modified_ns(&meta),
+            blake3: String::new(),
+            data_offset: 0,
+            items: words.len() as u64,
+        }
+    }
+
+    fn split(files: &[DataFile], words: Words, length: usize, document_mask: bool) -> Split {
+        let stream = Stream::open(files, words, Some(1000)).unwrap();
+        let n = crate::dataset::sequences(stream.tokens(), length);
+        Split::new(Arc::new(stream), 0..n, length, document_mask)
+    }
+
+    #[derive(Debug, PartialEq)]
+    struct Sequence {
+        inputs: Vec<u32>,
+        targets: Vec<u32>,
+        weights: Vec<f32>,
+        starts: Vec<i32>,
+    }
+
+    fn read(split: &Split, i: u64) -> Sequence {
+        let n = split.sequence_length();
+        let mut s = Sequence { inputs: vec![0; n], targets: vec![0; n], weights: vec![9.0; n], starts: vec![9; n] };
+        split.sequence(i, &mut s.inputs, &mut s.targets, &mut s.weights, Some(&mut s.starts)).unwrap();
+        s
+    }
+
+    #[test]
+    fn windows_share_one_token_and_the_last_partial_one_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [file(dir.path(), "a", &(0..12).collect::<Vec<_>>())];
+        let split = split(&files, Words::Plain { end_of_text: None }, 4, false);
+        // 0..=4 and 4..=8; for 8..=12 one token is missing.
+        assert_eq!(split.len(), 2);
+        assert_eq!(
+            read(&split, 1),
+            Sequence { inputs: vec![4, 5, 6, 7], targets: vec![5, 6, 7, 8], weights: vec![1.0; 4], starts: vec![0; 4] }
+        );
+    }
+
+    #[test]
+    fn loss_and_documents_come_from_the_flags() {
+        let (s, n) = (FLAG_START, FLAG_NO_LOSS);
+        let dir = tempfile::tempdir().unwrap();
+        let files = [file(dir.path(), "a", &[1 | s | n, 2, 3, 4 | s, 5 | n, 6, 7])];
+        let expected = |weights: [f32; 6]| Sequence {
+            inputs: vec![1, 2, 3, 4, 5, 6],
+            targets: vec![2, 3, 4, 5, 6, 7],
+            weights: weights.to_vec(),
+            starts: vec![0, 0, 0, 3, 3, 3],
+        };
+        assert_eq!(read(&split(&files, Words::Flagged, 6, false), 0), expected([1.0, 1.0, 1.0, 0.0, 1.0, 1.0]));
+        assert_eq!(read(&split(&files, Words::Flagged, 6, true), 0), expected([1.0, 1.0, 0.0, 0.0, 1.0, 1.0]));
+    }
+
+    #[test]
+    fn in_plain_files_documents_end_with_the_end_of_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [file(dir.path(), "a", &[1, 0, 2, 3]), file(dir.path(), "b", &[4, 0]), file(dir.path(), "c", &[5, 6, 7])];
+        let s = read(&split(&files, Words::Plain { end_of_text: Some(0) }, 8, true), 0);
+        assert_eq!(s.inputs, [1, 0, 2, 3, 4, 0, 5, 6]);
+        assert_eq!(s.starts, [0, 0, 2, 2, 4, 4, 6, 6]);
+        // Not counted: 2 after an end, 4 (first of a file), 5 (both).
+        assert_eq!(s.weights, [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn ids_outside_of_the_vocabulary_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [file(dir.path(), "a", &[1, 2, 3]), file(dir.path(), "b", &[4, 1000])];
+        let split = split(&files, Words::Plain { end_of_text: None }, 4, false);
+        let (mut a, mut b, mut w) = ([0; 4], [0; 4], [0.0; 4]);
+        let e = split.sequence(0, &mut a, &mut b, &mut w, None).unwrap_err().to_string();
+        assert!(e.contains("/b: token 1 (byte 4) is 1000") && e.contains("ends at 999"), "{e}");
+    }
+
+    #[test]
+    fn descriptions_that_reach_beyond_the_file_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let good = file(dir.path(), "a", &[1, 2, 3]);
+        for (data_offset, items) in [(0, 4), (4, 3), (u64::MAX, 1), (1, u64::MAX), (13, 0)] {
+            let bad = DataFile { data_offset, items, ..good.clone() };
+            assert!(Stream::open(&[bad], Words::Flagged, None).is_err(), "{data_offset} {items}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_window_is_cut_from_the_joined_files(
+            parts in prop::collection::vec(prop::collection::vec(0u32..1000, 0..30), 1..6), length in 1usize..20,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let files: Vec<_> = parts.iter().enumerate().map(|(i, p)| file(dir.path(), &i.to_string(), p)).collect();
+            let all = parts.concat();
+            let split = split(&files, Words::Plain { end_of_text: None }, length, false);
+            prop_assert_eq!(split.len() as usize, all.len().saturating_sub(1) / length);
+            for i in 0..split.len() {
+                let s = read(&split, i);
+                let at = i as usize * length;
+                prop_assert_eq!(&s.inputs[..], &all[at..at + length]);
+                prop_assert_eq!(&s.targets[..], &all[at + 1..at + length + 1]);
+            }
+        }
+    }
+}

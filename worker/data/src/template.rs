@@ -1,14 +1,13 @@
 //! Chat templates: Jinja as transformers renders it.
 //!
 //! `{% generation %}` blocks mark what the assistant writes. They are no Jinja of their own; as in transformers they
-//! become a call block. Here the tags are rewritten to `{% call generation_block() %}`, and the function puts marks
-//! around its body, which are taken out again after rendering.
+//! become a block of their own. Here the tags are rewritten to a filter block with a scope in it, and the filter puts
+//! marks around the text, which are taken out again after rendering.
 
 use crate::chat::Conversation;
 use crate::python;
 use crate::special::Specials;
-use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, Error, ErrorKind, State};
+use minijinja::{Environment, Error, ErrorKind, Value};
 use std::ops::Range;
 
 /// What `strftime_now` returns.
@@ -70,12 +69,12 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", move |format: String| python::strftime(&format, clock.unix_seconds()));
-        environment.add_function("generation_block", |state: &State, kwargs: Kwargs| -> Result<Value, Error> {
-            let body: Value = kwargs.get("caller")?;
-            let body = body.call(state, &[])?;
-            Ok(Value::from_safe_string(format!("{BEGIN}{body}{END}")))
-        });
-        let (source, has_generation) = rewrite_generation(source);
+        environment.add_filter("generation_block", |text: String| format!("{BEGIN}{text}{END}"));
+        environment.add_test("iterable", python::is_iterable);
+        environment.add_test("sequence", python::is_sequence);
+        // Jinja reads any line end as a line feed.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let (source, has_generation) = rewrite_generation(&source);
         environment.add_template_owned(NAME, source).map_err(|e| describe(&e))?;
 
         let mut names = specials.others.clone();
@@ -124,7 +123,7 @@ fn unmark(mut rest: &str) -> Option<Rendered> {
     (!rest.contains(END)).then_some(Rendered { text, generated })
 }
 
-/// Replaces the tags `generation` and `endgeneration` by a call block; says whether there were any. Comments, raw
+/// Replaces the tags `generation` and `endgeneration` by those of a filter block; says whether there were any. Comments, raw
 /// blocks and strings in other tags are left as they are.
 fn rewrite_generation(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len() + 64);
@@ -140,7 +139,7 @@ fn rewrite_generation(source: &str) -> (String, bool) {
         let inner = tag.strip_prefix("{%").and_then(|t| t.strip_suffix("%}")).unwrap_or("");
         let (open, inner) = inner.strip_prefix(['-', '+']).map_or(("", inner), |i| (&tag[2..3], i));
         let (close, inner) = inner.strip_suffix(['-', '+']).map_or(("", inner), |i| (&tag[tag.len() - 3..tag.len() - 2], i));
-        let call = match inner.trim() {
+        let tags = match inner.trim() {
             "endraw" => {
                 raw = false;
                 None
@@ -150,14 +149,14 @@ fn rewrite_generation(source: &str) -> (String, bool) {
                 raw = true;
                 None
             }
-            "generation" => Some("call generation_block()"),
-            "endgeneration" => Some("endcall"),
+            "generation" => Some(("filter generation_block", "with")),
+            "endgeneration" => Some(("endwith", "endfilter")),
             _ => None,
         };
-        match call {
-            Some(call) => {
+        match tags {
+            Some((first, second)) => {
                 found = true;
-                out.push_str(&format!("{{%{open} {call} {close}%}}"));
+                out.push_str(&format!("{{%{open} {first} %}}{{% {second} {close}%}}"));
             }
             None => out.push_str(tag),
         }
@@ -246,6 +245,13 @@ mod tests {
     }
 
     #[test]
+    fn tests_of_types_are_those_of_python() {
+        let source = "{% for x in ['s', [], {}, 1, none, missing] %}{{ x is iterable }}{{ x is sequence }} {% endfor %}";
+        assert_eq!(render(source).unwrap(), "TrueTrue TrueTrue TrueTrue FalseFalse FalseFalse TrueFalse ");
+        assert_eq!(render("a\r\n{% if true %}\r\nb\rc\r\n{% endif %}").unwrap(), "a\nb\nc\n");
+    }
+
+    #[test]
     fn tojson_is_json_dumps() {
         let source = |args: &str| format!("{{{{ {{'b': [1, 2.5, true, none], 'a': 'é<&\\'\\n'}}|tojson{args} }}}}");
         assert_eq!(render(&source("")).unwrap(), r#"{"b": [1, 2.5, true, null], "a": "é<&'\n"}"#);
@@ -291,6 +297,13 @@ mod tests {
     }
 
     #[test]
+    fn generation_blocks_have_a_scope_and_reach_namespaces() {
+        let source = "{% set ns = namespace(n=0) %}{% set a = 'out' %}{% generation %}{% set ns.n = ns.n + 1 %}{% set a = 'in' %}{{ a }}{% endgeneration %}{{ ns.n }}{{ a }}";
+        let r = template(source).render(&chat(json!([{"role": "user", "content": ""}])), false).unwrap();
+        assert_eq!((r.text.as_str(), &r.generated[..]), ("in1out", &[0..2][..]));
+    }
+
+    #[test]
     fn other_uses_of_the_word_are_left_alone() {
         for source in [
             "{% if add_generation_prompt %}{% endif %}",
@@ -301,7 +314,10 @@ mod tests {
         ] {
             assert_eq!(rewrite_generation(source), (source.to_string(), false));
         }
-        assert_eq!(rewrite_generation("{%-generation%}a{%+ endgeneration -%}").0, "{%- call generation_block() %}a{%+ endcall -%}");
+        assert_eq!(
+            rewrite_generation("{%-generation%}a{%+ endgeneration -%}").0,
+            "{%- filter generation_block %}{% with %}a{%+ endwith %}{% endfilter -%}"
+        );
     }
 
     #[test]

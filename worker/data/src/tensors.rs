@@ -2,7 +2,8 @@
 
 use crate::{DataError, DataFile, map::Map};
 use rayon::prelude::*;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
@@ -170,11 +171,19 @@ fn is_signed(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::I8 | Dtype::I16 | Dtype::I32 | Dtype::I64)
 }
 
+/// Longest header that is read, as in the safetensors crate.
+const HEADER_MAX_BYTES: usize = 100_000_000;
+
 /// Finds and checks the two tensors of a file.
 fn read_shape(map: &[u8], path: &Path) -> Result<FileShape, DataError> {
     let bad = |reason: String| DataError::file(path, reason);
-    let (header, meta) = SafeTensors::read_metadata(map).map_err(|e| bad(format!("not a sound safetensors file: {e}")))?;
-    let data_at = header.checked_add(8).ok_or_else(|| bad("not a sound safetensors file: header too long".into()))?;
+    let unsound = |what: &str| bad(format!("not a sound safetensors file: {what}"));
+    let length = map.first_chunk().map(|b| u64::from_le_bytes(*b)).ok_or_else(|| unsound("shorter than its header"))?;
+    let data_at = usize::try_from(length).ok().filter(|n| *n <= HEADER_MAX_BYTES).ok_or_else(|| unsound("header too long"))? + 8;
+    // Parsed from a copy: mapped bytes may change, and text must not.
+    let header = map.get(8..data_at).ok_or_else(|| unsound("shorter than its header"))?.to_vec();
+    // This also checks each tensor's place against its shape and type.
+    let meta: Metadata = serde_json::from_slice(&header).map_err(|e| unsound(&e.to_string()))?;
     if data_at.checked_add(meta.data_len()).is_none_or(|end| end > map.len()) {
         return Err(bad("the safetensors file is cut short".into()));
     }
@@ -205,7 +214,6 @@ fn read_shape(map: &[u8], path: &Path) -> Result<FileShape, DataError> {
             )));
         }
     };
-    // Offsets and lengths were checked against shape and type by `read_metadata`.
     Ok(FileShape {
         rows: rows as u64,
         layout: TensorLayout { input_width, target },
@@ -243,4 +251,119 @@ pub(crate) fn inspect(map: &[u8], path: &Path, classes: Option<usize>) -> Result
         }
     }
     Ok((shape.layout, shape.rows))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::modified_ns;
+    use crate::testing::write;
+    use proptest::prelude::*;
+    use safetensors::tensor::TensorView;
+
+    fn encode(tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) -> Vec<u8> {
+        let views: Vec<_> =
+            tensors.iter().map(|(name, d, shape, data)| (*name, TensorView::new(*d, shape.to_vec(), data).unwrap())).collect();
+        safetensors::serialize(views, None).unwrap()
+    }
+
+    fn f32s(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    fn pair(target: Dtype, shape: &[usize], data: Vec<u8>) -> Vec<u8> {
+        encode(&[("inputs", Dtype::F32, &[2, 3], f32s(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])), ("targets", target, shape, data)])
+    }
+
+    fn open(dir: &Path, files: &[Vec<u8>]) -> TensorData {
+        let mut layout = None;
+        let files: Vec<_> = files
+            .iter()
+            .enumerate()
+            .map(|(i, bytes)| {
+                let path = write(dir, &i.to_string(), bytes);
+                let (found, rows) = inspect(bytes, &path, None).unwrap();
+                layout = Some(found);
+                let meta = path.metadata().unwrap();
+                DataFile { path, bytes: meta.len(), modified_ns: modified_ns(&meta), blake3: String::new(), data_offset: 0, items: rows }
+            })
+            .collect();
+        TensorData::open(&files, layout.unwrap()).unwrap()
+    }
+
+    fn error(bytes: &[u8], classes: Option<usize>) -> String {
+        inspect(bytes, Path::new("d.safetensors"), classes).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn values_of_several_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = pair(Dtype::F32, &[2, 1], f32s(&[10.0, 20.0]));
+        let data = open(dir.path(), &[file.clone(), file]);
+        assert_eq!((data.rows(), data.input_width(), data.target()), (4, 3, TargetLayout::Values { width: 1 }));
+        let (mut x, mut y) = ([0.0; 3], [0.0; 1]);
+        data.row(3, &mut x, TargetRow::Values(&mut y));
+        assert_eq!((x, y), ([4.0, 5.0, 6.0], [20.0]));
+        let last = data.slice(2, 9);
+        assert_eq!(last.rows(), 2);
+        last.row(0, &mut x, TargetRow::Values(&mut y));
+        assert_eq!((x, y), ([1.0, 2.0, 3.0], [10.0]));
+        assert_eq!(data.slice(9, 1).rows(), 0);
+    }
+
+    #[test]
+    fn classes_of_every_integer_type() {
+        let dir = tempfile::tempdir().unwrap();
+        for (dtype, data) in [
+            (Dtype::I64, [0i64, 200].iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()),
+            (Dtype::U64, [0u64, 200].iter().flat_map(|v| v.to_le_bytes()).collect()),
+            (Dtype::I32, [0i32, 200].iter().flat_map(|v| v.to_le_bytes()).collect()),
+            (Dtype::U32, [0u32, 200].iter().flat_map(|v| v.to_le_bytes()).collect()),
+            (Dtype::I16, [0i16, 200].iter().flat_map(|v| v.to_le_bytes()).collect()),
+            (Dtype::U16, [0u16, 200].iter().flat_map(|v| v.to_le_bytes()).collect()),
+            (Dtype::U8, vec![0, 200]),
+        ] {
+            let file = pair(dtype, &[2], data);
+            let data = open(dir.path(), std::slice::from_ref(&file));
+            let (mut x, mut class) = ([0.0; 3], 0);
+            data.row(1, &mut x, TargetRow::Class(&mut class));
+            assert_eq!(class, 200, "{dtype:?}");
+            assert!(error(&file, Some(200)).contains("row 1: class 200 in `targets` is not between 0 and 199"));
+            inspect(&file, Path::new("d"), Some(201)).unwrap();
+        }
+        assert!(error(&pair(Dtype::I8, &[2], vec![1, 0xff]), None).contains("row 1: class -1"));
+        assert!(error(&pair(Dtype::U64, &[2], vec![0xff; 16]), None).contains("row 0: class too large"));
+    }
+
+    #[test]
+    fn wrong_files_say_what_would_be_right() {
+        let two = Dtype::F32;
+        for (bytes, what) in [
+            (b"hello".to_vec(), "not a sound safetensors file"),
+            (encode(&[("x", two, &[1], f32s(&[1.0]))]), "no tensor `inputs` (it has: x)"),
+            (encode(&[("inputs", two, &[1, 1], f32s(&[1.0]))]), "no tensor `targets`"),
+            (encode(&[("inputs", two, &[2], f32s(&[1.0, 2.0])), ("targets", two, &[2, 1], f32s(&[1.0, 2.0]))]), "two dimensions"),
+            (encode(&[("inputs", Dtype::F16, &[1, 1], vec![0; 2]), ("targets", two, &[1, 1], f32s(&[1.0]))]), "must be F32, not F16"),
+            (encode(&[("inputs", two, &[0, 3], vec![]), ("targets", two, &[0, 1], vec![])]), "empty"),
+            (pair(two, &[3, 1], f32s(&[1.0; 3])), "[2, out] or integers [2]"),
+            (pair(Dtype::F64, &[2, 1], vec![0; 16]), "not F64 [2, 1]"),
+            (pair(two, &[2, 1], f32s(&[1.0, f32::NAN])), "row 1: `targets` holds a number that is not finite"),
+        ] {
+            let e = error(&bytes, None);
+            assert!(e.contains(what) && e.starts_with("d.safetensors"), "{e}");
+        }
+        let good = pair(two, &[2, 1], f32s(&[1.0, 2.0]));
+        assert!(error(&good[..good.len() - 1], None).contains("cut short"));
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_files_never_panic(at in 0usize..200, byte: u8, cut in 0usize..200) {
+            let mut bytes = pair(Dtype::I32, &[2], vec![0; 8]);
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            let _ = inspect(&bytes, Path::new("d"), Some(4));
+            let _ = inspect(&bytes[..cut.min(bytes.len())], Path::new("d"), Some(4));
+        }
+    }
 }

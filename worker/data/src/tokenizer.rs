@@ -2,6 +2,7 @@
 
 use crate::chat::{Conversation, Marked};
 use crate::special::{self, Specials};
+use crate::stream::ID_MASK;
 use crate::template::{ChatTemplate, Clock};
 use crate::{DataError, TextStream};
 use serde::{Deserialize, Serialize};
@@ -121,8 +122,11 @@ impl Tokenizer {
         special_texts.extend(specials.eos.iter().map(|(text, _)| text.clone()));
         special_texts.retain(|t| !t.trim().is_empty());
         special_texts.sort();
-        let max = |with_added| inner.get_vocab(with_added).into_values().max().unwrap_or(0);
+        let max = |with_added: bool| inner.get_vocab(with_added).into_values().max().unwrap_or(0);
         let (max_base_id, max_id) = (max(false), max(true));
+        if max_id > ID_MASK {
+            return Err(bad(format!("it has token id {max_id}; ids must be below {}", ID_MASK + 1)));
+        }
         Ok(Tokenizer {
             path: path.clone(),
             prefix,
@@ -243,5 +247,108 @@ impl Tokenizer {
 
     fn failed(&self, e: tokenizers::Error) -> DataError {
         DataError::Tokenizer { path: self.path.clone(), reason: format!("the tokenizer fails: {e}") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BOS, CHATML, EOS, IM_END, VOCAB, bytes, model_dir, tokenizer_json, write};
+    use serde_json::json;
+
+    fn dir() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    #[test]
+    fn special_tokens_are_added_once_and_only_when_asked_for() {
+        let d = dir();
+        let t = Tokenizer::load(&model_dir(d.path(), true, Some(CHATML))).unwrap();
+        assert_eq!(t.encode("Hi", true).unwrap(), [&[BOS][..], &bytes("Hi")].concat());
+        assert_eq!(t.encode("Hi", false).unwrap(), bytes("Hi"));
+        assert_eq!(t.encode("", true).unwrap(), [BOS]);
+        assert_eq!(t.encode("<eos>!", false).unwrap(), [EOS, 33]);
+        assert_eq!((t.bos(), t.eos(), t.vocab_size(), t.max_base_id()), (Some(BOS), Some(EOS), VOCAB, 255));
+        assert_eq!(t.decode(&[BOS, 72, 105, EOS], true).unwrap(), "Hi");
+        let messages = [json!({"role": "user", "content": "Hi"})];
+        assert_eq!(t.apply_chat_template(&messages, true).unwrap(), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+        assert!(t.apply_chat_template(&[], true).is_err());
+    }
+
+    #[test]
+    fn ends_of_text_are_collected() {
+        let d = dir();
+        write(d.path(), "generation_config.json", json!({"eos_token_id": [259, 257]}).to_string());
+        let t = Tokenizer::load(&model_dir(d.path(), false, None)).unwrap();
+        assert_eq!((t.eos(), t.eos_ids()), (Some(EOS), &[EOS, IM_END][..]));
+        // Without a name the id in config.json counts, and without that a well-known name.
+        let d = dir();
+        write(d.path(), "tokenizer.json", tokenizer_json(false).to_string());
+        let plain = TokenizerSource::find(d.path()).unwrap();
+        assert_eq!(Tokenizer::load(&plain).unwrap().eos(), Some(EOS));
+        write(d.path(), "config.json", json!({"eos_token_id": 259, "bos_token_id": null}).to_string());
+        let t = Tokenizer::load(&TokenizerSource::find(d.path()).unwrap()).unwrap();
+        assert_eq!((t.bos(), t.eos(), t.eos_ids()), (None, Some(IM_END), &[IM_END][..]));
+        // An older folder.
+        write(d.path(), "special_tokens_map.json", json!({"eos_token": {"content": "<extra>"}}).to_string());
+        assert_eq!(Tokenizer::load(&TokenizerSource::find(d.path()).unwrap()).unwrap().eos(), Some(260));
+    }
+
+    #[test]
+    fn templates_are_found_where_models_keep_them() {
+        let d = dir();
+        model_dir(d.path(), false, None);
+        let hello = [json!({"role": "user", "content": "Hi"})];
+        let with = |template: serde_json::Value| {
+            write(d.path(), "tokenizer_config.json", json!({"eos_token": "<eos>", "chat_template": template}).to_string());
+            Tokenizer::load(&TokenizerSource::find(d.path()).unwrap()).and_then(|t| t.apply_chat_template(&hello, false))
+        };
+        assert_eq!(with(json!("{{ messages[0].content }}{{ eos_token }}")).unwrap(), "Hi<eos>");
+        let tools = json!({"name": "tool_use", "template": "T"});
+        assert_eq!(with(json!([tools, {"name": "default", "template": "D"}])).unwrap(), "D");
+        assert_eq!(with(json!([tools])).unwrap(), "T");
+        assert!(with(json!([tools, {"name": "rag", "template": "R"}])).unwrap_err().to_string().contains("`default`"));
+        assert!(with(json!(5)).unwrap_err().to_string().contains("tokenizer_config.json"));
+        assert!(with(json!(null)).unwrap_err().to_string().contains("has none"));
+        assert!(with(json!("{% if %}")).unwrap_err().to_string().contains("line 1"));
+        write(d.path(), "chat_template.jinja", "J");
+        assert_eq!(with(json!("{{ 1 }}")).unwrap(), "J");
+    }
+
+    #[test]
+    fn broken_files_are_named() {
+        let d = dir();
+        assert!(TokenizerSource::find(d.path()).is_none());
+        let source = model_dir(d.path(), false, None);
+        let mut json = tokenizer_json(false);
+        json["model"]["vocab"]["\u{0100}"] = json!("zero");
+        for bad in ["", "{", "[]", "{\"version\": \"1.0\"}", &json.to_string()] {
+            write(d.path(), "tokenizer.json", bad);
+            let e = Tokenizer::load(&source).unwrap_err().to_string();
+            assert!(e.contains("tokenizer.json: not a tokenizer"), "{e}");
+        }
+        let mut json = tokenizer_json(false);
+        json["model"]["vocab"]["huge"] = json!(1u32 << 30);
+        write(d.path(), "tokenizer.json", json.to_string());
+        assert!(Tokenizer::load(&source).unwrap_err().to_string().contains("token id 1073741824"));
+        model_dir(d.path(), false, None);
+        write(d.path(), "tokenizer_config.json", "{\"eos_token\": \"<nope>\"}");
+        let e = Tokenizer::load(&source).unwrap_err().to_string();
+        assert!(e.contains("tokenizer_config.json: `eos_token` is \"<nope>\""), "{e}");
+        write(d.path(), "tokenizer_config.json", "nonsense");
+        assert!(Tokenizer::load(&source).unwrap_err().to_string().contains("not valid JSON"));
+        std::fs::remove_file(d.path().join("tokenizer.json")).unwrap();
+        assert!(Tokenizer::load(&source).unwrap_err().to_string().contains("cannot read"));
+    }
+
+    #[test]
+    fn the_digest_sees_what_decides_the_tokens() {
+        let digest = |bos: bool, template: Option<&str>| {
+            let d = dir();
+            Tokenizer::load(&model_dir(d.path(), bos, template)).unwrap().digest()
+        };
+        assert_eq!(digest(true, None), digest(true, None));
+        assert_ne!(digest(true, None), digest(false, None));
+        assert_ne!(digest(true, None), digest(true, Some(CHATML)));
     }
 }
