@@ -85,18 +85,18 @@ impl Cost {
         if self.overlapped { weights.max(gradients) } else { weights + gradients }
     }
 
-    pub fn optimizer(&self, model: &Model, p: &EnginePlan) -> f64 {
+    pub fn optimizer(&self, model: &Model) -> f64 {
         model.places.iter().map(|x| x.1 as f64).sum::<f64>() / self.optimizer
     }
 
     /// Seconds a step.
     pub fn step(&self, model: &Model, p: &EnginePlan) -> f64 {
         let (c, m) = (self.compute(model, p), self.copies(model, p));
-        self.optimizer(model, p) + if self.overlapped { c.max(m) } else { c + m }
+        self.optimizer(model) + if self.overlapped { c.max(m) } else { c + m }
     }
 
     pub fn bound_by(&self, model: &Model, p: &EnginePlan) -> &'static str {
-        let (c, m, o) = (self.compute(model, p), self.copies(model, p), self.optimizer(model, p));
+        let (c, m, o) = (self.compute(model, p), self.copies(model, p), self.optimizer(model));
         if c >= m && c >= o {
             "matrix products"
         } else if m >= o {

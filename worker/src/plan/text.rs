@@ -91,7 +91,7 @@ pub(crate) fn describe(
         cost.compute(model, p),
         cost.copies(model, p),
         if kind == DeviceKind::Cuda { " beside them" } else { "" },
-        cost.optimizer(model, p),
+        cost.optimizer(model),
         cost.bound_by(model, p)
     );
     t
