@@ -212,14 +212,14 @@ fn parse(list: &str) -> Result<Wanted, DeviceError> {
     let syntax = || DeviceError::Syntax(list.to_string());
     let parts: Vec<&str> = list.split(',').map(str::trim).collect();
     let is_cpu = |p: &&str| *p == "cpu" || p.starts_with("cpu:");
-    if parts.iter().any(|p| is_cpu(p)) {
+    if parts.iter().any(is_cpu) {
         let [one] = parts[..] else {
-            return Err(if parts.iter().all(|p| is_cpu(p)) { syntax() } else { DeviceError::Mixed(list.to_string()) });
+            return Err(if parts.iter().all(is_cpu) { syntax() } else { DeviceError::Mixed(list.to_string()) });
         };
         let Some(count) = one.strip_prefix("cpu:") else { return Ok(Wanted::Cpu(1)) };
         let value: u64 = count.parse().map_err(|_| syntax())?;
         return match u32::try_from(value) {
-            Ok(n) if value >= 1 && value <= CPU_DEVICES_MAX => Ok(Wanted::Cpu(n)),
+            Ok(n) if (1..=CPU_DEVICES_MAX).contains(&value) => Ok(Wanted::Cpu(n)),
             _ => Err(DeviceError::Range { what: "the number of CPU devices", max: CPU_DEVICES_MAX, value }),
         };
     }

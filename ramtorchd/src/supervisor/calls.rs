@@ -41,8 +41,8 @@ impl Supervisor {
             let message = format!("{active} jobs wait or run already (jobs.active_max); submit again when some have ended");
             return Err(Refusal::new(RefusalKind::Busy, message));
         }
-        if let Some(ranks) = spec.device.ranks.filter(|r| *r > self.pool.len()) {
-            let have = self.pool.len();
+        if let Some(ranks) = spec.device.ranks.filter(|r| *r > self.pool.count()) {
+            let have = self.pool.count();
             let message = format!("`device.ranks` asks for {ranks} devices, and this daemon has {have}: {} are missing", ranks - have);
             return Err(EngineError::new(ErrorKind::Resources, message).into());
         }
@@ -200,9 +200,9 @@ impl Supervisor {
     }
 
     fn plan_context(&mut self, ranks: Option<usize>, memory_bytes: Option<u64>) -> Result<PlanContext, Refusal> {
-        let wanted = ranks.unwrap_or(self.pool.len());
-        if wanted > self.pool.len() {
-            let message = format!("`device.ranks` asks for {wanted} devices, and this daemon has {}", self.pool.len());
+        let wanted = ranks.unwrap_or(self.pool.count());
+        if wanted > self.pool.count() {
+            let message = format!("`device.ranks` asks for {wanted} devices, and this daemon has {}", self.pool.count());
             return Err(EngineError::new(ErrorKind::Resources, message).into());
         }
         let limit =
