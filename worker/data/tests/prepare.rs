@@ -1,4 +1,5 @@
 //! Preparing data as a job does: files in, sequences out, and a clear message for everything that can be wrong.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! A tokenizer that tests can compute by hand: one token for each byte, whose id is the byte, and special tokens from
 //! 256 on.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
