@@ -137,3 +137,12 @@ impl<'a> Daemon<'a> {
         finished
     }
 }
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        if let (true, Some(process)) = (std::thread::panicking(), &mut self.process) {
+            let state = if process.has_ended() { "has ended" } else { "still runs" };
+            eprintln!("the daemon {state}; its log:\n{}", process.stderr());
+        }
+    }
+}
