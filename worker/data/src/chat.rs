@@ -25,6 +25,7 @@ use crate::template::ChatTemplate;
 use crate::{DataError, Tokenizer};
 use minijinja::Value;
 use serde_json::Value as Json;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Messages, and the tools that they may call. The messages are values of the template engine, which are cheap to
@@ -150,11 +151,12 @@ impl Search<'_> {
     fn turn(&self) -> Result<Option<Range<usize>>, String> {
         let prefix = self.conversation.prefix(self.k + 1);
         let last = prefix.messages.len() == self.conversation.messages.len();
-        let with = if last { self.text.to_string() } else { self.template.render(&prefix, false).map_or(String::new(), |r| r.text) };
-        // Templates may refuse a prefix (an empty one, or one that ends in the middle of a call of a tool).
-        let prompt = self.template.render(&self.conversation.prefix(self.k), true).map_or(String::new(), |r| r.text);
+        // Templates may refuse a prefix: an empty one, or one that ends in the middle of a call of a tool.
+        let rendered = |messages: &Conversation, prompt| self.template.render(messages, prompt).map_or(String::new(), |r| r.text);
+        let with = if last { Cow::Borrowed(self.text) } else { Cow::Owned(rendered(&prefix, false)) };
+        let prompt = rendered(&self.conversation.prefix(self.k), true);
         let whole_prompt = !prompt.is_empty() && self.text.starts_with(&prompt);
-        let whole_turn = !with.is_empty() && self.text.starts_with(&with);
+        let whole_turn = !with.is_empty() && self.text.starts_with(&*with);
         if whole_prompt && whole_turn {
             return Ok(Some(prompt.len()..with.len()));
         }
@@ -185,8 +187,9 @@ impl Search<'_> {
         if !content.contains(self.text[said.clone()].trim()) {
             return Ok(None);
         }
-        let prefix = self.template.render(&self.conversation.prefix(self.k + 1).with_content(self.k, &placeholder), false)?.text;
-        let Some((_, prefix_tail)) = split_once_only(&prefix, &placeholder) else { return Ok(None) };
+        let prefix = self.conversation.prefix(self.k + 1).with_content(self.k, &placeholder);
+        let Ok(prefix) = self.template.render(&prefix, false) else { return Ok(None) };
+        let Some((_, prefix_tail)) = split_once_only(&prefix.text, &placeholder) else { return Ok(None) };
         let shared = common_prefix(tail, prefix_tail);
         // Where the two part in the middle, what they share may reach into what follows the turn (`<|` of two different
         // tokens): the turn ends with the last special token in it and the white space after that.
