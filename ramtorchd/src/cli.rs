@@ -137,13 +137,14 @@ fn start_command(start: Start) -> Result<u8, (u8, String)> {
     let socket = start.socket.filter(|s| !s.as_os_str().is_empty());
     let settings = start.common.resolve(file, socket)?;
     runtime()?.block_on(async {
-        run::sweep_private();
-        let daemon = Daemon::start(settings, Arc::new(LinkedEngine)).await.map_err(|e| (e.exit_code(), e.to_string()))?;
-        let stopper = daemon.stopper();
+        // Before anything is made: a signal from here on is heard, and nothing is left behind.
         let failed = |e: std::io::Error| (exit::INTERNAL, format!("cannot watch for signals: {e}"));
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
+        run::sweep_private();
+        let daemon = Daemon::start(settings, Arc::new(LinkedEngine)).await.map_err(|e| (e.exit_code(), e.to_string()))?;
+        let stopper = daemon.stopper();
         notify("READY=1");
         let mut finished = std::pin::pin!(daemon.finish());
         let mut last: Option<Instant> = None;

@@ -17,6 +17,7 @@ use ramtorch_store::Registry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// A folder younger than this may belong to a run that has not locked it yet.
 const SWEEP_AGE: Duration = Duration::from_secs(60);
@@ -134,12 +135,25 @@ pub async fn run(settings: Settings, options: Options, engine: Arc<dyn Engine>) 
     let (request, spec) = read_job(&options.job)?;
     let socket = settings.socket.clone();
     let note = settings.devices_note.clone();
+    // Until `follow` listens, a signal ends the run in order, too.
+    let failed = |e: std::io::Error| (exit::INTERNAL, format!("cannot watch for signals: {e}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let daemon = Daemon::start(settings, engine).await.map_err(|e| (e.exit_code(), e.to_string()))?;
     let stopper = daemon.stopper();
     if !options.quiet && !options.json {
         eprintln!("{note}");
     }
-    let result = submit_and_follow(&socket, request, &spec, &options).await;
+    let submitted = tokio::select! {
+        biased;
+        submitted = submit(&socket, request, &spec) => submitted,
+        _ = terminate.recv() => Err(ClientError::Interrupted),
+        _ = interrupt.recv() => Err(ClientError::Interrupted),
+    };
+    let result = match submitted {
+        Ok((mut client, job)) => follow_to_its_end(&mut client, &job, &options).await,
+        Err(e) => Err(e),
+    };
     stopper.stop().await;
     if matches!(result, Ok(exit::INTERRUPTED)) {
         // The user has lost patience: nothing is waited for.
@@ -162,11 +176,11 @@ fn read_job(path: &Path) -> Result<(v1::SubmitRequest, JobSpec), (u8, String)> {
     Ok((v1::SubmitRequest { job_toml: text, base_dir, file_name, dry_run: false }, spec))
 }
 
-async fn submit_and_follow(socket: &Path, request: v1::SubmitRequest, spec: &JobSpec, options: &Options) -> Result<u8, ClientError> {
+/// Submits the job, or finds it where a run of it was killed; only in a folder that the user keeps can there be one.
+async fn submit(socket: &Path, request: v1::SubmitRequest, spec: &JobSpec) -> Result<(Client, v1::Job), ClientError> {
     let mut client = Client::connect(Endpoint::unix(socket)).await?;
     let spec_toml = spec.to_toml();
     let mut unfinished = None;
-    // Only in a folder that the user keeps: a run that was killed there.
     for job in client.list(false).await? {
         if job.spec_toml == spec_toml {
             unfinished = Some(job);
@@ -178,9 +192,13 @@ async fn submit_and_follow(socket: &Path, request: v1::SubmitRequest, spec: &Job
         Some(job) => job,
         None => client.submit(request).await?,
     };
+    Ok((client, job))
+}
+
+async fn follow_to_its_end(client: &mut Client, job: &v1::Job, options: &Options) -> Result<u8, ClientError> {
     let output = if options.json { Format::Json } else { Format::Human };
     let follow_options = FollowOptions { output, interrupt: Interrupt::Cancel, quiet: options.quiet };
-    let end = follow(&mut client, &job.id, follow_options).await?;
+    let end = follow(client, &job.id, follow_options).await?;
     if options.quiet && end.exit_code != exit::OK {
         eprintln!("ramtorchd: job {}: {}", end.job.name, end.job.message);
     }

@@ -164,13 +164,12 @@ impl Supervisor {
             };
             drop(reply.send(answer));
         }
-        let (level, text) = match ok {
-            true => (Level::Info, format!("checkpoint of step {} written to {}", written.step, written.path)),
-            false => (Level::Error, format!("the checkpoint of step {} was not written: {}", written.step, written.error)),
-        };
-        self.note(key, level, &text, Some(0));
-        if let Some(job) = self.jobs.get(&key).filter(|_| ok) {
-            self.out.save(&job.record);
+        // A failure is told by the worker itself, with an event: training goes on.
+        if ok {
+            self.note(key, Level::Info, &format!("checkpoint of step {} written to {}", written.step, written.path), Some(0));
+            if let Some(job) = self.jobs.get(&key) {
+                self.out.save(&job.record);
+            }
         }
     }
 

@@ -202,8 +202,12 @@ impl Proc {
     /// It said how its work went.
     pub fn finish(&mut self, result: pb::WorkerResult, now: Instant) {
         if !result.ok {
-            let text = format!("{}: {}", self.who(), result.error);
             let kind = kind_of_code(i64::from(result.exit_code));
+            // What is wrong with the user's files is the same for every worker; who it was matters for defects only.
+            let text = match kind {
+                ErrorKind::Internal => format!("{}: {}", self.who(), result.error),
+                _ => result.error.clone(),
+            };
             self.cause.get_or_insert(Cause { at: now, kind, text, tail: String::new() });
         }
         self.result.get_or_insert(result);
@@ -443,7 +447,7 @@ mod tests {
         p.close(t);
         assert!(p.is_gone(t));
         let Outcome::Failed(cause) = p.outcome(t) else { panic!() };
-        assert_eq!((cause.kind, cause.describe().as_str()), (ErrorKind::Input, "rank 2 (cpu:2): no such file"));
+        assert_eq!((cause.kind, cause.describe().as_str()), (ErrorKind::Input, "no such file"));
     }
 
     #[test]

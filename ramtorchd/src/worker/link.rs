@@ -311,3 +311,71 @@ impl Control for LinkControl {
         lock(&self.0.commands).pop_front()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn control() -> (LinkControl, Arc<Shared>) {
+        let shared = Arc::new(Shared { queue: Mutex::default(), commands: Mutex::default(), wake: Notify::new() });
+        (LinkControl(shared.clone()), shared)
+    }
+
+    fn drained(shared: &Shared) -> Vec<Report> {
+        let mut batch = Vec::new();
+        drain(shared, &mut batch);
+        batch
+    }
+
+    #[test]
+    fn what_a_hung_daemon_does_not_take_is_bounded_and_told() {
+        let (control, shared) = control();
+        for step in 0..QUEUE_MAX as u64 + 5 {
+            control.checkpoint(Path::new("/c"), step, 0, None);
+        }
+        let batch = drained(&shared);
+        assert_eq!(batch.len(), QUEUE_MAX + 1);
+        let Some(Report::Event(event)) = batch.last() else { panic!("nothing is said of it") };
+        assert!(event.text.starts_with("5 reports"), "{}", event.text);
+        assert!(drained(&shared).is_empty());
+    }
+
+    #[test]
+    fn text_of_a_prompt_is_joined_and_progress_is_only_the_newest() {
+        let (control, shared) = control();
+        for (prompt, text) in [(0, "a"), (0, "b"), (1, "c"), (0, "d")] {
+            control.token(prompt, text);
+        }
+        control.progress("x", 1, 9);
+        control.progress("x", 2, 9);
+        let batch = drained(&shared);
+        let texts: Vec<(u32, &str)> =
+            batch.iter().filter_map(|r| if let Report::TokenText(t) = r { Some((t.prompt, t.text.as_str())) } else { None }).collect();
+        assert_eq!(texts, [(0, "ab"), (1, "c"), (0, "d")]);
+        assert_eq!(batch.last(), Some(&Report::Progress(pb::Progress { what: "x".into(), done: 2, total: 9 })));
+    }
+
+    #[test]
+    fn a_new_phase_is_news_but_not_too_often() {
+        let (control, shared) = control();
+        for step in 0..1000 {
+            control.heartbeat(step, "computing");
+            control.heartbeat(step, "optimizing");
+        }
+        let news = drained(&shared).len();
+        assert!((1..20).contains(&news), "{news}");
+        let queue = lock(&shared.queue);
+        assert_eq!((queue.step, queue.phase), (999, "optimizing"));
+    }
+
+    #[test]
+    fn the_result_comes_last() {
+        let (control, shared) = control();
+        control.event(Level::Info, "before");
+        lock(&shared.queue).result = Some(pb::WorkerResult { ok: true, ..Default::default() });
+        let mut batch = Vec::new();
+        assert!(drain(&shared, &mut batch));
+        assert!(matches!(batch[..], [Report::Event(_), Report::Result(_)]));
+        assert!(!drain(&shared, &mut batch), "only once");
+    }
+}

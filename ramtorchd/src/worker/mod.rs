@@ -16,7 +16,7 @@ use ramtorch_worker::{Assignment, Control, EngineError, Task, TrainOutcome};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Stack of the engine's thread. Only what is touched takes memory.
 const STACK_BYTES: usize = 256 << 20;
@@ -55,7 +55,11 @@ fn serve(engine: Engine) -> Result<u8, String> {
     let socket = PathBuf::from(variable(process::SOCKET_VARIABLE)?);
     let (link, assignment) = Link::connect(socket, variable(process::TOKEN_VARIABLE)?).map_err(|e| e.to_string())?;
     keep_panics();
+    let Assignment { job_id, generation, rank, world_size, device, task } = &assignment;
+    tracing::info!("{} for job {job_id}: rank {rank} of {world_size} on {device}, generation {generation}", task_name(task));
+    let begun = Instant::now();
     let result = work(engine, assignment, &link);
+    tracing::info!("{} after {:.1} s", if result.is_ok() { "done" } else { "failed" }, begun.elapsed().as_secs_f64());
     let code = match &result {
         Ok(_) => 0,
         Err(e) => {
