@@ -53,7 +53,8 @@ pub(crate) fn find(spec: &JobSpec, architecture: &Architecture) -> Result<(Optio
     Ok((Some(ResumePoint { path: found.path().to_path_buf(), step: found.step() }), skipped))
 }
 
-/// Writes the checkpoint of committed step `step`; every rank calls it. All ranks return the same success.
+/// Writes the checkpoint of committed step `step`; every rank calls it. All ranks return the same success: where it is, and
+/// what went wrong once it was safe.
 pub(crate) fn write(
     folder: &Path,
     step: u64,
@@ -62,7 +63,7 @@ pub(crate) fn write(
     architecture: &Architecture,
     store: &Store,
     comm: &Collectives,
-) -> Result<PathBuf, EngineError> {
+) -> Result<(PathBuf, Vec<String>), EngineError> {
     let leader = comm.rank() == 0;
     // Each stage ends with all ranks knowing whether all were well: nobody is left waiting.
     let agree = |ok: bool| -> Result<bool, EngineError> {
@@ -94,7 +95,7 @@ pub(crate) fn write(
     if !agree(failure.is_none())? {
         return Err(failure.unwrap_or_else(other)); // dropping the leader's writer removes what was written
     }
-    let mut path = folder.join(checkpoint_folder_name(step));
+    let (mut path, mut warnings) = (folder.join(checkpoint_folder_name(step)), Vec::new());
     if let (true, Some(w)) = (leader, writer.take()) {
         let committed = resolve(&spec.model).and_then(|input| {
             let meta = CheckpointMeta {
@@ -107,14 +108,14 @@ pub(crate) fn write(
             w.commit(&meta, &input.assets, spec.checkpoint.keep)
         });
         match committed {
-            Ok(c) => path = c.path,
+            Ok(c) => (path, warnings) = (c.path, c.warnings),
             Err(e) => failure = Some(errors::model(e)),
         }
     }
     if !agree(failure.is_none())? {
         return Err(failure.unwrap_or_else(other));
     }
-    Ok(path)
+    Ok((path, warnings))
 }
 
 /// Writes the model folder of a job that has ended.

@@ -4,7 +4,7 @@ use crate::api::*;
 use crate::{checkpoint, errors, rates};
 use ramtorch_data::{TargetLayout, TokenizerSource};
 use ramtorch_job::{DataFormat, JobSpec, StackLoss};
-use ramtorch_modelio::{Architecture, StackConfig, open_weights, resolve};
+use ramtorch_modelio::{Architecture, StackConfig, check_checkpoint_folder, check_export_folder, open_weights, resolve};
 use std::path::Path;
 
 /// Tokenizer of a model: the one the job names, or the one beside the model.
@@ -52,6 +52,13 @@ pub(crate) fn run(spec: &JobSpec, cache_dir: &Path, control: &dyn Control) -> Re
     }
     if dataset.train_sequences == 0 {
         return Err(EngineError::input("there is no training data left after the validation split"));
+    }
+    // Better said now than after days of training.
+    if let Some(path) = &spec.output.path {
+        check_export_folder(path).map_err(errors::model)?;
+    }
+    if let Some(path) = &spec.checkpoint.path {
+        check_checkpoint_folder(path).map_err(errors::model)?;
     }
     control.heartbeat(0, "looking for checkpoints");
     let (resume, skipped) = checkpoint::find(spec, &architecture)?;

@@ -211,6 +211,7 @@ impl Rank<'_> {
             committed: StepNumbers::from_record(&self.store.record()),
             commit_time: Instant::now(),
             newest_checkpoint: None,
+            missing_result: None,
             initial_validation: f64::NAN,
             pool: &pool,
         };
@@ -261,9 +262,10 @@ impl Rank<'_> {
                 (result, _) => result,
             }
         })?;
-        let Loop { session, committed, newest_checkpoint, .. } = state;
+        let Loop { session, committed, newest_checkpoint, missing_result, .. } = state;
         drop(session); // frees the device for the sample
-        self.finish(committed.step, stopped, newest_checkpoint)
+        let outcome = self.finish(committed.step, stopped, newest_checkpoint)?;
+        missing_result.map_or(Ok(outcome), Err)
     }
 
     /// Model folder and sample, by the leader.
@@ -295,6 +297,8 @@ struct Loop<'a> {
     committed: StepNumbers,
     commit_time: Instant,
     newest_checkpoint: Option<std::path::PathBuf>,
+    /// Why the checkpoint that is one of the job's results could not be written.
+    missing_result: Option<EngineError>,
     initial_validation: f64,
     pool: &'a rayon::ThreadPool,
 }
@@ -498,7 +502,8 @@ impl Loop<'_> {
         Ok(sum / weight.max(1.0))
     }
 
-    /// A checkpoint of committed step `step`, by all ranks. A failure is an event, not the end of the job.
+    /// A checkpoint of committed step `step`, by all ranks. A failure is an event and not the end of training; the job
+    /// fails at its end where the checkpoint is one of its results.
     fn checkpoint(&mut self, step: u64, request: u64) -> Result<(), EngineError> {
         let r = self.rank;
         r.control.heartbeat(step, "checkpointing");
@@ -511,7 +516,10 @@ impl Loop<'_> {
         let result = checkpoint::write(folder, step, self.committed.tokens_total, r.spec, &r.architecture, &r.store, &r.comm);
         if r.leader() {
             match &result {
-                Ok(path) => {
+                Ok((path, warnings)) => {
+                    for warning in warnings {
+                        r.control.event(Level::Warn, warning);
+                    }
                     self.newest_checkpoint = Some(path.clone());
                     r.control.checkpoint(path, step, request.saturating_sub(1), None);
                 }
@@ -520,6 +528,9 @@ impl Loop<'_> {
                     r.control.checkpoint(folder, step, request.saturating_sub(1), Some(&e.message));
                 }
             }
+        }
+        if r.spec.checkpoint.at_end && step == r.prepared.steps {
+            self.missing_result = result.err();
         }
         Ok(())
     }

@@ -35,6 +35,14 @@ pub enum DataError {
         /// What is wrong and what would be right.
         reason: String,
     },
+    /// The data is text, and nothing says how to make tokens of it.
+    #[error(
+        "{format:?} data needs a tokenizer, but the model folder has no tokenizer.json; put it there, name one in `model.tokenizer`, or train on ready tokens (format = \"tokens\")"
+    )]
+    NoTokenizer {
+        /// Format of the data.
+        format: ramtorch_job::DataFormat,
+    },
     /// The operating system refused to open or read a file.
     #[error("cannot read {}: {source}", path.display())]
     Read {
@@ -160,7 +168,7 @@ impl DataError {
     pub fn kind(&self) -> DataErrorKind {
         match self {
             DataError::Write { .. } => DataErrorKind::Output,
-            DataError::Spec { .. } | DataError::NoMatch { .. } => DataErrorKind::Spec,
+            DataError::Spec { .. } => DataErrorKind::Spec,
             _ => DataErrorKind::Input,
         }
     }

@@ -125,12 +125,7 @@ fn split(data: &mut Dataset, fraction: f64) -> Result<(), DataError> {
 }
 
 fn load(source: Option<&TokenizerSource>, format: DataFormat, vocab_size: Option<usize>) -> Result<Tokenizer, DataError> {
-    let source = source.ok_or_else(|| DataError::Spec {
-        key: "data.format",
-        reason: format!(
-            "{format:?} data needs a tokenizer, but the model folder has no tokenizer.json; put it there, name one in `model.tokenizer`, or train on ready tokens (format = \"tokens\")"
-        ),
-    })?;
+    let source = source.ok_or(DataError::NoTokenizer { format })?;
     let tokenizer = Tokenizer::load_with(source, Clock::Fixed)?;
     // Added tokens may lie outside as long as no document has them; a vocabulary that does is another model's.
     match vocab_size {
@@ -167,8 +162,10 @@ fn tokens(files: &[PathBuf], vocab_size: Option<usize>, progress: Progress) -> R
         let mut file = File::open(path).map_err(DataError::read(path))?;
         let meta = file.metadata().map_err(DataError::read(path))?;
         if meta.len() % 4 != 0 {
-            let reason =
-                format!("{} bytes are not a whole number of tokens; a token file is little-endian u32 without a header", meta.len());
+            let reason = format!(
+                "{} bytes are not a whole number of tokens; a token file is little-endian u32 (4 bytes each) without a header",
+                meta.len()
+            );
             return Err(DataError::file(path, reason));
         }
         let mut hasher = blake3::Hasher::new();

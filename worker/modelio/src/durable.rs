@@ -71,6 +71,17 @@ pub(crate) fn create_folder(path: &Path) -> Result<(), ModelError> {
     step().and_then(|()| std::fs::create_dir_all(path)).map_err(|e| ModelError::write(path, e))
 }
 
+/// Could `folder` be created and written to? Tried out in the nearest folder above it that is there; nothing is left.
+pub(crate) fn check_writable(folder: &Path) -> Result<(), ModelError> {
+    let mut at = folder;
+    while std::fs::symlink_metadata(at).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
+        at = parent(at);
+    }
+    let probe = at.join(format!(".ramtorch-write-test-{}", std::process::id()));
+    let tried = std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe));
+    tried.map_err(|e| ModelError::write(folder, e))
+}
+
 /// Make the names in a folder durable.
 pub(crate) fn sync_folder(path: &Path) -> Result<(), ModelError> {
     step().and_then(|()| File::open(path)?.sync_all()).map_err(|e| ModelError::write(path, e))

@@ -45,12 +45,13 @@ pub use assets::ModelAssets;
 pub use blocks::{EMBED, HEAD, layer_block};
 pub use checkpoint::{
     Checkpoint, CheckpointMeta, CheckpointWriter, Committed, FindOptions, LATEST_FILE, MANIFEST_FILE, Search, ShardInfo, Skipped,
-    TensorChecksums, VERSION as CHECKPOINT_VERSION, find_sound, folder_name as checkpoint_folder_name, partition,
+    TensorChecksums, VERSION as CHECKPOINT_VERSION, check_folder as check_checkpoint_folder, find_sound,
+    folder_name as checkpoint_folder_name, partition,
 };
 pub use config::{MAX_CONFIG_BYTES, ParsedConfig, parse_config};
 pub use dtype::Dtype;
 pub use error::{Fault, ModelError};
-pub use export::{ExportOptions, SHARD_BYTES, STACK_FILE, export_hf};
+pub use export::{ExportOptions, SHARD_BYTES, STACK_FILE, check_export_folder, export_hf};
 pub use fill::fill_page;
 pub use hf::{HfFolder, INDEX_FILE, SINGLE_FILE};
 pub use init::SeededInit;

@@ -47,6 +47,14 @@ pub struct Committed {
     pub warnings: Vec<String>,
 }
 
+/// Could checkpoints be written into `folder`? To be asked before the work that they keep. Changes nothing.
+///
+/// # Errors
+/// It is not a folder, or it may not be written.
+pub fn check_folder(folder: &Path) -> Result<(), ModelError> {
+    durable::check_writable(folder)
+}
+
 impl CheckpointWriter {
     /// Begin the checkpoint of `step` in folder `root`, which is created. What a dead writer left there is removed.
     ///

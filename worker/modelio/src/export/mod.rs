@@ -85,6 +85,20 @@ pub fn export_hf(
     result
 }
 
+/// Could a model folder be written to `folder`, replacing an earlier one? To be asked before the work whose result it is.
+/// Changes nothing.
+///
+/// # Errors
+/// What [`export_hf`] with `overwrite` would say, but for a disk that is full.
+pub fn check_export_folder(folder: &Path) -> Result<(), ModelError> {
+    let target = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    if target.file_name().is_none() {
+        return Err(ModelError::Exists { path: target, message: "is not a name for a new folder".into() });
+    }
+    check_target(&target, true)?;
+    durable::check_writable(durable::parent(&target))
+}
+
 /// Make the temporary folder this export's own.
 fn claim(partial: &Path) -> Result<FolderLock, ModelError> {
     let busy = || ModelError::Exists { path: partial.to_owned(), message: "another export is writing there; wait for it to end".into() };
