@@ -7,6 +7,9 @@ use rayon::prelude::*;
 /// Elements of an f32 panel into which bf16 operands are widened.
 const PANEL: usize = 1 << 20;
 
+/// Parts of a product for each thread: with more than one, threads that other work holds up are helped by the others.
+const TASKS_PER_THREAD: usize = 4;
+
 /// One operand or result: f32 values with strides in elements.
 #[derive(Clone, Copy)]
 struct Matrix {
@@ -18,7 +21,8 @@ struct Matrix {
 /// d[m,n] (+)= a[m,k] b[k,n].
 fn product(m: usize, n: usize, k: usize, d: *mut f32, d_rs: isize, accumulate: bool, a: Matrix, b: Matrix) {
     let threads = rayon::current_num_threads();
-    let par = if threads == 1 || (m * n * k) < 1 << 15 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads) };
+    let par =
+        if threads == 1 || (m * n * k) < 1 << 15 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads * TASKS_PER_THREAD) };
     // SAFETY: the callers made the views with checked bounds: a covers m×k, b k×n and d m×n elements under these
     // strides; d overlaps neither operand.
     unsafe { gemm::gemm(m, n, k, d, 1, d_rs, accumulate, a.p, a.cs, a.rs, b.p, b.cs, b.rs, 1.0f32, 1.0f32, false, false, false, par) }

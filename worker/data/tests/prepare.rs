@@ -336,7 +336,7 @@ fn wrong_token_files_are_named() {
 fn files_that_are_not_there_are_named() {
     let n = Node::new(true);
     let e = n.prepare(json!({"train": "/nowhere/a.txt"})).unwrap_err();
-    assert_eq!(e.kind(), DataErrorKind::Spec);
+    assert_eq!(e.kind(), DataErrorKind::Input);
     assert_eq!(e.to_string(), "`data.train`: /nowhere/a.txt: there is no such file");
     assert!(n.error(json!({"train": "/nowhere/*.txt"})).contains("no file matches this pattern"));
     assert!(n.error(json!({"train": "/nowhere/***"})).contains("not a valid glob"));
@@ -506,7 +506,7 @@ fn tokenizers_of_other_models_are_refused() {
     // With the cache there is nothing to tokenise, but the ids are still too large.
     assert!(with(257).unwrap_err().to_string().contains("token id 257"));
     let e = prepare(&spec, None, None, n.path(), &|_, _, _| {}).unwrap_err().to_string();
-    assert!(e.contains("`data.format`") && e.contains("tokenizer.json"), "{e}");
+    assert!(e.contains("needs a tokenizer") && e.contains("tokenizer.json"), "{e}");
 }
 
 #[test]
