@@ -231,6 +231,18 @@ fn fence() {
     }
 }
 
+/// Asks for the cache lines of `x`.
+#[inline(always)]
+fn prefetch<T>(x: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(x)).step_by(64) {
+        // SAFETY: a hint about an address inside the slice; SSE is part of x86-64.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(x.as_ptr().cast::<i8>().add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
+}
+
 /// State of some parameters of a page.
 struct Old<'a, F: Formats> {
     g: &'a [F::Gradient],
@@ -255,6 +267,13 @@ fn chunk<F: Formats>(level: Level, streamed: bool, k: &AdamwStep, runs: &[DecayR
     for at in (0..count).step_by(TILE) {
         let n = TILE.min(count - at);
         let start = first + at as u64;
+        // Five streams are more than hardware follows well from one 4 KiB page to the next.
+        let ahead = (at + TILE).min(count)..(at + 2 * TILE).min(count);
+        prefetch(&old.hi[ahead.clone()]);
+        prefetch(&old.lo[ahead.clone()]);
+        prefetch(&old.m[ahead.clone()]);
+        prefetch(&old.v[ahead.clone()]);
+        prefetch(&old.g[ahead]);
         for run in DecayRun::within(runs, start..start + n as u64) {
             // Where the run lies in the tile, and in the chunk.
             let (a, b) = ((run.first - start) as usize, (run.end - start) as usize);
