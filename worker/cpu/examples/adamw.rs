@@ -69,9 +69,11 @@ fn update(level: Level, streamed: bool, narrow: bool, k: &AdamwStep, old: &State
 }
 
 fn checksum(s: &State, narrow: bool) -> u64 {
-    let sum16 = |x: &[u16]| x.par_iter().enumerate().map(|(i, x)| (i as u64 | 1).wrapping_mul(u64::from(*x))).reduce(|| 0, u64::wrapping_add);
-    let sum32 =
-        |x: &[f32]| x.par_iter().enumerate().map(|(i, x)| (i as u64 | 1).wrapping_mul(u64::from(x.to_bits()))).reduce(|| 0, u64::wrapping_add);
+    let sum16 =
+        |x: &[u16]| x.par_iter().enumerate().map(|(i, x)| (i as u64 | 1).wrapping_mul(u64::from(*x))).reduce(|| 0, u64::wrapping_add);
+    let sum32 = |x: &[f32]| {
+        x.par_iter().enumerate().map(|(i, x)| (i as u64 | 1).wrapping_mul(u64::from(x.to_bits()))).reduce(|| 0, u64::wrapping_add)
+    };
     let moments = if narrow { sum16(&s.m16) ^ sum16(&s.v16).rotate_left(1) } else { sum32(&s.m) ^ sum32(&s.v).rotate_left(1) };
     sum16(&s.hi) ^ sum16(&s.lo).rotate_left(2) ^ moments.rotate_left(4)
 }

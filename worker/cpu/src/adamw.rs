@@ -308,13 +308,15 @@ fn chunk<F: Formats>(level: Level, streamed: bool, k: &AdamwStep, runs: &[DecayR
 
 fn page<F: Formats>(level: Level, streamed: bool, k: &AdamwStep, runs: &[DecayRun], start: u64, old: Old<F>, new: New<F>) {
     let state = old.hi.par_chunks(CHUNK).zip(old.lo.par_chunks(CHUNK)).zip(old.m.par_chunks(CHUNK).zip(old.v.par_chunks(CHUNK)));
-    let next = (new.hi.par_chunks_mut(CHUNK).zip(new.lo.par_chunks_mut(CHUNK)))
-        .zip(new.m.par_chunks_mut(CHUNK).zip(new.v.par_chunks_mut(CHUNK)));
-    old.g.par_chunks(CHUNK).zip(state.zip(next)).enumerate().for_each(|(c, (g, (((hi, lo), (m, v)), ((new_hi, new_lo), (new_m, new_v)))))| {
-        let old = Old::<F> { g, hi, lo, m, v };
-        let new = New::<F> { hi: new_hi, lo: new_lo, m: new_m, v: new_v };
-        chunk(level, streamed, k, runs, start + (c * CHUNK) as u64, &old, new);
-    });
+    let next =
+        (new.hi.par_chunks_mut(CHUNK).zip(new.lo.par_chunks_mut(CHUNK))).zip(new.m.par_chunks_mut(CHUNK).zip(new.v.par_chunks_mut(CHUNK)));
+    old.g.par_chunks(CHUNK).zip(state.zip(next)).enumerate().for_each(
+        |(c, (g, (((hi, lo), (m, v)), ((new_hi, new_lo), (new_m, new_v)))))| {
+            let old = Old::<F> { g, hi, lo, m, v };
+            let new = New::<F> { hi: new_hi, lo: new_lo, m: new_m, v: new_v };
+            chunk(level, streamed, k, runs, start + (c * CHUNK) as u64, &old, new);
+        },
+    );
 }
 
 /// Brings one page from its old state to the state of step `k.step`, on all threads of the current pool. `runs` cover
@@ -322,7 +324,13 @@ fn page<F: Formats>(level: Level, streamed: bool, k: &AdamwStep, runs: &[DecayRu
 ///
 /// # Errors
 /// Formats without moments or gradients, or different ones before and after; arrays of different lengths.
-pub fn adamw_page(k: &AdamwStep, runs: &[DecayRun], old: PageView<'_>, new: PageMut<'_>, gradients: Gradients<'_>) -> Result<(), EngineError> {
+pub fn adamw_page(
+    k: &AdamwStep,
+    runs: &[DecayRun],
+    old: PageView<'_>,
+    new: PageMut<'_>,
+    gradients: Gradients<'_>,
+) -> Result<(), EngineError> {
     let streamed = old.hi.len() >= STREAMED_PARAMETERS;
     adamw_page_at(Level::best(), streamed, k, runs, old, new, gradients)
 }

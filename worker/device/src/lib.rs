@@ -21,7 +21,9 @@ mod error;
 mod optimizer;
 
 pub use error::{EngineError, ErrorKind};
-pub use optimizer::{AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, random_bits, staged_parameters, staging_bytes, stochastic};
+pub use optimizer::{
+    AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, random_bits, staged_parameters, staging_bytes, stochastic,
+};
 use ramtorch_store::Store;
 use std::sync::Arc;
 

@@ -150,7 +150,8 @@ mod tests {
 
     fn layout() -> Layout {
         let tensor = |name: &str, len: u64, joined, decay| TensorSpec { name: name.into(), shape: vec![len], joined, decay };
-        let tensors = vec![tensor("a", 640, false, true), tensor("b", 64, false, true), tensor("c", 3, true, false), tensor("d", 5, false, true)];
+        let tensors =
+            vec![tensor("a", 640, false, true), tensor("b", 64, false, true), tensor("c", 3, true, false), tensor("d", 5, false, true)];
         Layout::new(&StoreSpec {
             blocks: vec![BlockSpec { name: "x".into(), tensors }],
             world_size: 1,

@@ -220,8 +220,7 @@ fn what_does_not_fit_together_is_refused() {
     let (mut hi, mut lo, mut m, mut v) = (page.hi.clone(), page.lo.clone(), page.m.clone(), page.v.clone());
     let mut run = |runs: &[DecayRun], g: Gradients, short: usize| {
         let old = PageView { params: 0..100, hi: &page.hi, lo: &page.lo, m: MomentsRef::F32(&page.m), v: MomentsRef::F32(&page.v) };
-        let new =
-            PageMut { params: 0..100, hi: &mut hi[short..], lo: &mut lo, m: MomentsMut::F32(&mut m), v: MomentsMut::F32(&mut v) };
+        let new = PageMut { params: 0..100, hi: &mut hi[short..], lo: &mut lo, m: MomentsMut::F32(&mut m), v: MomentsMut::F32(&mut v) };
         adamw_page(&K, runs, old, new, g).is_ok()
     };
     assert!(run(&page.runs, Gradients::F32(&page.g), 0));

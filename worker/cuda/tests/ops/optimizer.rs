@@ -157,7 +157,10 @@ fn agree(rows: u64, page: u32, steps: u64) {
                     total.cpu += done.cpu;
                     total.device += done.device;
                 }
-                println!("    {moments:?} moments, {gradients:?} gradients, {who}: {} pages by the CPU, {} by the GPU", total.cpu, total.device);
+                println!(
+                    "    {moments:?} moments, {gradients:?} gradients, {who}: {} pages by the CPU, {} by the GPU",
+                    total.cpu, total.device
+                );
                 let got = image(&s, steps);
                 match &want {
                     None => want = Some(got),
