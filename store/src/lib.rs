@@ -33,7 +33,7 @@ mod system;
 pub use commit::NEVER;
 pub use error::StoreError;
 pub use layout::{Block, Layout, Sections, Tensor};
-pub use owner::{Owner, Update};
+pub use owner::{Owner, SharedOwner, Update};
 pub use page::{Gradients, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView};
 pub use process::ProcessIdentity;
 pub use read::Part;

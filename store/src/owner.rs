@@ -17,6 +17,7 @@ use crate::spec::PageId;
 use crate::store::Store;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The right to update the pages of one rank. Ends when dropped.
 #[derive(Debug)]
@@ -208,6 +209,108 @@ impl Drop for Owner<'_> {
             tracing::warn!(segment = self.store.name(), rank = self.rank(), %error, "a claim ends with the process only");
         }
         claims.remove(&self.rank());
+    }
+}
+
+/// An [`Owner`] for several threads, which update different pages at the same time. As many updates may be under way as
+/// the rank has spares; it is locked to begin and to publish, not in between.
+#[derive(Debug)]
+pub struct SharedOwner<'a> {
+    store: &'a Store,
+    /// Never handed out, so the claim lasts as long as this value.
+    owner: Mutex<Owner<'a>>,
+}
+
+impl<'a> SharedOwner<'a> {
+    /// Shares an owner.
+    pub fn new(owner: Owner<'a>) -> SharedOwner<'a> {
+        SharedOwner { store: owner.store, owner: Mutex::new(owner) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Owner<'a>> {
+        // Every method of an owner leaves it whole at each point where it could panic.
+        self.owner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The store.
+    pub fn store(&self) -> &'a Store {
+        self.store
+    }
+
+    /// Its pages, ascending.
+    pub fn pages(&self) -> impl Iterator<Item = PageId> + use<> {
+        self.lock().pages()
+    }
+
+    /// As [`Owner::update`], for a closure that may fail: then the page stays as it was. `false`: it is at `step` already.
+    ///
+    /// # Errors
+    /// That of `f`, and those of [`Owner::update`].
+    pub fn update<E: From<StoreError>>(
+        &self,
+        page: PageId,
+        step: u64,
+        f: impl FnOnce(PageView<'_>, PageMut<'_>, Gradients<'_>) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let Some(update) = self.begin(page, step)? else { return Ok(false) };
+        let range = self.store.layout().page_range(page);
+        let mut unwinding = SharedUnwinding { owner: self, update: Some(update) };
+        if let Some(update) = &unwinding.update {
+            // SAFETY: the old page is live, and only the owner could make it a spare again, when this very update is
+            // published, after `f`. The new page belongs to the update, which this frame holds; the claim cannot end
+            // while `self` is borrowed. Writing gradients takes a raw pointer, whose documentation forbids it now.
+            let (old, new, gradients) = unsafe {
+                (
+                    page_view(self.store, update.live(), range.clone()),
+                    page_mut(self.store, update.spare(), range.clone()),
+                    gradients(self.store, range),
+                )
+            };
+            f(old, new, gradients)?;
+        }
+        if let Some(update) = unwinding.update.take() {
+            self.publish(update)?;
+        }
+        Ok(true)
+    }
+
+    /// As [`Owner::begin`].
+    ///
+    /// # Errors
+    /// As [`Owner::begin`].
+    pub fn begin(&self, page: PageId, step: u64) -> Result<Option<Update>, StoreError> {
+        self.lock().begin(page, step)
+    }
+
+    /// As [`Owner::publish`].
+    ///
+    /// # Errors
+    /// As [`Owner::publish`].
+    pub fn publish(&self, update: Update) -> Result<(), StoreError> {
+        self.lock().publish(update)
+    }
+
+    /// As [`Owner::abandon`].
+    ///
+    /// # Errors
+    /// As [`Owner::publish`].
+    pub fn abandon(&self, update: Update) -> Result<(), StoreError> {
+        self.lock().abandon(update)
+    }
+}
+
+/// Gives the spare back when a closure fails or panics.
+struct SharedUnwinding<'o, 's> {
+    owner: &'o SharedOwner<'s>,
+    update: Option<Update>,
+}
+
+impl Drop for SharedUnwinding<'_, '_> {
+    fn drop(&mut self) {
+        if let Some(update) = self.update.take() {
+            // It was begun by this very owner, so there is nothing to refuse.
+            let _ = self.owner.abandon(update);
+        }
     }
 }
 

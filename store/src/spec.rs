@@ -89,7 +89,8 @@ pub struct StoreSpec {
     /// 4 Ki and at most 16 Mi parameters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_parameters: Option<u32>,
-    /// Pages a rank has beyond those that hold state: as many updates may be under way at once. 1 or 2 as a rule.
+    /// Pages a rank has beyond those that hold state: as many updates may be under way at once. 1 as a rule, 3 where a
+    /// device updates pages beside the CPU.
     pub spare_pages_per_rank: u32,
     /// Bytes of the exchange area, rounded up to 4096.
     pub exchange_bytes: u64,

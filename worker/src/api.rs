@@ -329,6 +329,13 @@ pub struct StepMetrics {
     pub bytes_to_device: u64,
     pub bytes_from_device: u64,
     pub copy_wait_seconds: f64,
+    /// Updating this step's pages, on the first rank, and who updated how many.
+    #[serde(default)]
+    pub optimizer_seconds: f64,
+    #[serde(default)]
+    pub optimizer_pages_cpu: u64,
+    #[serde(default)]
+    pub optimizer_pages_device: u64,
 }
 
 /// Severity of an event.

@@ -24,9 +24,5 @@ pub(crate) fn data(e: DataError) -> EngineError {
 }
 
 pub(crate) fn store(e: StoreError) -> EngineError {
-    let kind = match e {
-        StoreError::ShmFull { .. } | StoreError::RamFull { .. } => ErrorKind::Resources,
-        _ => ErrorKind::Internal,
-    };
-    EngineError::new(kind, e)
+    e.into()
 }

@@ -19,6 +19,10 @@ pub(crate) struct StepNumbers {
     pub bytes_in: u64,
     pub bytes_out: u64,
     pub waited: f64,
+    /// Of the leader: from the first page to the last, and who updated how many.
+    pub optimizer_seconds: f64,
+    pub optimizer_pages_cpu: u64,
+    pub optimizer_pages_device: u64,
     /// NaN where none was taken.
     pub validation_loss: f64,
     /// Validation loss before the first step, on step 1's line; NaN elsewhere.
@@ -43,6 +47,9 @@ impl StepNumbers {
             self.waited,
             self.validation_loss,
             self.initial_validation_loss,
+            self.optimizer_seconds,
+            self.optimizer_pages_cpu as f64,
+            self.optimizer_pages_device as f64,
         ];
         values[..mine.len()].copy_from_slice(&mine);
         StepRecord { step: self.step, phase, values }
@@ -66,6 +73,9 @@ impl StepNumbers {
             waited: v[11],
             validation_loss: v[12],
             initial_validation_loss: v[13],
+            optimizer_seconds: v[14],
+            optimizer_pages_cpu: v[15] as u64,
+            optimizer_pages_device: v[16] as u64,
         }
     }
 
@@ -86,6 +96,9 @@ impl StepNumbers {
             bytes_to_device: self.bytes_in,
             bytes_from_device: self.bytes_out,
             copy_wait_seconds: self.waited,
+            optimizer_seconds: self.optimizer_seconds,
+            optimizer_pages_cpu: self.optimizer_pages_cpu,
+            optimizer_pages_device: self.optimizer_pages_device,
         }
     }
 }
@@ -110,6 +123,9 @@ mod tests {
             bytes_in: 4,
             bytes_out: 5,
             waited: 6.5,
+            optimizer_seconds: 7.5,
+            optimizer_pages_cpu: 11,
+            optimizer_pages_device: 12,
             validation_loss: 8.5,
             initial_validation_loss: 9.5,
         };

@@ -18,16 +18,17 @@ use crate::batch::{Part, Reader};
 use crate::checkpoint;
 use crate::metrics::MetricsFile;
 use crate::model::{Block, Model};
-use crate::optimizer::{StepScalars, sum_of_squares, update_page};
+use crate::optimizer::{StepScalars, factors, sum_of_squares};
 use crate::plan::{EnginePlan, rank_share};
 use crate::record::StepNumbers;
 use crate::session::{Session, StepBatches};
-use ramtorch_cpu::{Channel, Collectives, read_gradients};
+use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradients, update_pages};
 use ramtorch_data::{Dataset, Order};
+use ramtorch_device::PageUpdater;
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
 use ramtorch_modelio::Architecture;
-use ramtorch_store::{NEVER, Owner, StepPhase, Store};
+use ramtorch_store::{NEVER, Owner, SharedOwner, StepPhase, Store};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -74,7 +75,8 @@ pub(crate) fn run(
     let rank = Rank { assignment, spec, prepared, plan, architecture, store: store.clone(), comm, control };
     let mut owner = store.claim(assignment.rank as u32).map_err(EngineError::internal)?;
     rank.load(&mut owner)?;
-    rank.recover(&mut owner)?;
+    let owner = SharedOwner::new(owner);
+    rank.recover(&owner)?;
     rank.steps(owner)
 }
 
@@ -121,14 +123,17 @@ impl Rank<'_> {
     }
 
     /// Finishes a step that was interrupted after its gradients were complete.
-    fn recover(&self, owner: &mut Owner<'_>) -> Result<(), EngineError> {
+    fn recover(&self, owner: &SharedOwner<'_>) -> Result<(), EngineError> {
         let record = self.store.record();
         if record.phase != StepPhase::GradientsComplete {
             return Ok(());
         }
         self.control.heartbeat(record.step, "recovering");
-        let numbers = StepNumbers::from_record(&record);
-        self.update_pages(owner, &numbers)?;
+        let mut numbers = StepNumbers::from_record(&record);
+        // On the CPU alone: the device is not open yet, and the bits are the same.
+        let done = self.update_pages(owner, &numbers, None)?;
+        numbers.optimizer_seconds = done.elapsed.as_secs_f64();
+        (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
         self.comm.barrier(Channel::Optimizer)?;
         if self.leader() {
             self.set_record(&numbers, StepPhase::Committed)?;
@@ -141,19 +146,27 @@ impl Rank<'_> {
         Ok(())
     }
 
-    fn update_pages(&self, owner: &mut Owner<'_>, n: &StepNumbers) -> Result<(), EngineError> {
+    fn update_pages(
+        &self,
+        owner: &SharedOwner<'_>,
+        n: &StepNumbers,
+        updater: Option<&mut dyn PageUpdater>,
+    ) -> Result<PagesUpdated, EngineError> {
         let scalars = StepScalars { step: n.step, lr: n.lr, gradient_scale: n.gradient_scale as f32 };
-        let layout = self.store.layout();
-        for page in owner.pages() {
-            owner
-                .update(page, n.step, |old, new, g| update_page(layout, &self.spec.optimizer, &scalars, old, new, g))
-                .map_err(EngineError::internal)?;
-        }
-        Ok(())
+        update_pages(owner, &factors(&self.spec.optimizer, &scalars), updater)
     }
 
-    fn commit(&self, owner: &mut Owner<'_>, mut job: OptimizerJob, metrics: &mut MetricsFile) -> Result<Committed, EngineError> {
-        self.update_pages(owner, &job.numbers)?;
+    fn commit(
+        &self,
+        owner: &SharedOwner<'_>,
+        updater: Option<&mut dyn PageUpdater>,
+        mut job: OptimizerJob,
+        metrics: &mut MetricsFile,
+    ) -> Result<Committed, EngineError> {
+        let done = self.update_pages(owner, &job.numbers, updater)?;
+        job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
+        job.numbers.optimizer_pages_cpu = done.cpu;
+        job.numbers.optimizer_pages_device = done.device;
         self.comm.barrier(Channel::Optimizer)?;
         let at = Instant::now();
         job.numbers.seconds = (at - job.begun).as_secs_f64();
@@ -178,7 +191,7 @@ impl Rank<'_> {
         Ok(())
     }
 
-    fn steps(&self, owner: Owner<'_>) -> Result<TrainOutcome, EngineError> {
+    fn steps(&self, owner: SharedOwner<'_>) -> Result<TrainOutcome, EngineError> {
         let rank = self.assignment.rank;
         let dataset: Dataset = serde_json::from_value(self.prepared.dataset.clone()).map_err(EngineError::internal)?;
         let data = dataset.open().map_err(EngineError::input)?;
@@ -186,6 +199,7 @@ impl Rank<'_> {
         let model = Model::new(&self.architecture, self.store.layout(), self.plan.dtype)?;
         let dev = crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.total(), self.spec.train.deterministic)?;
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
+        let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
         session.weights.comm = Some(self.comm.clone());
         let committed = self.store.record().step;
         let (mut metrics, last_line) = if self.leader() {
@@ -234,13 +248,17 @@ impl Rank<'_> {
         let stopped = std::thread::scope(|scope| {
             let metrics = &metrics;
             let pool = &pool;
-            let mut owner = owner;
+            // Moved, not borrowed: the updater goes with the optimizer's thread, before the device does.
             let spawned = std::thread::Builder::new().name(format!("optimizer{rank}")).spawn_scoped(scope, move || {
                 for job in jobs {
                     let result = {
                         let mut guard = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                        let (file, owner) = (&mut *guard, &mut owner);
-                        pool.install(move || self.commit(owner, job, file))
+                        let (file, owner) = (&mut *guard, &owner);
+                        let updater: Option<&mut dyn PageUpdater> = match &mut updater {
+                            Some(u) => Some(u.as_mut()),
+                            None => None,
+                        };
+                        pool.install(move || self.commit(owner, updater, job, file))
                     };
                     if result.is_err() {
                         self.comm.abort(); // the step loop may be waiting for pages that will not come

@@ -400,3 +400,43 @@ fn the_documented_layout_is_enough_to_read_a_tensor() {
         assert_eq!((step, master), (u64::from(page == 1), weight(parameter, step)));
     }
 }
+
+/// Threads update different pages of one owner at once; a page whose closure fails stays as it was, and its spare is free.
+#[test]
+fn a_shared_owner_updates_pages_from_several_threads() {
+    let segment = Segment::new();
+    let mut spec = spec(1, MomentFormat::None, GradientFormat::None);
+    spec.spare_pages_per_rank = 3;
+    let store = Store::create(&segment.name, &spec).unwrap();
+    load_all(&store);
+    let owner = SharedOwner::new(store.claim(0).unwrap());
+    for step in 1..=4 {
+        let next = std::sync::atomic::AtomicU32::new(0);
+        let pages: Vec<u32> = owner.pages().collect();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while let Some(page) = pages.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed) as usize) {
+                        let failed = owner.update(*page, step, |_, new, _| {
+                            new.hi.fill(7);
+                            Err(StoreError::NoMoments)
+                        });
+                        assert!(matches!(failed, Err(StoreError::NoMoments)));
+                        assert_eq!(store.entry(*page).step, step - 1);
+                        let done = owner.update(*page, step, |old, new, _| {
+                            assert!(is_at(&old, step - 1));
+                            fill(new, step);
+                            Ok::<(), StoreError>(())
+                        });
+                        assert!(done.unwrap());
+                    }
+                });
+            }
+        });
+        assert!(pages.iter().all(|p| store.entry(*p).step == step));
+        assert!(!owner.update(0, step, |_, _, _| Err(StoreError::NoMoments)).unwrap(), "it is there already");
+    }
+    assert!(matches!(store.claim(0), Err(StoreError::Claimed { .. })));
+    drop(owner);
+    store.claim(0).unwrap();
+}

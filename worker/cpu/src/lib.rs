@@ -12,16 +12,20 @@ mod gemm;
 mod loss;
 mod memory;
 mod norm;
+mod pages;
 mod parameters;
 mod pointwise;
 mod simd;
 mod stream;
+mod updater;
 
-pub use adamw::{AdamwScalars, adamw, sum_of_squares};
+pub use adamw::{adamw_page, adamw_page_at, sum_of_squares, sum_of_squares_bf16};
 pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradients};
 use memory::{Arena, Bf16, view, view_mut};
+pub use pages::{PagesUpdated, update_pages};
 use ramtorch_device::*;
 use ramtorch_store::Store;
+pub use simd::Level;
 use std::sync::Arc;
 use stream::{EventState, Failure, Queue};
 
@@ -102,6 +106,9 @@ impl Device for CpuDevice {
     }
     fn register_store(&mut self, _store: &Arc<Store>) -> Result<(), EngineError> {
         Ok(()) // mapped memory is reachable as it is
+    }
+    fn page_updater(&mut self, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError> {
+        Ok(Some(Box::new(updater::Updater::new(self.index, store)?)))
     }
     fn event(&mut self) -> Result<Event, EngineError> {
         self.events.push(EventState::new());

@@ -6,48 +6,83 @@ macro_rules! simd {
     ($($(#[$m:meta])* fn $name:ident $(<$g:ident: $b:path>)? ($($a:ident: $t:ty),* $(,)?) $(-> $r:ty)? $body:block)*) => {$(
         $(#[$m])*
         pub(crate) fn $name$(<$g: $b>)?($($a: $t),*) $(-> $r)? {
-            #[inline(always)]
-            fn body$(<$g: $b>)?($($a: $t),*) $(-> $r)? $body
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx2,fma")]
-                fn avx2$(<$g: $b>)?($($a: $t),*) $(-> $r)? { body($($a),*) }
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-                fn avx512$(<$g: $b>)?($($a: $t),*) $(-> $r)? { body($($a),*) }
-                match $crate::simd::level() {
-                    // SAFETY: level() has seen the CPU report these features.
-                    2 => return unsafe { avx512($($a),*) },
-                    // SAFETY: as above.
-                    1 => return unsafe { avx2($($a),*) },
-                    _ => {}
-                }
-            }
-            body($($a),*)
+            $crate::simd::leveled! { fn at$(<$g: $b>)?($($a: $t),*) $(-> $r)? $body }
+            at$(::<$g>)?($crate::simd::Level::best(), $($a),*)
         }
     )*};
 }
 pub(crate) use simd;
 
-/// 2: AVX-512, 1: AVX2, 0: baseline.
-pub(crate) fn level() -> u8 {
-    use std::sync::OnceLock;
-    static LEVEL: OnceLock<u8> = OnceLock::new();
-    *LEVEL.get_or_init(|| {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq");
-            if avx512 && is_x86_feature_detected!("fma") {
-                return 2;
+/// As [`simd!`], with the [`Level`] as the first argument of each function.
+macro_rules! leveled {
+    ($($(#[$m:meta])* fn $name:ident $(<$g:ident: $b:path>)? ($($a:ident: $t:ty),* $(,)?) $(-> $r:ty)? $body:block)*) => {$(
+        $(#[$m])*
+        #[inline(always)]
+        fn $name$(<$g: $b>)?(level: $crate::simd::Level, $($a: $t),*) $(-> $r)? {
+            #[inline(always)]
+            fn body$(<$g: $b>)?($($a: $t),*) $(-> $r)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2$(<$g: $b>)?($($a: $t),*) $(-> $r)? { body$(::<$g>)?($($a),*) }
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+                fn avx512$(<$g: $b>)?($($a: $t),*) $(-> $r)? { body$(::<$g>)?($($a),*) }
+                match level.number() {
+                    // SAFETY: a level exists only where the CPU has reported its features.
+                    2 => return unsafe { avx512$(::<$g>)?($($a),*) },
+                    // SAFETY: as above.
+                    1 => return unsafe { avx2$(::<$g>)?($($a),*) },
+                    _ => {}
+                }
             }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return 1;
-            }
+            let _ = level;
+            body$(::<$g>)?($($a),*)
         }
-        0
-    })
+    )*};
+}
+pub(crate) use leveled;
+
+/// An instruction set that this CPU has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Level(u8);
+
+impl Level {
+    /// The widest that this CPU has.
+    pub fn best() -> Level {
+        use std::sync::OnceLock;
+        static BEST: OnceLock<u8> = OnceLock::new();
+        Level(*BEST.get_or_init(detect))
+    }
+
+    /// All that this CPU has, narrowest first.
+    pub fn all() -> impl Iterator<Item = Level> {
+        (0..=Level::best().0).map(Level)
+    }
+
+    /// 2: AVX-512, 1: AVX2, 0: baseline.
+    pub(crate) fn number(self) -> u8 {
+        self.0
+    }
+}
+
+impl std::fmt::Display for Level {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(["baseline", "AVX2", "AVX-512"][self.0 as usize])
+    }
+}
+
+fn detect() -> u8 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq");
+        return if avx2 && avx512 { 2 } else { u8::from(avx2) };
+    }
+    #[allow(unreachable_code)]
+    0
 }
 
 /// e^x within 2 units in the last place, branch-free so that loops over it vectorise. Underflows to 0 below -87.3;

@@ -24,6 +24,10 @@ impl Registration {
         Ok(Registration { store: store.clone() })
     }
 
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
     pub(crate) fn holds(&self, store: &Arc<Store>) -> bool {
         self.store.base() == store.base()
     }

@@ -16,7 +16,7 @@ use crate::gemm::Products;
 use crate::kernels::Kernels;
 use crate::memory::Arena;
 use crate::staging::Ring;
-use crate::{GpuInfo, copies, ops};
+use crate::{GpuInfo, copies, ops, updater};
 use ramtorch_device::*;
 use ramtorch_store::Store;
 use std::cell::{Cell, RefCell};
@@ -51,7 +51,7 @@ pub struct CudaDevice {
     pub(crate) host_staging: [RefCell<Option<Pinned>>; 3],
     pub(crate) ring: RefCell<Ring>,
     events: Vec<RawEvent>,
-    pub(crate) stores: Vec<copies::Registration>,
+    pub(crate) stores: Vec<Arc<copies::Registration>>,
     streams: [RawStream; 3],
     context: Context,
 }
@@ -135,6 +135,22 @@ impl CudaDevice {
         self.context.enter()
     }
 
+    /// The registration of a store, made when first asked for.
+    pub(crate) fn registration(&mut self, store: &Arc<Store>) -> Result<Arc<copies::Registration>, EngineError> {
+        if let Some(r) = self.stores.iter().find(|r| r.holds(store)) {
+            return Ok(r.clone());
+        }
+        let r = Arc::new(copies::Registration::new(store)?);
+        self.stores.push(r.clone());
+        Ok(r)
+    }
+
+    /// Counts `bytes` as taken from the budget.
+    pub(crate) fn count(&mut self, bytes: u64, what: &str) -> Result<(), EngineError> {
+        let name = self.name();
+        self.arena.count(bytes, &name, what)
+    }
+
     /// Address of a stream's staging memory of [`STAGING_BYTES`], made when first asked for.
     pub(crate) fn staging(&self, s: Stream) -> Result<u64, EngineError> {
         let mut slot = self.staging[index(s)].borrow_mut();
@@ -216,10 +232,11 @@ impl Device for CudaDevice {
     }
     fn register_store(&mut self, store: &Arc<Store>) -> Result<(), EngineError> {
         self.enter()?;
-        if !self.stores.iter().any(|r| r.holds(store)) {
-            self.stores.push(copies::Registration::new(store)?);
-        }
-        Ok(())
+        self.registration(store).map(|_| ())
+    }
+    fn page_updater(&mut self, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError> {
+        self.enter()?;
+        updater::open(self, store)
     }
     fn event(&mut self) -> Result<Event, EngineError> {
         self.enter()?;

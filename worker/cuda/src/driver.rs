@@ -154,6 +154,13 @@ impl RawEvent {
         cu!("event", cuEventCreate(&mut event, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32))?;
         Ok(RawEvent(event))
     }
+    /// As [`RawEvent::new`], for a thread that sleeps while it waits: another thread needs its core.
+    pub(crate) fn blocking() -> Result<RawEvent, EngineError> {
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32 | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        let mut event = std::ptr::null_mut();
+        cu!("event", cuEventCreate(&mut event, flags))?;
+        Ok(RawEvent(event))
+    }
     pub(crate) fn record(&self, stream: &RawStream) -> Result<(), EngineError> {
         cu!("event", cuEventRecord(self.0, stream.0))
     }

@@ -90,6 +90,21 @@ const ATTENTION: File = File {
     ],
 };
 
+/// Compiled for the updater of pages. Its formats are the store's, not the device's.
+const OPTIMIZER: File = File {
+    source: source!("optimizer.cu"),
+    kernels: &[
+        "adamw_f32_f32_v",
+        "adamw_f32_f32_s",
+        "adamw_f32_bf16_v",
+        "adamw_f32_bf16_s",
+        "adamw_bf16_f32_v",
+        "adamw_bf16_f32_s",
+        "adamw_bf16_bf16_v",
+        "adamw_bf16_bf16_s",
+    ],
+};
+
 fn defines(dtype: Dtype) -> Vec<String> {
     match dtype {
         Dtype::F32 => Vec::new(),
@@ -119,6 +134,10 @@ pub(crate) fn compile_attention(capability: (i32, i32), dtype: Dtype, chunks: u3
     nvrtc::cubin(&ATTENTION.source, capability, &defines)
 }
 
+pub(crate) fn compile_optimizer(capability: (i32, i32)) -> Result<Vec<u8>, EngineError> {
+    nvrtc::cubin(&OPTIMIZER.source, capability, &[])
+}
+
 /// Kernels by name. Modules stay loaded as long as this lives.
 pub(crate) struct Kernels {
     functions: HashMap<&'static str, Function>,
@@ -144,6 +163,10 @@ impl Kernels {
 
     pub(crate) fn load_attention(capability: (i32, i32), dtype: Dtype, chunks: u32) -> Result<Kernels, EngineError> {
         Self::of(std::iter::once((&ATTENTION, compile_attention(capability, dtype, chunks)?)))
+    }
+
+    pub(crate) fn load_optimizer(capability: (i32, i32)) -> Result<Kernels, EngineError> {
+        Self::of(std::iter::once((&OPTIMIZER, compile_optimizer(capability)?)))
     }
 
     pub(crate) fn get(&self, name: &str) -> Result<Function, EngineError> {
@@ -186,7 +209,7 @@ mod tests {
     /// Names in the tables exist in the sources.
     #[test]
     fn kernels_are_in_their_files() {
-        for file in FILES.iter().chain([&ATTENTION]) {
+        for file in FILES.iter().chain([&ATTENTION, &OPTIMIZER]) {
             for kernel in file.kernels {
                 let stem = kernel.trim_end_matches("_v").trim_end_matches("_s");
                 assert!(file.source.text.contains(stem), "{kernel} is not in {}", file.source.name);
@@ -203,6 +226,7 @@ mod tests {
             return;
         }
         for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
+            compile_optimizer(capability).unwrap_or_else(|e| panic!("{capability:?}: {e}"));
             for dtype in [Dtype::Bf16, Dtype::F32] {
                 let code = compile_all(capability, dtype).unwrap_or_else(|e| panic!("{capability:?} {dtype:?}: {e}"));
                 assert!(code.iter().all(|c| c.starts_with(b"\x7fELF")));

@@ -19,6 +19,7 @@ mod memory;
 mod nvrtc;
 mod ops;
 mod staging;
+mod updater;
 
 pub use device::CudaDevice;
 pub use library::{ensure_libraries, library_path_environment};
@@ -119,6 +120,7 @@ pub fn compile_kernels(compute_capability: (i32, i32), dtype: Dtype) -> Result<u
         return Err(EngineError::new(ErrorKind::Resources, "libnvrtc.so cannot be opened: the CUDA run-time compiler is needed"));
     }
     let mut bytes: usize = kernels::compile_all(compute_capability, dtype)?.iter().map(Vec::len).sum();
+    bytes += kernels::compile_optimizer(compute_capability)?.len();
     for chunks in [1, 2, 3, 4, 8] {
         bytes += kernels::compile_attention(compute_capability, dtype, chunks)?.len();
     }

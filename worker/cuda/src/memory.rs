@@ -26,18 +26,31 @@ impl Arena {
         self.used
     }
 
+    fn refuse(&self, bytes: u64, device: &str, what: &str) -> EngineError {
+        let left = self.budget - self.used;
+        EngineError::new(
+            ErrorKind::Resources,
+            format!(
+                "{device}: {what} needs {bytes} bytes, {left} of {} are left; give the device more memory or use a smaller micro-batch",
+                self.budget
+            ),
+        )
+    }
+
+    /// Counts memory that its user allocates.
+    pub(crate) fn count(&mut self, bytes: u64, device: &str, what: &str) -> Result<(), EngineError> {
+        if bytes > self.budget - self.used {
+            return Err(self.refuse(bytes, device, what));
+        }
+        self.used += bytes;
+        Ok(())
+    }
+
     /// Zeroed memory, aligned to 256 bytes; the budget counts sizes rounded up to that.
     pub(crate) fn alloc(&mut self, bytes: u64, device: &str, what: &str) -> Result<DevBuf, EngineError> {
         let rounded = bytes.max(1).checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX);
-        let left = self.budget - self.used;
-        if rounded > left {
-            return Err(EngineError::new(
-                ErrorKind::Resources,
-                format!(
-                    "{device}: {what} needs {rounded} bytes, {left} of {} are left; give the device more memory or use a smaller micro-batch",
-                    self.budget
-                ),
-            ));
+        if rounded > self.budget - self.used {
+            return Err(self.refuse(rounded, device, what));
         }
         let buf = if rounded >= SMALL {
             self.block(rounded, device, what)?

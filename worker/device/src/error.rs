@@ -1,5 +1,6 @@
 //! Why a worker gave up.
 
+use ramtorch_store::StoreError;
 use serde::{Deserialize, Serialize};
 
 /// Why the engine gave up, and what the exit code will be.
@@ -53,5 +54,15 @@ impl EngineError {
     /// A defect.
     pub fn internal(message: impl std::fmt::Display) -> Self {
         Self::new(ErrorKind::Internal, message)
+    }
+}
+
+impl From<StoreError> for EngineError {
+    fn from(e: StoreError) -> Self {
+        let kind = match e {
+            StoreError::ShmFull { .. } | StoreError::RamFull { .. } => ErrorKind::Resources,
+            _ => ErrorKind::Internal,
+        };
+        EngineError::new(kind, e)
     }
 }

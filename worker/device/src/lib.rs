@@ -18,8 +18,12 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod optimizer;
 
 pub use error::{EngineError, ErrorKind};
+pub use optimizer::{
+    AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, random_bits, staged_parameters, staging_bytes, stochastic,
+};
 use ramtorch_store::Store;
 use std::sync::Arc;
 
@@ -277,6 +281,9 @@ pub trait Device: Send {
     fn allocated(&self) -> u64;
     /// Makes the store's pages reachable for fast copies (CUDA: page-locks the mapping).
     fn register_store(&mut self, store: &Arc<Store>) -> Result<(), EngineError>;
+    /// An updater of the store's pages on this device, where it can do that; makes the store's pages reachable too. Its
+    /// memory counts as taken ([`staging_bytes`]). It must be dropped before the device.
+    fn page_updater(&mut self, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError>;
     /// A new event, done.
     fn event(&mut self) -> Result<Event, EngineError>;
     /// `event` is done when all work now on `stream` is.

@@ -17,7 +17,7 @@ use ramtorch_cpu::Collectives;
 use ramtorch_device::{AttentionShape, Dtype};
 use ramtorch_job::{JobSpec, Precision, Recompute};
 use ramtorch_modelio::Architecture;
-use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreSpec};
+use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreError, StoreSpec};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of logits that the head makes at once: enough rows for efficient products on either kind.
@@ -52,6 +52,9 @@ pub(crate) struct EnginePlan {
     pub slots: usize,
     /// Gradients stay on the device until the last group of a step.
     pub resident_gradients: bool,
+    /// The device updates pages too, beside the CPU.
+    #[serde(default)]
+    pub optimizer_split: bool,
     pub uses: DeviceUse,
 }
 
@@ -66,11 +69,15 @@ pub(crate) struct DeviceUse {
     pub inputs: u64,
     pub boundaries: u64,
     pub activations: u64,
+    /// Staging of pages that the device updates.
+    #[serde(default)]
+    pub optimizer: u64,
 }
 
 impl DeviceUse {
     pub fn total(&self) -> u64 {
-        self.tables + self.scratch + self.resident_weights + self.slots + self.gradients + self.inputs + self.boundaries + self.activations
+        let streamed = self.resident_weights + self.slots + self.gradients + self.optimizer;
+        self.tables + self.scratch + streamed + self.inputs + self.boundaries + self.activations
     }
 }
 
@@ -121,6 +128,9 @@ pub(crate) fn device_use(
         let ring = (own..model.len()).map(gradient).max().unwrap_or(0) * GRADIENT_RING as u64;
         ring + if model.tied() { gradient(0) } else { 0 }
     };
+    if let Some(page) = p.store.page_parameters.filter(|_| p.optimizer_split) {
+        u.optimizer = ramtorch_device::staging_bytes(&p.store, u64::from(page));
+    }
     let group = p.group_len as u64;
     u.inputs = group * inputs_bytes(model, shape) + rounded(rows * 4 * p.micro_batches as u64);
     let width = |b: usize| rounded(rows * model.width(b) as u64 * dt);
@@ -192,6 +202,19 @@ fn store_spec(spec: &JobSpec, prepared: &Prepared, architecture: &Architecture, 
     }
 }
 
+/// Spare pages of a rank whose device updates pages too: the CPU has one in hand, the device two.
+const SPLIT_SPARES: u32 = 3;
+
+/// Makes room for updates by the CPU and the device at once. Spares take at most a hundredth of the pages, unless pages
+/// would get so small that work on them is not worth its overhead.
+fn split_optimizer(store: StoreSpec) -> Result<StoreSpec, StoreError> {
+    const SMALLEST: u64 = 1 << 20;
+    let layout = Layout::new(&store)?;
+    let page = layout.span() / (100 * u64::from(store.world_size) * u64::from(SPLIT_SPARES)) / 1024 * 1024;
+    let page = page.max(SMALLEST).min(u64::from(layout.page_parameters()));
+    Ok(StoreSpec { page_parameters: Some(page as u32), spare_pages_per_rank: SPLIT_SPARES, ..store })
+}
+
 /// Bytes that a device's attention wants beyond its inputs and outputs, where the device itself cannot be asked.
 pub(crate) fn assumed_workspace(kind: DeviceKind) -> impl Fn(&AttentionShape) -> Result<u64, EngineError> {
     move |s| {
@@ -227,7 +250,11 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         return Err(EngineError::new(ErrorKind::Resources, format!("{world} devices: at most {} make a gang", ramtorch_cpu::MAX_RANKS)));
     }
     let dtype = dtype_of(spec, first.kind);
-    let store = store_spec(spec, prepared, &architecture, world, dtype);
+    let mut store = store_spec(spec, prepared, &architecture, world, dtype);
+    let optimizer_split = first.kind == DeviceKind::Cuda;
+    if optimizer_split {
+        store = split_optimizer(store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
+    }
     let layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     if layout.bytes() > request.segment_bytes_available {
         return Err(EngineError::new(
@@ -266,6 +293,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
                 resident: vec![false; model.len()],
                 slots: slots_for(&model),
                 resident_gradients: false,
+                optimizer_split,
                 uses: DeviceUse::default(),
             };
             match fill(&model, p, budget, spec.train.recompute, &cost, &workspace)? {
@@ -420,6 +448,7 @@ pub(crate) fn inference(
         resident: vec![true; model.len()],
         slots: 0,
         resident_gradients: false,
+        optimizer_split: false,
         uses: DeviceUse::default(),
     };
     p.uses = device_use(model, &p, workspace)?;

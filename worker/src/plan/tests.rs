@@ -132,3 +132,26 @@ fn too_small_a_segment_is_refused_with_the_bytes() {
     assert_eq!(e.kind, ErrorKind::Resources);
     assert!(e.message.contains("1000 are free") && e.message.contains("are missing"), "{e}");
 }
+
+/// Room for pages in flight stays small however many ranks there are, and the staging is in the plan.
+#[test]
+fn sharing_the_optimizer_costs_little_memory() {
+    let text = r#"{"model_type":"llama","vocab_size":128256,"hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,
+        "num_attention_heads":32,"num_key_value_heads":8,"max_position_embeddings":8192,"rms_norm_eps":1e-5,
+        "tie_word_embeddings":false,"hidden_act":"silu"}"#;
+    let a = Architecture::Transformer(parse_config(text.as_bytes(), Path::new("config.json")).unwrap().config);
+    for world in [1, 4, 8] {
+        let mut r = request(&a, world, 8, 70 << 30, "");
+        r.devices.iter_mut().for_each(|d| d.kind = DeviceKind::Cuda);
+        let p = plan(&r).unwrap();
+        let e = EnginePlan::of(&p).unwrap();
+        assert!(e.optimizer_split && e.store.spare_pages_per_rank >= 3);
+        let page = u64::from(e.store.page_parameters.unwrap());
+        assert!(page >= 1 << 20, "{page}");
+        // Weights, remainders, moments and gradients are 14 bytes a parameter.
+        assert!((p.segment_bytes as f64) < 14.0 * 1.02 * p.parameters as f64, "{world} ranks: {} bytes", p.segment_bytes);
+        assert_eq!(e.uses.optimizer, 4 * (2 << 20) * 14);
+    }
+    let e = EnginePlan::of(&plan(&request(&llama(2, true), 1, 4, 1 << 30, "")).unwrap()).unwrap();
+    assert!(!e.optimizer_split && e.uses.optimizer == 0 && e.store.spare_pages_per_rank == 1);
+}

@@ -59,6 +59,7 @@ pub(crate) fn describe(
         ("activations kept", u.activations),
         ("block inputs", u.boundaries),
         ("scratch", u.scratch),
+        ("optimizer staging", u.optimizer),
         ("inputs, targets", u.inputs + u.tables),
     ] {
         let _ = writeln!(t, "  {what:<20} {:>12}", size(bytes));
@@ -83,6 +84,10 @@ pub(crate) fn describe(
         p.slots
     );
     let _ = writeln!(t, "             activations of {} of {last} blocks are kept, the others recomputed", count(&p.keep[..last]));
+    if p.optimizer_split {
+        let spares = p.store.spare_pages_per_rank;
+        let _ = writeln!(t, "             optimizer on the CPU and the device at once, {spares} spare pages a rank");
+    }
     let kind = devices.first().map_or(DeviceKind::Cpu, |d| d.kind);
     let basis = if cost.measured { "rates measured on this node" } else { "typical rates, nothing measured" };
     let _ = writeln!(

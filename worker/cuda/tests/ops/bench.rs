@@ -61,6 +61,12 @@ fn random(d: &mut CudaDevice, elements: usize, bytes_each: usize) -> DevBuf {
 }
 
 pub fn run(filters: &[&String]) {
+    if filters.is_empty() || filters.iter().any(|f| "optimizer".contains(f.as_str())) {
+        crate::optimizer::bench();
+    }
+    if !filters.is_empty() && filters.iter().all(|f| f.as_str() == "optimizer") {
+        return;
+    }
     for deterministic in [false, true] {
         println!("-- deterministic {deterministic}");
         let mut d = CudaDevice::open(0, Dtype::Bf16, 40 << 30, deterministic).unwrap();

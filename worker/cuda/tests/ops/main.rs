@@ -14,6 +14,7 @@ mod bench;
 mod elementwise;
 mod mixing;
 mod movement;
+mod optimizer;
 mod rig;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,7 +25,7 @@ use std::time::Instant;
 pub type Test = (&'static str, fn());
 
 fn all() -> Vec<Test> {
-    [movement::TESTS, mixing::TESTS, elementwise::TESTS].concat()
+    [movement::TESTS, mixing::TESTS, elementwise::TESTS, optimizer::TESTS].concat()
 }
 
 fn main() -> ExitCode {

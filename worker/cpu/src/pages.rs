@@ -1,0 +1,129 @@
+//! All pages of a rank from one step to the next, on the CPU and on a device at once.
+//!
+//! ```text
+//!                    ┌──► the pool: one page at a time on all threads ──► published
+//!   pages in order ──┤
+//!   (one queue)      └──► the device: some pages in hand ──────────────► published
+//! ```
+//! Whoever is free takes the next page. Which of them updates a page changes nothing in it (`ramtorch_device` defines
+//! an update to the bit), so the sharing needs no plan and leaves no trace that recovery would have to know.
+
+use crate::adamw::adamw_page;
+use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater};
+use ramtorch_store::{PageId, SharedOwner, Update};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Who did how much.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PagesUpdated {
+    /// Pages that the CPU updated.
+    pub cpu: u64,
+    /// Pages that the device updated.
+    pub device: u64,
+    /// Time it took.
+    pub elapsed: Duration,
+}
+
+/// Pages that nobody has taken yet.
+pub(crate) struct Queue {
+    pages: Vec<PageId>,
+    next: AtomicUsize,
+    /// Someone failed: nobody takes another page.
+    stopped: AtomicBool,
+}
+
+impl Queue {
+    pub(crate) fn new(owner: &SharedOwner<'_>) -> Queue {
+        Queue { pages: owner.pages().collect(), next: AtomicUsize::new(0), stopped: AtomicBool::new(false) }
+    }
+
+    fn take(&self) -> Option<PageId> {
+        if self.stopped.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.pages.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
+    }
+
+    /// Passes a result on, and stops the others where it is an error.
+    fn watch<T>(&self, result: Result<T, EngineError>) -> Result<T, EngineError> {
+        if result.is_err() {
+            self.stopped.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+}
+
+/// Brings every page of `owner` that is one step behind to `k.step`, in ascending order, which is that of the next
+/// forward pass. The CPU's part runs on the current rayon pool; `updater` gets as many pages at a time as it wants and
+/// the rank's spares allow, if one is left for the CPU.
+///
+/// # Errors
+/// Those of the store and of the device. Pages that were published stay so; the others are at the old step.
+pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut dyn PageUpdater>) -> Result<PagesUpdated, EngineError> {
+    let begin = Instant::now();
+    let layout = owner.store().layout();
+    let queue = Queue::new(owner);
+    let spares = layout.spec().spare_pages_per_rank as usize;
+    let depth = updater.as_ref().map_or(0, |u| u.depth().min(spares.saturating_sub(1)));
+    let (mut cpu, mut device) = (Ok(0), Ok(0));
+    match updater.filter(|_| depth > 0) {
+        None => cpu = on_cpu(owner, k, &queue),
+        Some(updater) => std::thread::scope(|scope| {
+            let feeder = std::thread::Builder::new()
+                .name("optimizer-device".into())
+                .spawn_scoped(scope, || queue.watch(on_device(owner, k, &queue, updater, depth)));
+            match feeder {
+                Ok(feeder) => {
+                    cpu = queue.watch(on_cpu(owner, k, &queue));
+                    device = feeder.join().unwrap_or_else(|_| Err(EngineError::internal("the device's part of the optimizer panicked")));
+                }
+                // It would only have helped.
+                Err(error) => {
+                    tracing::warn!(%error, "no thread for the device's part of the optimizer: the CPU does all of it");
+                    cpu = on_cpu(owner, k, &queue);
+                }
+            }
+        }),
+    }
+    Ok(PagesUpdated { cpu: cpu?, device: device?, elapsed: begin.elapsed() })
+}
+
+fn on_cpu(owner: &SharedOwner<'_>, k: &AdamwStep, queue: &Queue) -> Result<u64, EngineError> {
+    let layout = owner.store().layout();
+    let mut done = 0;
+    while let Some(page) = queue.take() {
+        let runs = DecayRun::of(layout, &layout.page_range(page));
+        done += u64::from(owner.update(page, k.step, |old, new, g| adamw_page(k, &runs, old, new, g))?);
+    }
+    Ok(done)
+}
+
+pub(crate) fn on_device(
+    owner: &SharedOwner<'_>,
+    k: &AdamwStep,
+    queue: &Queue,
+    updater: &mut dyn PageUpdater,
+    depth: usize,
+) -> Result<u64, EngineError> {
+    let layout = owner.store().layout();
+    let mut in_hand: VecDeque<Update> = VecDeque::new();
+    let mut done = 0;
+    // After an error the updates in hand stay taken until the claim ends: the device may still write their spares.
+    loop {
+        let page = if in_hand.len() < depth { queue.take() } else { None };
+        if let Some(page) = page {
+            if let Some(update) = owner.begin(page, k.step)? {
+                let runs = DecayRun::of(layout, &layout.page_range(page));
+                updater.submit(k, &update, &runs)?;
+                in_hand.push_back(update);
+            }
+            continue;
+        }
+        let Some(update) = in_hand.pop_front() else { return Ok(done) };
+        updater.finish()?;
+        owner.publish(update)?;
+        done += 1;
+    }
+}

@@ -1,0 +1,115 @@
+//! The CPU device's page updater: one thread that behaves like a GPU with its own copies and kernels, so that the sharing
+//! of pages is tested on any machine.
+
+use crate::adamw::adamw_page;
+use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater};
+use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView, Store, Update};
+use std::ops::Range;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+struct Work {
+    k: AdamwStep,
+    runs: Vec<DecayRun>,
+    params: Range<u64>,
+    live: PagePtrs,
+    spare: PagePtrs,
+}
+
+/// See the module.
+pub(crate) struct Updater {
+    store: Arc<Store>,
+    jobs: Option<mpsc::Sender<Work>>,
+    done: mpsc::Receiver<Result<(), EngineError>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Updater {
+    pub(crate) fn new(index: u32, store: &Arc<Store>) -> Result<Updater, EngineError> {
+        let failed = |e: &dyn std::fmt::Display| EngineError::internal(format!("cpu:{index}: cannot start the page updater: {e}"));
+        let (jobs, inbox) = mpsc::channel::<Work>();
+        let (report, done) = mpsc::channel();
+        let (mapping, pool) = (store.clone(), rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(|e| failed(&e))?);
+        let run = move || {
+            for work in inbox {
+                if report.send(pool.install(|| run(&mapping, &work))).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("cpu{index}-adamw")).spawn(run).map_err(|e| failed(&e))?;
+        Ok(Updater { store: store.clone(), jobs: Some(jobs), done, thread: Some(thread) })
+    }
+}
+
+fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
+    let n = (w.params.end - w.params.start) as usize;
+    let spec = store.layout().spec();
+    let g = store.gradient_ptr(w.params.start);
+    // SAFETY: the arrays of a page hold a whole page of the store's format, aligned; the update whose pages these are is
+    // under way until this is reported (contract of `PageUpdater::submit`), so nobody writes the live page or the
+    // gradients, and nobody else touches the spare.
+    unsafe {
+        let moments = |p: *mut u8| match spec.moments {
+            MomentFormat::None => MomentsRef::None,
+            MomentFormat::F32 => MomentsRef::F32(std::slice::from_raw_parts(p.cast(), n)),
+            MomentFormat::Bf16 => MomentsRef::Bf16(std::slice::from_raw_parts(p.cast(), n)),
+        };
+        let moments_mut = |p: *mut u8| match spec.moments {
+            MomentFormat::None => MomentsMut::None,
+            MomentFormat::F32 => MomentsMut::F32(std::slice::from_raw_parts_mut(p.cast(), n)),
+            MomentFormat::Bf16 => MomentsMut::Bf16(std::slice::from_raw_parts_mut(p.cast(), n)),
+        };
+        let gradients = match spec.gradients {
+            GradientFormat::None => Gradients::None,
+            GradientFormat::F32 => Gradients::F32(std::slice::from_raw_parts(g.cast(), n)),
+            GradientFormat::Bf16 => Gradients::Bf16(std::slice::from_raw_parts(g.cast(), n)),
+        };
+        let old = PageView {
+            params: w.params.clone(),
+            hi: std::slice::from_raw_parts(w.live.hi, n),
+            lo: std::slice::from_raw_parts(w.live.lo, n),
+            m: moments(w.live.m),
+            v: moments(w.live.v),
+        };
+        let new = PageMut {
+            params: w.params.clone(),
+            hi: std::slice::from_raw_parts_mut(w.spare.hi, n),
+            lo: std::slice::from_raw_parts_mut(w.spare.lo, n),
+            m: moments_mut(w.spare.m),
+            v: moments_mut(w.spare.v),
+        };
+        adamw_page(&w.k, &w.runs, old, new, gradients)
+    }
+}
+
+impl PageUpdater for Updater {
+    fn depth(&self) -> usize {
+        2
+    }
+
+    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError> {
+        let work = Work {
+            k: *k,
+            runs: runs.to_vec(),
+            params: self.store.layout().page_range(update.page()),
+            live: self.store.page_ptrs(update.live()),
+            spare: self.store.page_ptrs(update.spare()),
+        };
+        let sent = self.jobs.as_ref().map(|jobs| jobs.send(work).is_ok());
+        if sent == Some(true) { Ok(()) } else { Err(EngineError::internal("the page updater's thread has ended")) }
+    }
+
+    fn finish(&mut self) -> Result<(), EngineError> {
+        self.done.recv().map_err(|_| EngineError::internal("the page updater's thread has ended"))?
+    }
+}
+
+impl Drop for Updater {
+    fn drop(&mut self) {
+        self.jobs = None; // ends the loop once the queue is empty
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! AdamW on pages of the store, staged through the device's memory.
+//!
+//! ```text
+//!   up:      part 0 ─ part 1 ─ part 2 ─ …      state and gradients, from the segment into a slot
+//!   kernel:           part 0 ─ part 1 ─ …      in place, in the slot
+//!   down:                      part 0 ─ …      new state, from the slot into the spare page
+//! ```
+//! A page goes through in parts, the parts through a ring of slots; events order the three streams, so the host enqueues a
+//! page and waits only for whole pages. Both directions of the bus are busy at once. All of it is beside the device's
+//! own streams: the updater has streams, memory, kernels and a context reference of its own and is used from one thread.
+
+use crate::copies::Registration;
+use crate::device::CudaDevice;
+use crate::driver::{Context, Memory, RawEvent, RawStream, cu};
+use crate::kernels::{Kernels, Launch, launch};
+use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater, STAGINGS, staged_parameters};
+use ramtorch_store::{GradientFormat, MomentFormat, Store, Update};
+use std::collections::VecDeque;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// Factors as the kernels take them.
+#[repr(C)]
+struct Factors {
+    beta1: f32,
+    beta2: f32,
+    one_minus_beta1: f32,
+    one_minus_beta2: f32,
+    step_size: f32,
+    sqrt_bias2: f32,
+    eps: f32,
+    gradient_scale: f32,
+}
+
+/// Room for one part of a page: weights, remainders, two moments, gradients, one array behind the other.
+struct Slot {
+    memory: Memory,
+    /// Its last part is down.
+    free: RawEvent,
+    loaded: RawEvent,
+    computed: RawEvent,
+}
+
+/// See the module. Field order matters: whatever uses the context goes before it.
+pub(crate) struct Updater {
+    name: String,
+    kernels: Kernels,
+    kernel: &'static str,
+    slots: Vec<Slot>,
+    next_slot: usize,
+    /// Parameters of a slot.
+    part: u64,
+    moment_bytes: u64,
+    gradient_bytes: u64,
+    /// Whole pages on their way, oldest first, and events that are not in use.
+    pages: VecDeque<RawEvent>,
+    spare_events: Vec<RawEvent>,
+    up: RawStream,
+    compute: RawStream,
+    down: RawStream,
+    registration: Arc<Registration>,
+    context: Context,
+}
+
+impl Updater {
+    /// Takes [`ramtorch_device::staging_bytes`] of device memory, which the caller counts. `None`: the store has no
+    /// moments or no gradients.
+    pub(crate) fn new(ordinal: u32, capability: (i32, i32), registration: Arc<Registration>) -> Result<Option<Updater>, EngineError> {
+        let store = registration.store();
+        let spec = store.layout().spec();
+        let kernel = match (spec.moments, spec.gradients) {
+            (MomentFormat::F32, GradientFormat::F32) => "adamw_f32_f32",
+            (MomentFormat::F32, GradientFormat::Bf16) => "adamw_f32_bf16",
+            (MomentFormat::Bf16, GradientFormat::F32) => "adamw_bf16_f32",
+            (MomentFormat::Bf16, GradientFormat::Bf16) => "adamw_bf16_bf16",
+            (MomentFormat::None, _) | (_, GradientFormat::None) => return Ok(None),
+        };
+        let context = Context::open(ordinal)?;
+        let part = staged_parameters(u64::from(store.layout().page_parameters()));
+        let (moment_bytes, gradient_bytes) = (spec.moments.bytes(), spec.gradients.bytes());
+        let slots = (0..STAGINGS)
+            .map(|_| {
+                Ok(Slot {
+                    memory: Memory::new(part * (4 + 2 * moment_bytes + gradient_bytes), "optimizer staging")?,
+                    free: RawEvent::new()?,
+                    loaded: RawEvent::new()?,
+                    computed: RawEvent::new()?,
+                })
+            })
+            .collect::<Result<Vec<_>, EngineError>>()?;
+        Ok(Some(Updater {
+            name: format!("cuda:{ordinal}: optimizer"),
+            kernels: Kernels::load_optimizer(capability)?,
+            kernel,
+            slots,
+            next_slot: 0,
+            part,
+            moment_bytes,
+            gradient_bytes,
+            pages: VecDeque::new(),
+            spare_events: Vec::new(),
+            up: RawStream::new(false)?,
+            // Short kernels that copies wait for: first in line.
+            compute: RawStream::new(true)?,
+            down: RawStream::new(false)?,
+            registration,
+            context,
+        }))
+    }
+
+    /// Sends `count` parameters from `offset` of the page through a slot.
+    fn part(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], start: u64, offset: u64, count: u64) -> Result<(), EngineError> {
+        let store: &Store = self.registration.store();
+        let (live, spare) = (store.page_ptrs(update.live()), store.page_ptrs(update.spare()));
+        let slot = &self.slots[self.next_slot];
+        let (mb, gb) = (self.moment_bytes, self.gradient_bytes);
+        // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned.
+        let hi = slot.memory.ptr;
+        let lo = hi + 2 * self.part;
+        let m = lo + 2 * self.part;
+        let v = m + mb * self.part;
+        let g = v + mb * self.part;
+        debug_assert!(g + gb * self.part <= slot.memory.ptr + slot.memory.bytes);
+        let (n, at) = (count as usize, offset as usize);
+        let (mb_, gb_) = (mb as usize, gb as usize);
+        let gradient = store.gradient_ptr(start + offset);
+        // SAFETY: offset + count lies inside the page (`submit`), in each of its arrays.
+        let (old, new) = unsafe {
+            let place = |p: ramtorch_store::PagePtrs| {
+                (
+                    p.hi.add(at).cast::<c_void>(),
+                    p.lo.add(at).cast::<c_void>(),
+                    p.m.add(at * mb_).cast::<c_void>(),
+                    p.v.add(at * mb_).cast::<c_void>(),
+                )
+            };
+            (place(live), place(spare))
+        };
+        let what = &self.name;
+        cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
+        cu!(what, cuMemcpyHtoDAsync_v2(hi, old.0, n * 2, self.up.0))?;
+        cu!(what, cuMemcpyHtoDAsync_v2(lo, old.1, n * 2, self.up.0))?;
+        cu!(what, cuMemcpyHtoDAsync_v2(m, old.2, n * mb_, self.up.0))?;
+        cu!(what, cuMemcpyHtoDAsync_v2(v, old.3, n * mb_, self.up.0))?;
+        cu!(what, cuMemcpyHtoDAsync_v2(g, gradient.cast::<c_void>(), n * gb_, self.up.0))?;
+        slot.loaded.record(&self.up)?;
+        cu!(what, cuStreamWaitEvent(self.compute.0, slot.loaded.0, 0))?;
+        let factors = Factors {
+            beta1: k.beta1,
+            beta2: k.beta2,
+            one_minus_beta1: k.one_minus_beta1,
+            one_minus_beta2: k.one_minus_beta2,
+            step_size: k.step_size,
+            sqrt_bias2: k.sqrt_bias2,
+            eps: k.eps,
+            gradient_scale: k.gradient_scale,
+        };
+        let from = start + offset;
+        for run in DecayRun::within(runs, from..from + count) {
+            let (skip, len) = (run.first - from, run.end - run.first);
+            let vector = skip.is_multiple_of(4) && len.is_multiple_of(4);
+            let function = self.kernels.get(&format!("{}_{}", self.kernel, if vector { 'v' } else { 's' }))?;
+            let a_thread = if vector { 4 } else { 1 };
+            let grid = Launch::new((len.div_ceil(256 * a_thread).clamp(1, 512) as u32, 1, 1), (256, 1));
+            let (hi, lo, m, v, g) = (hi + 2 * skip, lo + 2 * skip, m + mb * skip, v + mb * skip, g + gb * skip);
+            let keep: f32 = if run.decay { k.keep } else { 1.0 };
+            let (first, step): (u64, u64) = (run.first, k.step);
+            launch!(function, grid, &self.compute, what; hi, lo, m, v, g, len, first, step, keep, factors)?;
+        }
+        slot.computed.record(&self.compute)?;
+        cu!(what, cuStreamWaitEvent(self.down.0, slot.computed.0, 0))?;
+        cu!(what, cuMemcpyDtoHAsync_v2(new.0, hi, n * 2, self.down.0))?;
+        cu!(what, cuMemcpyDtoHAsync_v2(new.1, lo, n * 2, self.down.0))?;
+        cu!(what, cuMemcpyDtoHAsync_v2(new.2, m, n * mb_, self.down.0))?;
+        cu!(what, cuMemcpyDtoHAsync_v2(new.3, v, n * mb_, self.down.0))?;
+        slot.free.record(&self.down)?;
+        self.next_slot = (self.next_slot + 1) % self.slots.len();
+        Ok(())
+    }
+}
+
+impl PageUpdater for Updater {
+    fn depth(&self) -> usize {
+        2 // the parts of one page are done while those of the next come up
+    }
+
+    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError> {
+        self.context.enter()?;
+        let params = self.registration.store().layout().page_range(update.page());
+        let len = params.end - params.start;
+        for offset in (0..len).step_by(self.part as usize) {
+            self.part(k, update, runs, params.start, offset, self.part.min(len - offset))?;
+        }
+        let done = match self.spare_events.pop() {
+            Some(e) => e,
+            None => RawEvent::blocking()?,
+        };
+        done.record(&self.down)?;
+        self.pages.push_back(done);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), EngineError> {
+        self.context.enter()?;
+        let Some(done) = self.pages.pop_front() else {
+            return Err(EngineError::internal("no page is in the device's hand"));
+        };
+        done.synchronize()?;
+        self.spare_events.push(done);
+        Ok(())
+    }
+}
+
+impl Drop for Updater {
+    fn drop(&mut self) {
+        // Nothing may still read a slot or write a page.
+        if self.context.enter().is_ok() {
+            for s in [&self.up, &self.compute, &self.down] {
+                let _ = s.synchronize("close");
+            }
+        }
+    }
+}
+
+/// What [`ramtorch_device::Device::page_updater`] is for a CUDA device.
+pub(crate) fn open(d: &mut CudaDevice, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError> {
+    let registration = d.registration(store)?;
+    let layout = store.layout();
+    let bytes = ramtorch_device::staging_bytes(layout.spec(), u64::from(layout.page_parameters()));
+    match Updater::new(d.info.ordinal, d.info.compute_capability, registration)? {
+        None => Ok(None),
+        Some(updater) => {
+            d.count(bytes, "optimizer staging")?;
+            Ok(Some(Box::new(updater)))
+        }
+    }
+}

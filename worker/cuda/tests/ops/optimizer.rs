@@ -1,0 +1,282 @@
+//! Pages updated by the GPU, by the CPU, and by both at once have the same bits.
+
+use crate::Test;
+use half::bf16;
+use ramtorch_cpu::{CpuDevice, PagesUpdated, update_pages};
+use ramtorch_cuda::CudaDevice;
+use ramtorch_device::*;
+use ramtorch_store::*;
+use std::sync::Arc;
+
+pub const TESTS: &[Test] = &[
+    ("optimizer_pages_have_the_bits_of_the_cpu", small_pages),
+    ("optimizer_pages_larger_than_the_staging", large_pages),
+    ("optimizer_staging_is_counted", staging),
+    ("optimizer_stops_between_pages", stopped),
+];
+
+fn k(step: u64) -> AdamwStep {
+    AdamwStep {
+        step,
+        beta1: 0.9,
+        beta2: 0.95,
+        one_minus_beta1: 0.1,
+        one_minus_beta2: 0.05,
+        step_size: 1.9e-3,
+        sqrt_bias2: 0.55,
+        eps: 1e-8,
+        gradient_scale: 0.37,
+        keep: 0.9997,
+    }
+}
+
+fn mixed(i: u64) -> u64 {
+    let x = (i ^ (i >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    (x ^ (x >> 29)).wrapping_mul(0x94D0_49BB_1331_11EB) >> 16
+}
+
+/// Finite numbers of any magnitude that arithmetic meets, now and then zero or subnormal.
+fn number(i: u64) -> f32 {
+    let (bits, kind) = (mixed(i) as u32, mixed(i.wrapping_add(1 << 40)));
+    match kind % 16 {
+        0 => 0.0,
+        1 => f32::from_bits(bits & 0x807f_ffff),
+        _ => f32::from_bits((bits & 0x807f_ffff) | (100 + (kind >> 8) as u32 % 40) << 23),
+    }
+}
+
+/// A store with tensors of odd sizes that decay and do not, filled; moments are zero before the first step.
+fn store(tag: &str, rows: u64, page: u32, moments: MomentFormat, gradients: GradientFormat) -> Arc<Store> {
+    let tensor = |name: &str, shape: &[u64], joined, decay| TensorSpec { name: name.into(), shape: shape.to_vec(), joined, decay };
+    let spec = StoreSpec {
+        blocks: vec![
+            BlockSpec {
+                name: "a".into(),
+                tensors: vec![
+                    tensor("a.w", &[rows, 301], false, true),
+                    tensor("a.b", &[33], true, false),
+                    tensor("a.u", &[rows, 64], false, true),
+                    tensor("a.n", &[1001], false, false),
+                ],
+            },
+            BlockSpec { name: "b".into(), tensors: vec![tensor("b.w", &[rows, 77], false, true), tensor("b.n", &[5], true, false)] },
+        ],
+        world_size: 1,
+        moments,
+        gradients,
+        page_parameters: Some(page),
+        spare_pages_per_rank: 3,
+        exchange_bytes: 4096,
+        metadata: String::new(),
+    };
+    let name = format!("ramtorch-test-optimizer-{}-{tag}", std::process::id());
+    let _ = Store::unlink(&name);
+    let s = Store::create(&name, &spec).unwrap();
+    Store::unlink(&name).unwrap();
+    let mut owner = s.claim(0).unwrap();
+    for page in owner.pages().collect::<Vec<_>>() {
+        owner
+            .initialise(page, 0, |new| {
+                for (i, p) in new.params.clone().enumerate() {
+                    (new.hi[i], new.lo[i]) = split::split(number(p));
+                }
+            })
+            .unwrap();
+    }
+    drop(owner);
+    Arc::new(s)
+}
+
+fn put_gradients(s: &Store, step: u64) {
+    put(s, |i| number(i ^ step << 45));
+}
+
+fn put(s: &Store, value: impl Fn(u64) -> f32) {
+    for i in 0..s.layout().span() {
+        let (x, p) = (value(i), s.gradient_ptr(i));
+        // SAFETY: the gradient of that parameter, aligned to its size; no page is being updated.
+        unsafe {
+            match s.layout().spec().gradients {
+                GradientFormat::F32 => p.cast::<f32>().write(x),
+                _ => p.cast::<u16>().write(bf16::from_f32(x).to_bits()),
+            }
+        }
+    }
+}
+
+/// Every page through the device, as many in hand as it wants.
+fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdater) -> u64 {
+    let layout = owner.store().layout();
+    let mut in_hand = std::collections::VecDeque::new();
+    for page in owner.pages() {
+        if in_hand.len() == updater.depth() {
+            updater.finish().unwrap();
+            owner.publish(in_hand.pop_front().unwrap()).unwrap();
+        }
+        let update = owner.begin(page, k.step).unwrap().unwrap();
+        updater.submit(k, &update, &DecayRun::of(layout, &layout.page_range(page))).unwrap();
+        in_hand.push_back(update);
+    }
+    for update in in_hand {
+        updater.finish().unwrap();
+        owner.publish(update).unwrap();
+    }
+    layout.page_count().into()
+}
+
+/// The three numbers of every parameter, as bits.
+fn image(s: &Store, step: u64) -> Vec<Vec<u32>> {
+    [Part::Weight, Part::Moment1, Part::Moment2]
+        .into_iter()
+        .map(|part| {
+            let mut out = vec![0f32; s.layout().span() as usize];
+            s.read_at_step(0, part, step, &mut out).unwrap();
+            out.into_iter().map(f32::to_bits).collect()
+        })
+        .collect()
+}
+
+fn agree(rows: u64, page: u32, steps: u64) {
+    for moments in [MomentFormat::F32, MomentFormat::Bf16] {
+        for gradients in [GradientFormat::F32, GradientFormat::Bf16] {
+            let mut want: Option<Vec<Vec<u32>>> = None;
+            for who in ["cpu", "gpu", "both"] {
+                let s = store(&format!("{who}-{moments:?}-{gradients:?}"), rows, page, moments, gradients);
+                let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
+                let mut updater = d.page_updater(&s).unwrap().unwrap();
+                let owner = SharedOwner::new(s.claim(0).unwrap());
+                let mut total = PagesUpdated::default();
+                for step in 1..=steps {
+                    put_gradients(&s, step);
+                    let done = match who {
+                        "cpu" => update_pages(&owner, &k(step), None).unwrap(),
+                        "gpu" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut()), ..Default::default() },
+                        _ => update_pages(&owner, &k(step), Some(updater.as_mut())).unwrap(),
+                    };
+                    assert_eq!(done.cpu + done.device, u64::from(s.layout().page_count()));
+                    total.cpu += done.cpu;
+                    total.device += done.device;
+                }
+                println!(
+                    "    {moments:?} moments, {gradients:?} gradients, {who}: {} pages by the CPU, {} by the GPU",
+                    total.cpu, total.device
+                );
+                let got = image(&s, steps);
+                match &want {
+                    None => want = Some(got),
+                    Some(want) => {
+                        for (part, (g, w)) in got.iter().zip(want).enumerate() {
+                            let first = g.iter().zip(w).position(|(a, b)| a != b);
+                            assert!(
+                                first.is_none(),
+                                "{who}, part {part}: parameter {} is {:#010x}, on the CPU {:#010x}",
+                                first.unwrap_or(0),
+                                g[first.unwrap_or(0)],
+                                w[first.unwrap_or(0)]
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn small_pages() {
+    agree(211, 4096, 5);
+}
+
+fn large_pages() {
+    // Three parts and a piece a page, and a last page that is shorter.
+    agree(20_011, 3 * (2 << 20) + 5 * 1024, 2);
+}
+
+fn staging() {
+    let s = store("staging", 211, 4096, MomentFormat::F32, GradientFormat::Bf16);
+    let bytes = staging_bytes(s.layout().spec(), 4096);
+    let mut d = CudaDevice::open(0, Dtype::Bf16, bytes, false).unwrap();
+    let updater = d.page_updater(&s).unwrap();
+    assert!(updater.is_some() && d.allocated() == bytes);
+    drop(updater);
+    let mut d = CudaDevice::open(0, Dtype::Bf16, bytes - 1, false).unwrap();
+    let e = d.page_updater(&s).err().unwrap();
+    assert_eq!(e.kind, ErrorKind::Resources);
+    // The CPU device has one too, that takes none of its memory.
+    let mut cpu = CpuDevice::open(0, Dtype::F32, 1, 1 << 20).unwrap();
+    assert!(cpu.page_updater(&s).unwrap().is_some() && cpu.allocated() == 0);
+}
+
+/// Pages in hand that are never published stay as they were; whoever comes next finishes the step with the same bits.
+fn stopped() {
+    let (a, b) = (
+        store("stopped-a", 211, 4096, MomentFormat::Bf16, GradientFormat::Bf16),
+        store("stopped-b", 211, 4096, MomentFormat::Bf16, GradientFormat::Bf16),
+    );
+    put_gradients(&a, 1);
+    put_gradients(&b, 1);
+    update_pages(&SharedOwner::new(a.claim(0).unwrap()), &k(1), None).unwrap();
+    {
+        let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
+        let mut updater = d.page_updater(&b).unwrap().unwrap();
+        let owner = SharedOwner::new(b.claim(0).unwrap());
+        let runs = |page| DecayRun::of(b.layout(), &b.layout().page_range(page));
+        let (first, second) = (owner.begin(0, 1).unwrap().unwrap(), owner.begin(1, 1).unwrap().unwrap());
+        updater.submit(&k(1), &first, &runs(0)).unwrap();
+        updater.submit(&k(1), &second, &runs(1)).unwrap();
+        updater.finish().unwrap();
+        owner.publish(first).unwrap();
+        assert!(updater.finish().is_ok() && updater.finish().is_err());
+        drop(updater);
+    }
+    assert_eq!((b.entry(0).step, b.entry(1).step), (1, 0));
+    let owner = SharedOwner::new(b.claim(0).unwrap());
+    assert_eq!(update_pages(&owner, &k(1), None).unwrap().cpu, u64::from(b.layout().page_count()) - 1);
+    assert!(image(&a, 1) == image(&b, 1));
+}
+
+/// The CPU alone, the GPU alone, both: fp32 and bf16 moments, bf16 gradients, pages as a large model has them.
+pub fn bench() {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let pool = rayon_pool(threads);
+    for moments in [MomentFormat::F32, MomentFormat::Bf16] {
+        // 400 million parameters: 29 pages.
+        let s = store(&format!("bench-{moments:?}"), 1_100_000, 16 << 20, moments, GradientFormat::Bf16);
+        s.populate(threads).unwrap();
+        // Subnormal numbers, which training does not meet in numbers, take processors a hundred times as long.
+        put(&s, |i| (mixed(i) % 2001) as f32 * 1e-6 - 1e-3);
+        let n = s.layout().span() as f64;
+        let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
+        let mut updater = d.page_updater(&s).unwrap().unwrap();
+        let owner = SharedOwner::new(s.claim(0).unwrap());
+        let mut step = 0;
+        for who in ["CPU", "GPU", "CPU and GPU"] {
+            let mut times = Vec::new();
+            let mut last = PagesUpdated::default();
+            for _ in 0..6 {
+                step += 1;
+                let begin = std::time::Instant::now();
+                last = pool.install(|| match who {
+                    "CPU" => update_pages(&owner, &k(step), None).unwrap(),
+                    "GPU" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut()), ..Default::default() },
+                    _ => update_pages(&owner, &k(step), Some(updater.as_mut())).unwrap(),
+                });
+                times.push(begin.elapsed().as_secs_f64());
+            }
+            times.remove(0);
+            times.sort_by(f64::total_cmp);
+            let (seconds, bytes) = (times[2], if moments == MomentFormat::F32 { 26.0 } else { 18.0 });
+            println!(
+                "optimizer {who:<12} {moments:?} moments: {:6.2} Gparam/s, {:5.0} GB/s, 8.03 G parameters in {:.2} s ({} pages by the CPU, {} by the GPU, {threads} threads)",
+                n / seconds / 1e9,
+                n * bytes / seconds / 1e9,
+                8.03e9 * seconds / n,
+                last.cpu,
+                last.device
+            );
+        }
+    }
+}
+
+fn rayon_pool(threads: usize) -> rayon::ThreadPool {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+}

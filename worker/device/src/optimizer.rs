@@ -1,0 +1,197 @@
+//! Updating pages of the store: what a step's update is, and who can do it.
+//!
+//! The update of a page is defined to the bit. In f32, every operation rounded on its own and none fused, with `keep`
+//! where the tensor decays and 1 elsewhere:
+//! ```text
+//!   g = gradient · gradient_scale
+//!   m = beta1 · m + one_minus_beta1 · g
+//!   v = beta2 · v + (one_minus_beta2 · g) · g
+//!   p = p · keep − step_size · (m / (√v / sqrt_bias2 + eps))
+//! ```
+//! bf16 moments are rounded stochastically afterwards, with [`random_bits`] of (step, parameter). So it does not matter
+//! which instruction set or device updates a page, nor in how many parts: recovery does not need to know.
+
+use crate::EngineError;
+use ramtorch_store::{Layout, StoreSpec, Update};
+use std::ops::Range;
+
+/// Factors of one step, the same for every page.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamwStep {
+    /// Step that pages are brought to.
+    pub step: u64,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// 1 - beta1, rounded once.
+    pub one_minus_beta1: f32,
+    /// 1 - beta2, rounded once.
+    pub one_minus_beta2: f32,
+    /// Rate over 1 - beta1^t.
+    pub step_size: f32,
+    /// Root of 1 - beta2^t.
+    pub sqrt_bias2: f32,
+    /// Added to the denominator.
+    pub eps: f32,
+    /// Gradients are multiplied by this first.
+    pub gradient_scale: f32,
+    /// Weights that decay are multiplied by this.
+    pub keep: f32,
+}
+
+/// Random bits of parameter `i` in `step`; streams 1 and 2 are those of the two moments.
+#[inline(always)]
+pub fn random_bits(step: u64, i: u64, stream: u64) -> u16 {
+    let mut x = (i ^ (step << 40)).wrapping_add(stream.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    (x >> 48) as u16
+}
+
+/// Rounds to one of the two neighbouring bf16 values, with probabilities that make the mean right. Infinities and NaNs
+/// stay what they are.
+#[inline(always)]
+pub fn stochastic(x: f32, random: u16) -> u16 {
+    let b = x.to_bits();
+    let quiet = if b & 0x7fff_ffff > 0x7f80_0000 { 0x40 } else { 0 };
+    if b & 0x7f80_0000 == 0x7f80_0000 { (b >> 16) as u16 | quiet } else { (b.wrapping_add(u32::from(random)) >> 16) as u16 }
+}
+
+/// Neighbouring parameters that all decay, or all do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecayRun {
+    /// First parameter of the store.
+    pub first: u64,
+    /// Past the last.
+    pub end: u64,
+    /// Weight decay applies.
+    pub decay: bool,
+}
+
+impl DecayRun {
+    /// Runs that cover `params` without a gap, in order. Padding does not decay.
+    pub fn of(layout: &Layout, params: &Range<u64>) -> Vec<DecayRun> {
+        let mut runs: Vec<DecayRun> = Vec::new();
+        let mut push = |first: u64, end: u64, decay: bool| match runs.last_mut() {
+            Some(last) if last.decay == decay => last.end = end,
+            _ => runs.push(DecayRun { first, end, decay }),
+        };
+        let tensors = layout.tensors();
+        let begin = tensors.partition_point(|t| t.start + t.len <= params.start);
+        let mut at = params.start;
+        for t in tensors[begin..].iter().take_while(|t| t.start < params.end) {
+            let (first, end) = (t.start.max(params.start), (t.start + t.len).min(params.end));
+            if at < first {
+                push(at, first, false);
+            }
+            push(first, end, t.decay);
+            at = end;
+        }
+        if at < params.end {
+            push(at, params.end, false);
+        }
+        runs
+    }
+
+    /// The parts of `runs` that lie in `params`.
+    pub fn within(runs: &[DecayRun], params: Range<u64>) -> impl Iterator<Item = DecayRun> + '_ {
+        let begin = runs.partition_point(|r| r.end <= params.start);
+        let (start, end) = (params.start, params.end);
+        runs[begin..].iter().take_while(move |r| r.first < end).map(move |r| DecayRun {
+            first: r.first.max(start),
+            end: r.end.min(end),
+            decay: r.decay,
+        })
+    }
+}
+
+/// Brings pages to their next state on a device, several at a time, beside everything else the device does.
+///
+/// ```text
+///   submit(page a)  submit(page b)  finish ─► a is whole   submit(page c)  finish ─► b …
+/// ```
+/// Pages are finished in the order of their submission. Dropping it waits until it writes nothing any more.
+pub trait PageUpdater: Send {
+    /// Pages that it wants to have in hand at once; each takes a spare page of the rank.
+    fn depth(&self) -> usize;
+    /// Enqueues the update of a page of the store it was made for: reads the live page and the gradients, writes the
+    /// spare. `runs` cover the page. The update must be neither published nor abandoned before it is finished.
+    ///
+    /// # Errors
+    /// Those of the device. Nothing may be submitted after one.
+    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError>;
+    /// Blocks until the oldest page in hand is whole in its spare, and visible to the calling thread.
+    ///
+    /// # Errors
+    /// Those of the device, and having nothing in hand.
+    fn finish(&mut self) -> Result<(), EngineError>;
+}
+
+/// Parameters that a device with memory of its own stages at once: some tenths of a millisecond of the bus.
+pub const STAGED_PARAMETERS: u64 = 2 << 20;
+/// Stagings that are in flight: one on its way in, one in the kernel, one on its way out, one to spare.
+pub const STAGINGS: u64 = 4;
+
+/// Parameters of one staging for pages of `page_parameters`.
+pub fn staged_parameters(page_parameters: u64) -> u64 {
+    page_parameters.min(STAGED_PARAMETERS)
+}
+
+/// Device memory that a page updater with staging takes, in bytes.
+pub fn staging_bytes(store: &StoreSpec, page_parameters: u64) -> u64 {
+    STAGINGS * staged_parameters(page_parameters) * (4 + 2 * store.moments.bytes() + store.gradients.bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, TensorSpec};
+
+    fn layout() -> Layout {
+        let tensor = |name: &str, len: u64, joined, decay| TensorSpec { name: name.into(), shape: vec![len], joined, decay };
+        let tensors =
+            vec![tensor("a", 640, false, true), tensor("b", 64, false, true), tensor("c", 3, true, false), tensor("d", 5, false, true)];
+        Layout::new(&StoreSpec {
+            blocks: vec![BlockSpec { name: "x".into(), tensors }],
+            world_size: 1,
+            moments: MomentFormat::F32,
+            gradients: GradientFormat::F32,
+            page_parameters: Some(1024),
+            spare_pages_per_rank: 1,
+            exchange_bytes: 4096,
+            metadata: String::new(),
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn runs_cover_a_range_and_join_neighbours() {
+        let l = layout();
+        let run = |first, end, decay| DecayRun { first, end, decay };
+        // a and b touch; c follows b; padding up to 768 belongs to the run that does not decay.
+        assert_eq!(DecayRun::of(&l, &(0..832)), [run(0, 704, true), run(704, 768, false), run(768, 773, true), run(773, 832, false)]);
+        assert_eq!(DecayRun::of(&l, &(700..706)), [run(700, 704, true), run(704, 706, false)]);
+        let all = DecayRun::of(&l, &(0..832));
+        for start in (0..832).step_by(13) {
+            for end in (start + 1..=832).step_by(29) {
+                let part: Vec<_> = DecayRun::within(&all, start..end).collect();
+                assert_eq!(part, DecayRun::of(&l, &(start..end)));
+                assert!(part[0].first == start && part.last().unwrap().end == end && part.windows(2).all(|w| w[0].end == w[1].first));
+            }
+        }
+    }
+
+    #[test]
+    fn stochastic_rounding_is_unbiased_and_exact_on_bf16_values() {
+        let exact = f32::from_bits(0x3f8a_0000);
+        assert!((0..1000u16).all(|r| stochastic(exact, r.wrapping_mul(65)) == 0x3f8a));
+        let x = f32::from_bits(0x3f80_4000); // a quarter of the way up
+        let ups = (0..100_000u64).filter(|i| stochastic(x, random_bits(3, *i, 1)) == 0x3f81).count();
+        assert!((ups as f64 / 1e5 - 0.25).abs() < 0.01, "{ups}");
+        assert_eq!(stochastic(f32::INFINITY, 0xffff), 0x7f80);
+        assert_eq!(stochastic(f32::NEG_INFINITY, 0xffff), 0xff80);
+        assert_eq!(stochastic(f32::from_bits(0x7f80_0001), 0), 0x7fc0);
+        assert_eq!(stochastic(f32::from_bits(0xffc1_2345), 9), 0xffc1);
+    }
+}
