@@ -184,7 +184,7 @@ impl Rank<'_> {
         let data = dataset.open().map_err(EngineError::input)?;
         self.control.heartbeat(self.store.record().step, "opening the device");
         let model = Model::new(&self.architecture, self.store.layout(), self.plan.dtype)?;
-        let dev = crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.total(), self.spec.train.deterministic)?;
+        let dev = crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.allocated(), self.spec.train.deterministic)?;
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         session.weights.comm = Some(self.comm.clone());
         let committed = self.store.record().step;

@@ -112,7 +112,7 @@ fn the_bytes_of_the_plan_are_the_bytes_of_the_run() {
         for (j, budget) in [least, least + least / 4, least * 2, least * 20].into_iter().enumerate() {
             let p = EnginePlan::of(&plan(&request(&a, 1, 8, budget, more)).unwrap()).unwrap();
             assert_eq!(opened(&a, &p, &format!("{i}-{j}")), p.uses.total(), "{p:?}");
-            seen.push((p.resident.iter().filter(|r| **r).count(), p.keep.iter().filter(|k| **k).count()));
+            seen.push((p.resident.iter().filter(|r| **r).count(), p.keep.clone()));
         }
     }
     seen.sort_unstable();
@@ -131,4 +131,55 @@ fn too_small_a_segment_is_refused_with_the_bytes() {
     let e = plan(&r).unwrap_err();
     assert_eq!(e.kind, ErrorKind::Resources);
     assert!(e.message.contains("1000 are free") && e.message.contains("are missing"), "{e}");
+}
+
+/// A decoder of a known model's shape.
+fn shape(family: &str, hidden: usize, inner: usize, layers: usize, heads: [usize; 2], head_dim: usize, vocab: usize, tied: bool) -> Architecture {
+    let [heads, kv] = heads;
+    let text = format!(
+        r#"{{"model_type":"{family}","vocab_size":{vocab},"hidden_size":{hidden},"intermediate_size":{inner},"num_hidden_layers":{layers},
+            "num_attention_heads":{heads},"num_key_value_heads":{kv},"head_dim":{head_dim},"max_position_embeddings":32768,
+            "rms_norm_eps":1e-5,"tie_word_embeddings":{tied},"hidden_act":"silu"}}"#
+    );
+    Architecture::Transformer(parse_config(text.as_bytes(), Path::new("config.json")).unwrap().config)
+}
+
+fn llama_8b() -> Architecture {
+    shape("llama", 4096, 14_336, 32, [32, 8], 128, 128_256, false)
+}
+
+/// A job on one GPU of `gib` GiB.
+fn on_gpu(a: &Architecture, seq: usize, batch: usize, gib: f64, more: &str) -> PlanRequest {
+    let mut r = request(a, 1, batch, (gib * (1u64 << 30) as f64) as u64, more);
+    r.prepared.sequence_length = seq;
+    r.devices[0].kind = DeviceKind::Cuda;
+    r
+}
+
+fn planned(r: &PlanRequest) -> (EnginePlan, Plan) {
+    let p = plan(r).unwrap_or_else(|e| panic!("{e}"));
+    (EnginePlan::of(&p).unwrap(), p)
+}
+
+#[test]
+fn show() {
+    let qwen7 = shape("qwen2", 3584, 18_944, 28, [28, 4], 128, 152_064, false);
+    let qwen14 = shape("qwen2", 5120, 13_824, 48, [40, 8], 128, 152_064, false);
+    let llama3 = shape("llama", 3072, 8192, 28, [24, 8], 128, 128_256, true);
+    let llama1 = shape("llama", 2048, 8192, 16, [32, 8], 64, 128_256, true);
+    for (what, a, seq, batch, gib, more) in [
+        ("1B", &llama1, 2048, 8, 78.5, ""),
+        ("3B", &llama3, 2048, 8, 78.5, ""),
+        ("8B 16k", &llama_8b(), 2048, 8, 78.5, ""),
+        ("8B 16k old", &llama_8b(), 2048, 8, 78.5, "micro_batch_size = 2\ngroups = 4\n"),
+        ("8B 131k", &llama_8b(), 2048, 64, 78.5, ""),
+        ("7B 131k", &qwen7, 1024, 128, 78.5, ""),
+        ("14B 65k", &qwen14, 1024, 64, 78.5, "[optimizer]\nmoments = \"bf16\"\n"),
+        ("8B on 24", &llama_8b(), 2048, 8, 23.5, ""),
+        ("8B on 12", &llama_8b(), 2048, 8, 12.0, ""),
+    ] {
+        let begin = std::time::Instant::now();
+        let (_, p) = planned(&on_gpu(a, seq, batch, gib, more));
+        println!("=== {what}: {:?}, {:.0} tok/s\n{}", begin.elapsed(), (seq * batch) as f64 / p.step_seconds, p.text);
+    }
 }
