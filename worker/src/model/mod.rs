@@ -14,6 +14,8 @@ mod decoder;
 mod embed;
 mod head;
 mod stack;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use carve::Carver;
 pub(crate) use decoder::{Cache, DecoderLayer};

@@ -40,6 +40,8 @@ const TOGETHER: f64 = 0.92;
 /// Bytes a parameter that an update on the GPU moves in and out, beside the moments: both halves in and out, a gradient in.
 const STAGED_IN: f64 = 6.0;
 const STAGED_OUT: f64 = 4.0;
+/// Copies slow the arithmetic beside them by this share of their own time: in, out.
+const DRAG: [f64; 2] = [0.01, 0.08];
 /// From a block's publication to the start of its copy; from the last gradient to the optimizer's start. Seconds.
 const NOTICE: f64 = 1e-4;
 const TURN: f64 = 3e-3;
@@ -239,7 +241,13 @@ impl Cost {
             let (x, y) = (f(below) / below.rows.max(1) as f64, f(above) / above.rows.max(1) as f64);
             (x + (y - x) * t) * rows as f64
         };
-        LayerTimes { rows, forward: mix(|p| p.forward), backward: mix(|p| p.backward), rebuild: mix(|p| p.rebuild), recompute: mix(|p| p.recompute) }
+        LayerTimes {
+            rows,
+            forward: mix(|p| p.forward),
+            backward: mix(|p| p.backward),
+            rebuild: mix(|p| p.rebuild),
+            recompute: mix(|p| p.recompute),
+        }
     }
 
     /// Of all visits with one micro-batch of `rows` tokens.
@@ -434,6 +442,7 @@ impl<'a> Run<'a> {
                 start = start.max(self.free.pop_front().unwrap_or(0.0));
             }
             self.copy_in = start + seconds;
+            self.compute += DRAG[0] * seconds;
             self.s.copies_in += seconds;
             ready = ready.max(self.copy_in);
         }
@@ -477,6 +486,7 @@ impl<'a> Run<'a> {
             seconds += bytes / self.cost.both[0];
         }
         self.out = self.out.max(self.compute) + seconds;
+        self.compute += DRAG[1] * seconds;
         self.s.copies_out += seconds;
         if !self.p.resident_gradients {
             self.ring.push_back(self.out);

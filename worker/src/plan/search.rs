@@ -47,6 +47,8 @@ fn most_rows(kind: DeviceKind) -> usize {
 
 /// Most groups that the search tries by itself.
 const GROUPS_MAX: usize = 64;
+/// Numbers of blocks that stay are gone through in at most so many steps.
+const RESIDENT_STEPS: usize = 36;
 /// A larger plan has to be better by this share; among equals the first found stays, which has the larger micro-batch.
 const BETTER: f64 = 1e-9;
 
@@ -129,6 +131,8 @@ struct Sizes {
     all_most: u64,
     products_most: u64,
     layers: usize,
+    /// Of the blocks that save nothing: the least a device gives out each.
+    nothing: u64,
 }
 
 impl Sizes {
@@ -140,12 +144,15 @@ impl Sizes {
         let last = model.len() - 1;
         let all: Vec<u64> = (0..last).map(|b| bytes(b, Keep::All)).collect();
         let products_most = (0..last).map(|b| bytes(b, Keep::Products)).max().unwrap_or(0);
-        Sizes { all_most: all.iter().copied().max().unwrap_or(0), products_most, layers: all.iter().filter(|s| **s > 0).count(), all }
+        let layers = all.iter().filter(|s| **s > 0).count();
+        let nothing = (all.len() - layers) as u64 * rounded(0);
+        Sizes { all_most: all.iter().copied().max().unwrap_or(0), products_most, layers, nothing, all }
     }
 
     /// The fastest way to keep activations in `room` bytes; layers are taken for as large as the largest.
     fn keep(&self, room: u64, group: u64, times: &Times) -> Option<Vec<Keep>> {
         let (all, products) = (self.all_most * group, self.products_most * group);
+        let room = room.checked_sub(self.nothing * group)?;
         let b = (0..self.all.len()).find(|b| self.all[*b] > 0);
         let (whole, part) = b.map_or((0.0, 0.0), |b| (times.inputs[b], times.inputs[b] - times.products[b]));
         let mut best: Option<(f64, usize, usize)> = None;
@@ -189,7 +196,8 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
         let start = EnginePlan {
             world: s.world,
             dtype: s.model.dtype,
-            store: s.store.clone(),
+            // Thousands of plans are looked at; the names of all tensors go into the last one only.
+            store: StoreSpec { blocks: Vec::new(), metadata: String::new(), ..s.store.clone() },
             micro_batch,
             seq: s.seq,
             head_rows: head,
@@ -217,7 +225,10 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
         }
     }
     Ok(match best {
-        Some(found) => Ok(Found { played, ..found }),
+        Some(mut found) => {
+            found.plan.store = s.store.clone();
+            Ok(Found { played, ..found })
+        }
         None => Err(least),
     })
 }
@@ -237,7 +248,8 @@ impl Combination<'_> {
         // Gradients that are nowhere else have to stay.
         let stay: &[bool] = if s.store.gradients == GradientFormat::None { &[true] } else { &[false, true] };
         for &resident_gradients in stay {
-            for count in 0..=n {
+            let step = n.div_ceil(RESIDENT_STEPS);
+            for count in (0..n).step_by(step).chain([n]) {
                 let mut p = EnginePlan { resident_gradients, resident: resident(s.model, count), ..base.clone() };
                 let slots: &[usize] = if count == n { &[0] } else { &[few, few + 2] };
                 for &slots in slots.iter().filter(|x| **x <= n) {
@@ -280,7 +292,7 @@ impl Combination<'_> {
         // What is all kept may take less than what is made again in a buffer.
         let smallest = match &fixed {
             None => {
-                let products = self.sizes.layers as u64 * self.sizes.products_most * p.group_len as u64;
+                let products = (self.sizes.layers as u64 * self.sizes.products_most + self.sizes.nothing) * p.group_len as u64;
                 uses.total() - uses.activations + uses.activations.min(products)
             }
             Some(_) => uses.total(),

@@ -88,7 +88,8 @@ fn choice(t: &mut String, model: &Model, found: &Found) {
     let stay = p.resident.iter().filter(|r| **r).count();
     let streamed = model.len() - stay;
     if streamed == 0 {
-        let _ = writeln!(t, "             all {} blocks' weights stay on the device: each crosses once a step, after its update", model.len());
+        let _ =
+            writeln!(t, "             all {} blocks' weights stay on the device: each crosses once a step, after its update", model.len());
     } else {
         let _ = writeln!(
             t,

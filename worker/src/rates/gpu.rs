@@ -205,8 +205,19 @@ fn products(
         bias: None,
     };
     let back = Gemm { n: k, k: n, transpose_b: false, a: wide, d: x, ..base };
-    let sum =
-        Gemm { m: n, n: k, k: rows, transpose_a: true, transpose_b: false, a: wide, b: x, d: gradients, d_dtype: Dtype::F32, accumulate: true, ..base };
+    let sum = Gemm {
+        m: n,
+        n: k,
+        k: rows,
+        transpose_a: true,
+        transpose_b: false,
+        a: wide,
+        b: x,
+        d: gradients,
+        d_dtype: Dtype::F32,
+        accumulate: true,
+        ..base
+    };
     let flops = 2.0 * (rows * n) as f64 * k as f64;
     let rate = |g: &Gemm| timed(dev, 3, || dev.gemm(g)).map(|s| flops / s);
     let rates = [rows as f64, rate(&base)?, rate(&sum)?, rate(&back)?];

@@ -4,11 +4,11 @@ mod gpu;
 
 use crate::api::{Assignment, DeviceKind, EngineError, Rates};
 use crate::model::Model;
+use ramtorch_cpu::CpuDevice;
+use ramtorch_device::{Device, Dtype, Gemm, Stream};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::Architecture;
 use std::path::Path;
-use ramtorch_cpu::CpuDevice;
-use ramtorch_device::{Device, Dtype, Gemm, Stream};
 use std::time::Instant;
 
 /// Rates of this machine and, for a job on a GPU, of the GPU with this job's layers; zeros where they could not be taken.
@@ -22,7 +22,14 @@ pub(crate) fn for_job(a: &Assignment, spec: &JobSpec, architecture: &Architectur
     rates
 }
 
-fn on_gpu(a: &Assignment, spec: &JobSpec, architecture: &Architecture, seq: usize, cache: &Path, rates: &mut Rates) -> Result<(), EngineError> {
+fn on_gpu(
+    a: &Assignment,
+    spec: &JobSpec,
+    architecture: &Architecture,
+    seq: usize,
+    cache: &Path,
+    rates: &mut Rates,
+) -> Result<(), EngineError> {
     let (layout, dtype) = crate::plan::layout_of(spec, architecture, a.device.kind)?;
     let model = Model::new(architecture, &layout, dtype)?;
     let share = spec.train.batch_size.div_ceil(a.world_size.max(1));
