@@ -54,6 +54,8 @@ pub(crate) struct Session {
     saved: Vec<Vec<DevBuf>>,
     shared_saved: Option<DevBuf>,
     gradients: Option<GradientBuffers>,
+    /// After the last copy of each block's gradients.
+    outs: Vec<Event>,
     pub bytes_out: u64,
 }
 
@@ -93,6 +95,7 @@ impl Session {
         let last = model.len() - 1;
         let group = plan.group_len;
         let gradients = if train { Some(GradientBuffers::new(d, &model, plan.resident_gradients)?) } else { None };
+        let outs = (0..if train { model.len() } else { 0 }).map(|_| d.event()).collect::<Result<_, _>>()?;
         let inputs = (0..group).map(|_| InputBuffers::new(d, &model, shape)).collect::<Result<_, _>>()?;
         let losses = d.alloc(rows * 4 * plan.micro_batches as u64, "losses")?;
         let mut boundaries = Vec::new();
@@ -127,6 +130,7 @@ impl Session {
             saved,
             shared_saved,
             gradients,
+            outs,
             bytes_out: 0,
         })
     }
@@ -256,6 +260,26 @@ impl Session {
         Ok(())
     }
 
+    /// Calls `f` with every page, as soon as this rank's gradients of a step that is enqueued whole lie in it; the backward
+    /// pass goes on meanwhile.
+    pub fn complete_pages(&self, mut f: impl FnMut(u32)) -> Result<(), EngineError> {
+        let layout = self.store.layout();
+        let pages_of = |b: usize| layout.pages_of(self.model.places[b].0..self.model.places[b].0 + self.model.places[b].1);
+        let mut awaited = vec![0u32; layout.page_count() as usize];
+        (0..self.model.len()).flat_map(pages_of).for_each(|p| awaited[p as usize] += 1);
+        (0..layout.page_count()).filter(|p| awaited[*p as usize] == 0).for_each(&mut f);
+        for b in (0..self.model.len()).rev() {
+            self.dev.synchronize_event(self.outs[b])?;
+            for p in pages_of(b) {
+                awaited[p as usize] -= 1;
+                if awaited[p as usize] == 0 {
+                    f(p);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Blocks until every gradient of the step is where it belongs.
     pub fn finish_gradients(&self) -> Result<(), EngineError> {
         self.dev.synchronize(Stream::CopyOut)
@@ -336,6 +360,7 @@ impl Session {
         }
         self.bytes_out += len * self.store.layout().spec().gradients.bytes();
         dev.record(buffer.free, Stream::CopyOut)?;
+        dev.record(self.outs[b], Stream::CopyOut)?;
         g.advance(b);
         Ok(())
     }

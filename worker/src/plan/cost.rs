@@ -6,7 +6,7 @@
 //!   CopyIn      ·        load 0 ───┤ load 1 ─┤ …
 //!   Compute     ·                  forward 0 ┤ forward 1 … head   ┤ backward n-2 … 0, next group …
 //!   CopyOut     ·                                                   gradients of n-1 … 0 (last group)
-//!   processor                                                                              norm │ ─ the period of a step
+//!   processor                                                       norm of n-1 … 0 │ ─ the period of a step
 //! ```
 //! On CPU devices everything shares the same cores: there the parts are added up.
 
@@ -86,13 +86,15 @@ pub(crate) struct Breakdown {
     /// After the last visit: gradients on their way, their norm.
     pub tail: f64,
     pub norm: f64,
+    /// Of the norm: after everything else.
+    pub wait_norm: f64,
 }
 
 impl Breakdown {
     pub fn bound_by(&self) -> &'static str {
         let idle = [
             (self.compute, "matrix products"),
-            (self.wait_optimizer + self.norm, "the optimizer"),
+            (self.wait_optimizer + self.wait_norm, "the optimizer"),
             (self.wait_copies + self.wait_gradients + self.tail, "copies between host and device"),
         ];
         idle.iter().fold(idle[0], |a, b| if b.0 > a.0 { *b } else { a }).1
@@ -119,6 +121,8 @@ pub(crate) struct Cost {
     memory: f64,
     launch: f64,
     norm: f64,
+    /// Gradients are squared as they come, and not after the last of them.
+    pub norm_beside: bool,
     /// Pages on the processor, and on the GPU (0: none).
     pub adamw: f64,
     pub adamw_gpu: f64,
@@ -147,6 +151,7 @@ impl Cost {
                 memory: copy,
                 launch: 0.0,
                 norm,
+                norm_beside: false,
                 adamw,
                 adamw_gpu: 0.0,
                 basis,
@@ -169,6 +174,7 @@ impl Cost {
             memory: or(g.memory_bytes, typical::MEMORY),
             launch: or(g.launch_seconds, typical::LAUNCH),
             norm: or(rates.norm_parameters, typical::NORM),
+            norm_beside: true,
             adamw: or(if rates.gpu.is_some() { rates.optimizer_parameters } else { 0.0 }, typical::ADAMW),
             adamw_gpu: 1.0 / ((STAGED_IN + moments) / both[0]).max((STAGED_OUT + moments) / both[1]),
             basis,
@@ -323,7 +329,7 @@ impl Cost {
             s.copies_in += bytes * if p.resident[b] { 1.0 } else { 1.0 + loads } / self.to_device;
             s.copies_out += bytes * out / self.from_device;
         }
-        (s.wait_copies, s.wait_gradients, s.wait_optimizer) = (s.copies_in, s.copies_out, s.optimizer);
+        (s.wait_copies, s.wait_gradients, s.wait_optimizer, s.wait_norm) = (s.copies_in, s.copies_out, s.optimizer, s.norm);
         s.step = s.compute + s.copies_in + s.copies_out + s.optimizer + s.norm;
         s
     }
@@ -346,10 +352,13 @@ impl Cost {
                 run.s.copies_out += (run.s.copies_out - start.1.copies_out) * more;
             }
         }
-        let end = run.compute.max(run.out);
         let r = run.s;
-        s.tail = end - run.compute + TURN;
-        s.step = end + s.norm + TURN;
+        let copied = run.compute.max(run.out);
+        // Other ranks' parts are in the sums: those are squared when all are in.
+        let end = if self.norm_beside && p.world == 1 { copied.max(run.norm) } else { copied + s.norm };
+        s.tail = copied - run.compute + TURN;
+        s.wait_norm = end - copied;
+        s.step = end + TURN;
         (s.copies_in, s.copies_out) = (r.copies_in, r.copies_out);
         (s.wait_optimizer, s.wait_copies, s.wait_gradients) = (r.wait_optimizer, r.wait_copies, r.wait_gradients);
         s
@@ -369,6 +378,7 @@ struct Run<'a> {
     compute: f64,
     copy_in: f64,
     out: f64,
+    norm: f64,
     /// Streamed blocks visited last, and the end of the visits whose slots come free next.
     recent: VecDeque<usize>,
     free: VecDeque<f64>,
@@ -399,6 +409,7 @@ impl<'a> Run<'a> {
             compute: 0.0,
             copy_in: 0.0,
             out: 0.0,
+            norm: 0.0,
             recent: VecDeque::new(),
             free: VecDeque::new(),
             ring: VecDeque::new(),
@@ -487,6 +498,9 @@ impl<'a> Run<'a> {
         }
         self.out = self.out.max(self.compute) + seconds;
         self.compute += DRAG[1] * seconds;
+        if last_group {
+            self.norm = self.norm.max(self.out) + self.model.places[b].1 as f64 / self.cost.norm;
+        }
         self.s.copies_out += seconds;
         if !self.p.resident_gradients {
             self.ring.push_back(self.out);

@@ -283,11 +283,8 @@ impl Combination<'_> {
             Recompute::Never => Some(vec![Keep::All; n - 1]),
             Recompute::Auto => None,
         };
-        let fill = |mut k: Vec<Keep>| {
-            k.push(Keep::All); // the last block keeps nothing beyond its visit
-            k
-        };
-        p.keep = fill(fixed.clone().unwrap_or_else(|| levels(&self.sizes.all, 0, 0)));
+        p.keep = fixed.clone().unwrap_or_else(|| levels(&self.sizes.all, 0, 0));
+        p.keep.push(Keep::All); // the last block keeps nothing beyond its visit
         let uses = device_use(self.s.model, p, self.workspace)?;
         // What is all kept may take less than what is made again in a buffer.
         let smallest = match &fixed {
@@ -305,6 +302,7 @@ impl Combination<'_> {
             return Ok(Some(p.keep.clone()));
         }
         let room = self.s.budget - (uses.total() - uses.activations);
-        Ok(self.sizes.keep(room, p.group_len as u64, self.times).map(fill))
+        let keep = self.sizes.keep(room, p.group_len as u64, self.times);
+        Ok(keep.map(|k| k.into_iter().chain([Keep::All]).collect()))
     }
 }

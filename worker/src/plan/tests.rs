@@ -170,13 +170,13 @@ fn planned(r: &PlanRequest) -> (EnginePlan, Plan) {
     (EnginePlan::of(&p).unwrap(), p)
 }
 
-/// Typical rates, with pages updated on the processor alone at `adamw` parameters a second where that is given.
+/// Typical rates, with norms after all gradients and pages updated on the processor alone at `adamw` parameters a second where that is given.
 fn cost(a: &Architecture, adamw: Option<f64>) -> (Model, Cost) {
     let r = on_gpu(a, 2048, 8, 80.0, "");
     let layout = Layout::new(&store_spec(&r.spec, &r.prepared, a, 1, Dtype::Bf16)).unwrap();
     let mut c = Cost::new(Rates::default(), DeviceKind::Cuda, Dtype::Bf16, 4);
     if let Some(adamw) = adamw {
-        (c.adamw, c.adamw_gpu) = (adamw, 0.0);
+        (c.adamw, c.adamw_gpu, c.norm_beside) = (adamw, 0.0, false);
     }
     (Model::new(a, &layout, Dtype::Bf16).unwrap(), c)
 }

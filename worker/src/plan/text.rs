@@ -154,7 +154,7 @@ fn time(t: &mut String, found: &Found, kind: DeviceKind, prepared: &Prepared, co
             x.wait_optimizer,
             x.wait_copies,
             x.wait_gradients,
-            x.tail + x.norm
+            x.tail + x.wait_norm
         );
     }
     if let Some(g) = gpu {
