@@ -326,7 +326,12 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         _ => 4,
     };
     let cost = Cost::new(prepared.rates.clone(), first.kind, dtype, moment);
-    let workspace = assumed_workspace(first.kind);
+    let assumed = assumed_workspace(first.kind);
+    let known: &[(usize, u64)] = prepared.rates.gpu.as_ref().filter(|_| spec.train.deterministic).map_or(&[], |g| &g.workspace);
+    let workspace = |s: &AttentionShape| {
+        let told = known.iter().find(|k| k.0 == s.batch && s.starts.is_none() && s.window.is_none());
+        told.map_or_else(|| assumed(s), |k| Ok(k.1))
+    };
     let space = search::Space {
         model: &model,
         spec,

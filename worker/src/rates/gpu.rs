@@ -53,7 +53,8 @@ fn timed(dev: &dyn Device, count: u32, mut f: impl FnMut() -> Result<(), EngineE
         f()?;
     }
     dev.synchronize(Stream::Compute)?;
-    Ok(begin.elapsed().as_secs_f64() / f64::from(count))
+    // Never zero: rates are divided by it, and have to be finite to be told.
+    Ok((begin.elapsed().as_secs_f64() / f64::from(count)).max(1e-9))
 }
 
 /// Fills `buf` with uniform random numbers between -`size` and `size`.
@@ -160,6 +161,10 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
                 rates.attention = attention(dev, &l.attention_shape(s), saved, scratch)?;
             }
         }
+    }
+    if let Block::Layer(l) = &m.blocks[layer] {
+        let ask = |n: &usize| dev.attention_workspace(&l.attention_shape(Shape { sequences: *n, ..shape })).map(|bytes| (*n, bytes));
+        rates.workspace = list.iter().map(ask).collect::<Result<_, _>>()?;
     }
     // The head, one chunk of it.
     let r = shape.head_rows.min(rows);
