@@ -144,7 +144,7 @@ fn gpus(proc: &Path, dev: &Path) -> Vec<String> {
 ///
 /// CPU devices share the cores evenly (at least one thread each). Without `memory_bytes`, CPU devices share half of
 /// the memory available now; the other half is for parameter stores. Of a GPU's memory, as `ask_gpus` tells it (it is
-/// asked only where GPUs are wanted), a small part is left to the driver and its libraries.
+/// asked only where GPUs are wanted), a small part is left to the driver.
 ///
 /// # Errors
 /// A request that is malformed or that this machine cannot meet.
@@ -197,9 +197,10 @@ pub fn choose(request: &DeviceRequest, host: &Host, ask_gpus: impl FnOnce() -> R
     }
 }
 
-/// What plans may use of a GPU's memory: not what the driver's context and the libraries take for themselves.
+/// What plans may use of a GPU's memory. They count the driver's context and the libraries; what the driver keeps for the
+/// whole GPU, and a display, is left out.
 fn usable(total: u64) -> u64 {
-    total.saturating_sub((total / 32).clamp(768 << 20, 2 << 30))
+    total.saturating_sub((total / 128).clamp(256 << 20, 1 << 30))
 }
 
 #[derive(Debug, PartialEq)]
@@ -296,7 +297,7 @@ mod tests {
         assert_eq!(names(&by_number).unwrap(), ["cuda:0", "cuda:1"]);
         assert_eq!(names(&ask("cuda:3, cuda:1")).unwrap(), ["cuda:3", "cuda:1"]);
         let memory = |r: &DeviceRequest| choose(r, &host(1)).unwrap().devices[0].spec.memory_bytes;
-        assert_eq!(memory(&DeviceRequest { memory_bytes: None, ..ask("cuda:0") }), 78 << 30);
+        assert_eq!(memory(&DeviceRequest { memory_bytes: None, ..ask("cuda:0") }), (80 << 30) - (640 << 20));
         assert_eq!(memory(&ask("cuda:0")), 1 << 30);
         assert_eq!(names(&ask("cuda:4")).unwrap_err(), DeviceError::NoSuchGpu { index: 4, found: 4 });
         assert!(matches!(names(&ask("cuda:1,cuda:1")), Err(DeviceError::Twice { index: 1, .. })));

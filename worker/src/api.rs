@@ -59,7 +59,8 @@ pub struct Assignment {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "role", rename_all = "lowercase")]
 pub enum Task {
-    /// Read model and data once, tokenise into the cache, find the checkpoint to resume from. Result: [`Prepared`].
+    /// Read model and data once, tokenise into the cache, find the checkpoint to resume from, measure the device (for
+    /// seconds; not where the assignment gives it 0 bytes of memory: then it is somebody else's). Result: [`Prepared`].
     Prepare {
         /// The job.
         spec: JobSpec,
@@ -236,16 +237,66 @@ pub struct Prepared {
     pub rates: Rates,
 }
 
-/// Rates of a device, measured on this node.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+/// Rates of a node, measured on it; 0 or `None` where nothing was.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Rates {
-    /// Matrix products in the compute format, operations a second.
+    /// The processor's matrix products in f32, operations a second.
     pub gemm_flops: f64,
-    /// Host to device, bytes a second.
+    /// The processor's copies, bytes a second.
     pub copy_bytes: f64,
-    /// AdamW, parameters a second, all threads.
+    /// The processor's AdamW, parameters a second, all threads.
     pub optimizer_parameters: f64,
+    /// Squares of gradients summed by the processor, parameters a second, all threads.
+    pub norm_parameters: f64,
+    /// The GPU's, where the job runs on one.
+    pub gpu: Option<GpuRates>,
+}
+
+/// What a GPU does with this job's layers.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GpuRates {
+    /// Its model.
+    pub name: String,
+    /// Taken for an earlier job of the same shapes, and read from the cache.
+    pub cached: bool,
+    /// Whole visits of a decoder layer, by size of the micro-batch, smallest first.
+    pub layers: Vec<LayerTimes>,
+    /// Rows that the head was timed with, and the seconds of its forward and backward pass together.
+    pub head: (usize, f64),
+    /// The layer's widest product, by rows: rows, then operations a second of output, input gradient and weight gradient.
+    pub products: Vec<[f64; 4]>,
+    /// Attention of the largest micro-batch, operations a second, forward and backward.
+    pub attention: [f64; 2],
+    /// What attention wants beside its inputs and outputs, in deterministic mode: sequences, bytes.
+    pub workspace: Vec<(usize, u64)>,
+    /// Elementwise passes, bytes of device memory a second.
+    pub memory_bytes: f64,
+    /// A kernel that does next to nothing, seconds.
+    pub launch_seconds: f64,
+    /// Host (page-locked) to device, bytes a second.
+    pub to_device: f64,
+    /// Device to host.
+    pub from_device: f64,
+    /// Both at once.
+    pub both: [f64; 2],
+}
+
+/// Seconds of visits of one decoder layer with one micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LayerTimes {
+    /// Tokens of the micro-batch.
+    pub rows: usize,
+    /// Forward.
+    pub forward: f64,
+    /// Backward, everything kept.
+    pub backward: f64,
+    /// Added to it where norms and activations are made again.
+    pub rebuild: f64,
+    /// Added to it where the whole forward visit is.
+    pub recompute: f64,
 }
 
 /// A checkpoint to go on from.

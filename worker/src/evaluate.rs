@@ -46,7 +46,7 @@ pub(crate) fn run(a: &Assignment, source: &Source, request: &EvalRequest, contro
     let model = Model::new(&loaded.architecture, store.layout(), dtype)?;
     let micro_batch = if request.micro_batch_size > 0 { request.micro_batch_size } else { (2048 / request.sequence_length).max(1) };
     let plan = plan::inference(&model, store.layout().spec(), micro_batch, request.sequence_length, a.device.memory_bytes, a.device.kind)?;
-    let dev = crate::device::open(&a.device, dtype, plan.uses.total(), true)?;
+    let dev = crate::device::open(&a.device, dtype, plan.uses.allocated(), true)?;
     let mut session = Session::new(dev, model, store, &plan, false)?;
     let reader = Reader { data: &data, seq: request.sequence_length, document_mask: false, padding: None };
     let begin = Instant::now();

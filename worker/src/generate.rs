@@ -192,7 +192,7 @@ impl Runner {
         let model = Model::new(architecture, store.layout(), dtype)?;
         let shape = Shape { sequences: batch, seq: chunk, head_rows: batch };
         let rows = batch * chunk;
-        let saved_bytes = (0..model.len()).map(|b| model.saved_bytes(b, shape)).max().unwrap_or(0);
+        let saved_bytes = (0..model.len()).map(|b| model.saved_bytes(b, shape, crate::model::Keep::All)).max().unwrap_or(0);
         let head_bytes = match model.blocks.last() {
             Some(Block::Head(h)) => h.predict_bytes(batch, dtype),
             _ => 0,
@@ -212,7 +212,7 @@ impl Runner {
         let size = |b: usize| rounded(model.places[b].1 * dtype.size());
         let largest = (0..model.len()).map(size).max().unwrap_or(0);
         let total: u64 = (0..model.len()).map(size).sum();
-        let budget = spec.memory_bytes;
+        let budget = spec.memory_bytes.saturating_sub(crate::plan::library_bytes(spec.kind, true));
         let mut resident = vec![true; model.len()];
         let mut slots = 0;
         let mut need = fixed + total;

@@ -17,7 +17,7 @@ pub(crate) fn tokenizer_source(spec: &ramtorch_job::ModelSpec) -> Option<Tokeniz
     }
 }
 
-pub(crate) fn run(spec: &JobSpec, cache_dir: &Path, control: &dyn Control) -> Result<Prepared, EngineError> {
+pub(crate) fn run(a: &Assignment, spec: &JobSpec, cache_dir: &Path, control: &dyn Control) -> Result<Prepared, EngineError> {
     control.heartbeat(0, "reading the model");
     let input = resolve(&spec.model).map_err(errors::model)?;
     for w in &input.warnings {
@@ -84,6 +84,8 @@ pub(crate) fn run(spec: &JobSpec, cache_dir: &Path, control: &dyn Control) -> Re
         ));
     }
     control.heartbeat(0, "measuring");
+    let sequence_length = if spec.data.format == DataFormat::Tensors { 1 } else { dataset.sequence_length };
+    let rates = rates::for_job(a, spec, &architecture, sequence_length, cache_dir);
     Ok(Prepared {
         description: architecture.describe(),
         architecture: serde_json::to_value(&architecture).map_err(EngineError::internal)?,
@@ -91,10 +93,10 @@ pub(crate) fn run(spec: &JobSpec, cache_dir: &Path, control: &dyn Control) -> Re
         resume,
         train_sequences: dataset.train_sequences,
         validation_sequences: dataset.validation_sequences,
-        sequence_length: if spec.data.format == DataFormat::Tensors { 1 } else { dataset.sequence_length },
+        sequence_length,
         steps,
         dataset: serde_json::to_value(&dataset).map_err(EngineError::internal)?,
-        rates: rates::measure(),
+        rates,
     })
 }
 

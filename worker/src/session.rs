@@ -9,7 +9,7 @@
 
 use crate::api::EngineError;
 use crate::batch::{HostBatch, InputBuffers, Part, Reader};
-use crate::model::{Grads, LossGrads, MicroBatch, Model, Shape, Tables, Visit, Weights};
+use crate::model::{Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Visit, Weights};
 use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
@@ -49,10 +49,13 @@ pub(crate) struct Session {
     boundaries: Vec<Vec<DevBuf>>,
     /// Gradient that travels down, a micro-batch.
     d: Vec<DevBuf>,
+    keep: Vec<Keep>,
     /// `[block][micro-batch]`, empty for blocks that are recomputed.
     saved: Vec<Vec<DevBuf>>,
     shared_saved: Option<DevBuf>,
     gradients: Option<GradientBuffers>,
+    /// After the last copy of each block's gradients.
+    outs: Vec<Event>,
     pub bytes_out: u64,
 }
 
@@ -83,14 +86,16 @@ impl Session {
         let dt = model.dtype.size();
         let tables = Tables { rope: rope_table(d, &model.architecture, plan.seq)? };
         let needed = {
+            // Asking makes the device's plans for these shapes: none is left for the first step.
             let ask = |s: &AttentionShape| d.attention_workspace(s);
-            model.scratch_bytes(shape, &ask)?
+            model.scratch_bytes(shape, &|s| plan.attention_workspace(s, &ask))?
         };
         let scratch = d.alloc(needed.max(plan.uses.scratch), "scratch")?;
         let weights = WeightCache::new(d, store.clone(), &model, &plan.resident, plan.slots)?;
         let last = model.len() - 1;
         let group = plan.group_len;
         let gradients = if train { Some(GradientBuffers::new(d, &model, plan.resident_gradients)?) } else { None };
+        let outs = (0..if train { model.len() } else { 0 }).map(|_| d.event()).collect::<Result<_, _>>()?;
         let inputs = (0..group).map(|_| InputBuffers::new(d, &model, shape)).collect::<Result<_, _>>()?;
         let losses = d.alloc(rows * 4 * plan.micro_batches as u64, "losses")?;
         let mut boundaries = Vec::new();
@@ -101,12 +106,14 @@ impl Session {
         let travelling = (0..group).map(|_| d.alloc(rows * widest * dt, "block gradients")).collect::<Result<Vec<_>, _>>()?;
         let mut saved = vec![Vec::new(); last];
         for b in 0..last {
-            if plan.keep[b] {
-                saved[b] = (0..group).map(|_| d.alloc(model.saved_bytes(b, shape), "activations")).collect::<Result<Vec<_>, _>>()?;
+            let keep = plan.keep[b];
+            if keep != Keep::Inputs {
+                saved[b] = (0..group).map(|_| d.alloc(model.saved_bytes(b, shape, keep), "activations")).collect::<Result<Vec<_>, _>>()?;
             }
         }
-        let shared = (0..last).map(|b| model.saved_bytes(b, shape)).max().unwrap_or(0);
-        let shared_saved = if (0..last).all(|b| plan.keep[b]) { None } else { Some(d.alloc(shared, "recomputed activations")?) };
+        let shared = (0..last).map(|b| model.saved_bytes(b, shape, Keep::Inputs)).max().unwrap_or(0);
+        let any = (0..last).any(|b| plan.keep[b] == Keep::Inputs);
+        let shared_saved = if any { Some(d.alloc(shared, "recomputed activations")?) } else { None };
         Ok(Session {
             dev,
             model,
@@ -119,19 +126,17 @@ impl Session {
             losses,
             boundaries,
             d: travelling,
+            keep: plan.keep.clone(),
             saved,
             shared_saved,
             gradients,
+            outs,
             bytes_out: 0,
         })
     }
 
     fn saved(&self, b: usize, m: usize) -> Result<DevBuf, EngineError> {
         self.saved[b].get(m).copied().or(self.shared_saved).ok_or_else(|| EngineError::internal("no buffer for activations"))
-    }
-
-    fn kept(&self, b: usize) -> bool {
-        !self.saved[b].is_empty()
     }
 
     /// Input of block `b` for micro-batch `m` of the group.
@@ -179,7 +184,7 @@ impl Session {
             for (m, mb) in mbs.iter().enumerate() {
                 let (x, y, saved) = (self.input(b, m, mb), self.boundaries[b][m], self.saved(b, m)?);
                 let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
-                self.model.forward(b, &v, w[0], x, saved, y)?;
+                self.model.forward(b, &v, w[0], x, saved, self.keep[b], y)?;
             }
             self.weights.release(self.dev.as_ref(), &needs)?;
         }
@@ -243,13 +248,33 @@ impl Session {
                 for (m, mb) in mbs.iter().enumerate() {
                     let (x, saved) = (self.input(b, m, mb), self.saved(b, m)?);
                     let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
-                    if !self.kept(b) && !w.is_empty() {
+                    if self.keep[b] == Keep::Inputs && !w.is_empty() {
                         self.model.recompute(b, &v, w[0], x, saved)?;
                     }
-                    self.model.backward(b, &v, w.first().copied(), x, saved, self.d[m], grads)?;
+                    self.model.backward(b, &v, w.first().copied(), x, saved, self.keep[b], self.d[m], grads)?;
                 }
                 self.weights.release(self.dev.as_ref(), &needs)?;
                 self.close_gradient(b, g, final_group, comm)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with every page, as soon as this rank's gradients of a step that is enqueued whole lie in it; the backward
+    /// pass goes on meanwhile.
+    pub fn complete_pages(&self, mut f: impl FnMut(u32)) -> Result<(), EngineError> {
+        let layout = self.store.layout();
+        let pages_of = |b: usize| layout.pages_of(self.model.places[b].0..self.model.places[b].0 + self.model.places[b].1);
+        let mut awaited = vec![0u32; layout.page_count() as usize];
+        (0..self.model.len()).flat_map(pages_of).for_each(|p| awaited[p as usize] += 1);
+        (0..layout.page_count()).filter(|p| awaited[*p as usize] == 0).for_each(&mut f);
+        for b in (0..self.model.len()).rev() {
+            self.dev.synchronize_event(self.outs[b])?;
+            for p in pages_of(b) {
+                awaited[p as usize] -= 1;
+                if awaited[p as usize] == 0 {
+                    f(p);
+                }
             }
         }
         Ok(())
@@ -335,6 +360,7 @@ impl Session {
         }
         self.bytes_out += len * self.store.layout().spec().gradients.bytes();
         dev.record(buffer.free, Stream::CopyOut)?;
+        dev.record(self.outs[b], Stream::CopyOut)?;
         g.advance(b);
         Ok(())
     }

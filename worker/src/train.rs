@@ -197,7 +197,7 @@ impl Rank<'_> {
         let data = dataset.open().map_err(EngineError::input)?;
         self.control.heartbeat(self.store.record().step, "opening the device");
         let model = Model::new(&self.architecture, self.store.layout(), self.plan.dtype)?;
-        let dev = crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.total(), self.spec.train.deterministic)?;
+        let dev = crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.allocated(), self.spec.train.deterministic)?;
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
         session.weights.comm = Some(self.comm.clone());
@@ -463,13 +463,23 @@ impl Loop<'_> {
         let visits = self.session.visits(plan.groups, true);
         self.session.weights.plan_visits(visits, step - 1);
         self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, &r.comm, plan.groups, before_gradients)?;
+        // All is enqueued: a rank that is alone squares the gradients of each page while the backward pass works on the next.
+        let mut squares = vec![0f64; r.store.layout().page_count() as usize];
+        let square = |page: u32| self.pool.install(|| read_gradients(&r.store, page, sum_of_squares));
+        if r.comm.world() == 1 {
+            self.session.complete_pages(|page| squares[page as usize] = square(page))?;
+        }
         let loss = self.session.sum_losses(&batches)?;
         r.control.heartbeat(step, "reducing");
         self.session.finish_gradients()?;
         // All ranks' parts of this rank's pages have to be in before they are read.
         r.comm.barrier(Channel::Step)?;
-        let owned = (r.assignment.rank as u32..r.store.layout().page_count()).step_by(r.assignment.world_size);
-        let squares: f64 = self.pool.install(|| owned.map(|p| read_gradients(&r.store, p, sum_of_squares)).sum());
+        if r.comm.world() > 1 {
+            let owned = (r.assignment.rank as u32..r.store.layout().page_count()).step_by(r.assignment.world_size);
+            owned.for_each(|page| squares[page as usize] = square(page));
+        }
+        // In the order of pages, whoever was complete first.
+        let squares: f64 = squares.iter().sum();
         while let Some(c) = r.control.command() {
             wishes.add(c);
         }

@@ -156,14 +156,19 @@ impl WeightCache {
 
     /// Starts loads for coming visits as far as buffers are free and pages published.
     pub fn prefetch(&mut self, dev: &dyn Device) -> Result<(), EngineError> {
-        let mut seen: Vec<usize> = Vec::new();
+        // Every block's next visit is looked at once: a step of many groups has thousands of visits.
+        let mut seen = vec![false; self.places.len()];
+        let mut left = seen.len();
         for at in 0..self.schedule.len() {
             let b = self.schedule[at];
-            if seen.contains(&b) {
+            if std::mem::replace(&mut seen[b], true) {
                 continue;
             }
-            seen.push(b);
+            left -= 1;
             if self.find(b).is_some() {
+                if left == 0 {
+                    return Ok(());
+                }
                 continue;
             }
             let Some(i) = self.victim(b, at) else {
@@ -176,6 +181,9 @@ impl WeightCache {
                 return Ok(());
             }
             self.load(dev, b, i)?;
+            if left == 0 {
+                return Ok(());
+            }
         }
         Ok(())
     }

@@ -53,6 +53,12 @@ impl Supervisor {
         let (device, lease) = match (self.pool.kind(), gpu) {
             // CPU devices are threads: they may be shared with a running job, which becomes slower for a while.
             (DeviceKind::Cpu, _) => (self.pool.spec(self.pool.free().unwrap_or(0)).clone(), None),
+            // A plan wants the GPU's rates: they are measured on one that is free, for seconds, and otherwise (0 bytes of
+            // memory) only looked up, so that no running job loses memory to it.
+            (DeviceKind::Cuda, false) if matches!(task, Task::Prepare { .. }) => match self.pool.free() {
+                Some(free) => (self.pool.spec(free).clone(), Some(free)),
+                None => (DeviceSpec { memory_bytes: 0, ..self.pool.spec(0).clone() }, None),
+            },
             (DeviceKind::Cuda, false) => {
                 let memory_bytes = self.out.memory().available / 2;
                 (DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: node::cores(), memory_bytes }, None)

@@ -60,6 +60,16 @@ impl CudaDevice {
     /// Device memory that every open device takes beside its budget (the driver's context comes on top).
     pub const INTERNAL_BYTES: u64 = WORKSPACE_BYTES + PARTIALS_BYTES + 3 * STAGING_BYTES;
 
+    /// What the driver's context, the code of cuBLASLt and cuDNN and of this crate's kernels, and the driver's units of 2 MiB
+    /// take, at most: an allowance, not a sum.
+    const CONTEXT_BYTES: u64 = 1280 << 20;
+
+    /// Device memory of this process beside the budget of [`CudaDevice::open`], at most: context, libraries, the device's own
+    /// buffers and, where algorithms are searched for, the result they are tried on.
+    pub const fn outside_bytes(deterministic: bool) -> u64 {
+        Self::CONTEXT_BYTES + Self::INTERNAL_BYTES + if deterministic { 0 } else { crate::gemm::SEARCH_BYTES }
+    }
+
     /// Opens GPU `ordinal` with a budget of `memory_bytes` for [`Device::alloc`]. `deterministic` gives the same bits run after
     /// run, at some cost in speed and in attention's workspace.
     ///

@@ -26,6 +26,9 @@ fn ok(status: lt::cublasStatus_t, what: &str) -> Result<(), EngineError> {
 
 /// Algorithms that are timed.
 const CANDIDATES: usize = 8;
+/// Largest result that algorithms are tried on: memory beside the device's budget, for a moment. Products with larger ones
+/// are so large that the heuristic's first choice is a good one.
+pub(crate) const SEARCH_BYTES: u64 = 1 << 30;
 /// Products of fewer multiply-adds are not worth timing.
 const WORTH_TIMING: usize = 1 << 28;
 
@@ -163,7 +166,8 @@ impl Products {
         plan.algorithm = candidates.first().copied();
         if !self.deterministic && candidates.len() > 1 && key.m * key.n * key.k >= WORTH_TIMING {
             // Without memory for a result to try on, the heuristic's choice stands.
-            if let Ok(scratch) = Memory::new(key.m as u64 * key.n as u64 * key.d.size(), "algorithm search") {
+            let bytes = key.m as u64 * key.n as u64 * key.d.size();
+            if let Some(scratch) = Some(bytes).filter(|b| *b <= SEARCH_BYTES).and_then(|b| Memory::new(b, "algorithm search").ok()) {
                 plan.algorithm = self.fastest(&mut plan, key, operands, &scratch, &candidates, stream, workspace)?;
             }
         }

@@ -3,7 +3,7 @@
 //! One implementation for all families; what differs is in the fields: RMS or layer norm, gated or plain feed-forward,
 //! rotary or no positions, norms of queries and keys, biases, matrices stored `[out, in]` or (GPT-2) `[in, out]`.
 
-use super::{Carver, Grads, Shape, Span, Visit, Weights};
+use super::{Carver, Grads, Keep, Shape, Span, Visit, Weights};
 use crate::api::EngineError;
 use ramtorch_device::*;
 use ramtorch_modelio::{Family, HiddenAct, TransformerConfig};
@@ -147,6 +147,9 @@ pub(crate) struct DecoderLayer {
 }
 
 /// What the forward pass leaves for the backward pass.
+///
+/// With [`Keep::Products`] the outputs of norms and activations (`normed1`, `normed2`, `act`) are empty: they pass through
+/// scratch, and the backward pass makes them again from what is kept, with the same operations and so the same bits.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DecoderSaved {
     stats1: DevBuf,
@@ -252,21 +255,51 @@ impl DecoderLayer {
     }
 
     /// Divides (or measures) what is saved for one micro-batch.
-    pub fn saved(&self, s: Shape, dt: Dtype, c: &mut Carver) -> DecoderSaved {
+    pub fn saved(&self, s: Shape, dt: Dtype, keep: Keep, c: &mut Carver) -> DecoderSaved {
         let rows = s.rows();
+        let cheap = |n: usize| if keep == Keep::Products { 0 } else { n };
         DecoderSaved {
             stats1: c.f32(self.norm1.shape(rows).stats_len()),
-            normed1: c.elems(rows * self.hidden, dt),
+            normed1: c.elems(cheap(rows * self.hidden), dt),
             raw: self.qk_norm.map(|_| (c.elems(rows * self.qkv.output, dt), c.f32(rows * self.heads), c.f32(rows * self.kv_heads))),
             qkv: c.elems(rows * self.qkv.output, dt),
             attended: c.elems(rows * self.out.input, dt),
             lse: c.f32(rows * self.heads),
             middle: c.elems(rows * self.hidden, dt),
             stats2: c.f32(self.norm2.shape(rows).stats_len()),
-            normed2: c.elems(rows * self.hidden, dt),
+            normed2: c.elems(cheap(rows * self.hidden), dt),
             up: c.elems(rows * self.up.output, dt),
-            act: c.elems(rows * self.inner, dt),
+            act: c.elems(cheap(rows * self.inner), dt),
         }
+    }
+
+    /// Elements a row that norms, rotary positions and the activation read and write: forward, backward, and what
+    /// [`Keep::Products`] makes again.
+    pub fn elementwise(&self) -> [usize; 3] {
+        let (h, inner, up, turned) = (self.hidden, self.inner, self.up.output, (self.heads + self.kv_heads) * self.head_dim);
+        let norms = if self.qk_norm.is_some() { 2 * turned + 2 * self.qkv.output } else { 0 };
+        let rotary = if self.rotary { 2 * turned } else { 0 };
+        [4 * h + rotary + norms + up + inner, 8 * h + rotary + norms + 2 * up + inner, 4 * h + up + inner]
+    }
+
+    /// Queries see so many tokens at most.
+    pub fn window(&self) -> Option<usize> {
+        self.window
+    }
+
+    /// Columns of the last product's input.
+    pub fn inner(&self) -> usize {
+        self.inner
+    }
+
+    /// The widest product, as (outputs, inputs).
+    pub fn widest(&self) -> (usize, usize) {
+        (self.up.output, self.up.input)
+    }
+
+    /// Columns of queries, keys and values together; of the queries alone.
+    pub fn attention_widths(&self) -> (usize, usize) {
+        (self.qkv.output, self.heads * self.head_dim)
     }
 
     /// Attention of a whole micro-batch.
@@ -364,42 +397,61 @@ impl DecoderLayer {
     fn feed_forward(&self, dev: &dyn Device, w: Weights, rows: usize, s: &DecoderSaved) -> Result<(), EngineError> {
         self.norm2.forward(dev, w, rows, s.middle, s.normed2, s.stats2)?;
         self.up.forward(dev, w, rows, s.normed2, None, s.up)?;
+        self.activate(dev, rows, s.up, s.act)
+    }
+
+    fn activate(&self, dev: &dyn Device, rows: usize, up: DevBuf, act: DevBuf) -> Result<(), EngineError> {
         if self.gated {
-            dev.glu_forward(self.act, s.up, rows, self.inner, s.act)
+            dev.glu_forward(self.act, up, rows, self.inner, act)
         } else {
-            dev.activation_forward(self.act, s.up, rows * self.inner, s.act)
+            dev.activation_forward(self.act, up, rows * self.inner, act)
         }
     }
 
-    fn divide(&self, v: &Visit, w: Weights, saved: DevBuf) -> DecoderSaved {
-        self.saved(v.shape, w.dtype, &mut Carver::of(saved))
+    /// Divides `saved`; what is not kept lies in scratch, where the backward pass has room for it too: each of these buffers
+    /// is read for the last time by the product before the one that writes the gradient of the same shape.
+    fn divide(&self, v: &Visit, w: Weights, saved: DevBuf, keep: Keep) -> DecoderSaved {
+        let s = self.saved(v.shape, w.dtype, keep, &mut Carver::of(saved));
+        if keep != Keep::Products {
+            return s;
+        }
+        let t = self.scratch(v.shape, w.dtype, &mut Carver::of(v.scratch));
+        DecoderSaved { normed1: t.a, normed2: t.a, act: t.dact, ..s }
     }
 
-    pub fn forward(&self, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf, y: DevBuf) -> Result<(), EngineError> {
-        let s = self.divide(v, w, saved);
+    pub fn forward(&self, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf, keep: Keep, y: DevBuf) -> Result<(), EngineError> {
+        let s = self.divide(v, w, saved, keep);
         self.first_half(v, w, x, &s)?;
         self.feed_forward(v.dev, w, v.mb.rows(), &s)?;
         self.down.forward(v.dev, w, v.mb.rows(), s.act, Some(s.middle), y)
     }
 
+    /// Makes again all that [`Keep::All`] keeps.
     pub fn recompute(&self, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf) -> Result<(), EngineError> {
-        let s = self.divide(v, w, saved);
+        let s = self.divide(v, w, saved, Keep::All);
         self.first_half(v, w, x, &s)?;
         self.feed_forward(v.dev, w, v.mb.rows(), &s)
     }
 
-    pub fn backward(&self, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf, d: DevBuf, g: Grads) -> Result<(), EngineError> {
+    pub fn backward(&self, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf, keep: Keep, d: DevBuf, g: Grads) -> Result<(), EngineError> {
         let (dev, rows) = (v.dev, v.mb.rows());
-        let s = self.divide(v, w, saved);
+        let s = self.divide(v, w, saved, keep);
+        let rebuild = keep == Keep::Products;
         let attention = self.attention(v.mb.sequences, v.mb.seq, v.mb.starts);
         let t = self.scratch(v.shape, w.dtype, &mut Carver::of(v.scratch));
         // Feed-forward.
+        if rebuild {
+            self.activate(dev, rows, s.up, s.act)?;
+        }
         self.down.parameter_gradient(dev, rows, d, s.act, g)?;
         self.down.input_gradient(dev, w, rows, d, t.dact)?;
         if self.gated {
             dev.glu_backward(self.act, t.dact, s.up, rows, self.inner, t.dup)?;
         } else {
             dev.activation_backward(self.act, t.dact, s.up, rows * self.inner, t.dup)?;
+        }
+        if rebuild {
+            self.norm2.forward(dev, w, rows, s.middle, s.normed2, s.stats2)?;
         }
         self.up.parameter_gradient(dev, rows, t.dup, s.normed2, g)?;
         self.up.input_gradient(dev, w, rows, t.dup, t.a)?;
@@ -416,6 +468,9 @@ impl DecoderLayer {
             dev.norm_backward(&qs, t.dqkv, raw, w.at(q), q_stats, None, t.dqkv, g.at(q), None)?;
             dev.norm_backward(&ks, t.dqkv, raw, w.at(k), k_stats, None, t.dqkv, g.at(k), None)?;
         }
+        if rebuild {
+            self.norm1.forward(dev, w, rows, x, s.normed1, s.stats1)?;
+        }
         self.qkv.parameter_gradient(dev, rows, t.dqkv, s.normed1, g)?;
         self.qkv.input_gradient(dev, w, rows, t.dqkv, t.a)?;
         self.norm1.backward(dev, w, rows, t.a, x, s.stats1, Some(d), d, g)
@@ -430,7 +485,7 @@ impl DecoderLayer {
     /// `past` `[batch]` i32.
     pub fn step(&self, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf, y: DevBuf, cache: &Cache) -> Result<(), EngineError> {
         let (dev, rows) = (v.dev, v.mb.rows());
-        let s = self.divide(v, w, saved);
+        let s = self.divide(v, w, saved, Keep::All);
         self.project(v, w, rows, Some(cache.positions), x, &s)?;
         let a = self.attention(v.mb.sequences, v.mb.seq, None);
         let shape = CachedAttentionShape {

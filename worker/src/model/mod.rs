@@ -14,6 +14,8 @@ mod decoder;
 mod embed;
 mod head;
 mod stack;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use carve::Carver;
 pub(crate) use decoder::{Cache, DecoderLayer};
@@ -126,6 +128,18 @@ pub(crate) enum Block {
     Stack(StackLayer),
 }
 
+/// What of a block's activations is kept from its forward visit to its backward visit, besides its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Keep {
+    /// Nothing: the whole forward visit is done again.
+    Inputs,
+    /// The results of matrix products and attention; norms and activations are made again.
+    Products,
+    /// Everything.
+    All,
+}
+
 /// A model's blocks, in the order of the forward pass.
 pub(crate) struct Model {
     pub architecture: Architecture,
@@ -221,12 +235,13 @@ impl Model {
         self.target_width().max(1) as f64
     }
 
-    /// Bytes of what block `b` saves for its backward pass, for one micro-batch.
-    pub fn saved_bytes(&self, b: usize, shape: Shape) -> u64 {
+    /// Bytes of what block `b` saves for its backward pass, for one micro-batch. [`Keep::Inputs`] saves as much as
+    /// [`Keep::All`], but not for longer than a visit.
+    pub fn saved_bytes(&self, b: usize, shape: Shape, keep: Keep) -> u64 {
         let mut c = Carver::measure();
         match &self.blocks[b] {
             Block::Layer(l) => {
-                l.saved(shape, self.dtype, &mut c);
+                l.saved(shape, self.dtype, keep, &mut c);
             }
             Block::Stack(s) => {
                 s.saved(shape, self.dtype, &mut c);
@@ -261,16 +276,16 @@ impl Model {
     }
 
     /// Runs block `b` (not the last) forward: `x` to `y`, keeping what the backward pass needs in `saved`.
-    pub fn forward(&self, b: usize, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf, y: DevBuf) -> Result<(), EngineError> {
+    pub fn forward(&self, b: usize, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf, keep: Keep, y: DevBuf) -> Result<(), EngineError> {
         match &self.blocks[b] {
             Block::Embed(e) => e.forward(v, w, y),
-            Block::Layer(l) => l.forward(v, w, x, saved, y),
+            Block::Layer(l) => l.forward(v, w, x, saved, keep, y),
             Block::Stack(s) => s.forward(v, w, x, saved, y),
             Block::Head(_) => Err(EngineError::internal("the head has no plain forward pass")),
         }
     }
 
-    /// Makes again what the forward pass of block `b` would have saved.
+    /// Makes again what the forward pass of block `b` would have saved with [`Keep::All`].
     pub fn recompute(&self, b: usize, v: &Visit, w: Weights, x: DevBuf, saved: DevBuf) -> Result<(), EngineError> {
         match &self.blocks[b] {
             Block::Layer(l) => l.recompute(v, w, x, saved),
@@ -287,13 +302,14 @@ impl Model {
         w: Option<Weights>,
         x: DevBuf,
         saved: DevBuf,
+        keep: Keep,
         d: DevBuf,
         grads: Grads,
     ) -> Result<(), EngineError> {
         let need = || w.ok_or_else(|| EngineError::internal("a backward visit without weights"));
         match &self.blocks[b] {
             Block::Embed(e) => e.backward(v, d, grads),
-            Block::Layer(l) => l.backward(v, need()?, x, saved, d, grads),
+            Block::Layer(l) => l.backward(v, need()?, x, saved, keep, d, grads),
             Block::Stack(s) => s.backward(v, need()?, x, saved, d, grads, b > 0),
             Block::Head(_) => Err(EngineError::internal("the head has no plain backward pass")),
         }

@@ -1,108 +1,539 @@
-//! What a step costs, from rates measured on the node.
+//! What a step costs: the times of visits, and a small simulation of the streams.
+//!
+//! ```text
+//!   0 ─ gradients of the last step complete
+//!   optimizer   │ pages of block 0 │ block 1 │ …                  │ committed
+//!   CopyIn      ·        load 0 ───┤ load 1 ─┤ …
+//!   Compute     ·                  forward 0 ┤ forward 1 … head   ┤ backward n-2 … 0, next group …
+//!   CopyOut     ·                                                   gradients of n-1 … 0 (last group)
+//!   processor                                                       norm of n-1 … 0 │ ─ the period of a step
+//! ```
+//! On CPU devices everything shares the same cores: there the parts are added up.
 
 use super::EnginePlan;
-use crate::api::{DeviceKind, Rates};
-use crate::model::{Block, Model};
+use crate::api::{DeviceKind, LayerTimes, Rates};
+use crate::model::{Block, Keep, Model};
+use ramtorch_device::Dtype;
+use std::collections::VecDeque;
+
+/// Typical figures of a data-centre GPU on PCIe 5, where the node's own were not measured.
+mod typical {
+    /// Products of many rows, operations a second, after the GPU's power limit has shown.
+    pub const PRODUCTS: f64 = 6.8e14;
+    /// Rows at which products reach half of that.
+    pub const HALF_ROWS: f64 = 300.0;
+    pub const ATTENTION: [f64; 2] = [5e14, 3.4e14];
+    pub const MEMORY: f64 = 2.3e12;
+    pub const LAUNCH: f64 = 4e-6;
+    pub const TO_DEVICE: f64 = 5.2e10;
+    pub const FROM_DEVICE: f64 = 5.0e10;
+    pub const BOTH: [f64; 2] = [4.4e10, 4.6e10];
+    /// The processor beside it, parameters a second.
+    pub const ADAMW: f64 = 4e9;
+    pub const NORM: f64 = 2e10;
+}
+
+/// Kernels of a layer's visits: forward, backward, made again.
+const KERNELS: [f64; 3] = [8.0, 16.0, 3.0];
+/// Two updaters on one memory bus do a little less than the sum of each alone.
+const TOGETHER: f64 = 0.92;
+/// Bytes a parameter that an update on the GPU moves in and out, beside the moments: both halves in and out, a gradient in.
+const STAGED_IN: f64 = 6.0;
+const STAGED_OUT: f64 = 4.0;
+/// Copies slow the arithmetic beside them by this share of their own time: in, out.
+const DRAG: [f64; 2] = [0.01, 0.08];
+/// From a block's publication to the start of its copy; from the last gradient to the optimizer's start. Seconds.
+const NOTICE: f64 = 1e-4;
+const TURN: f64 = 3e-3;
+
+/// Seconds of one micro-batch's visits of each block.
+#[derive(Debug, Clone)]
+pub(crate) struct Times {
+    pub forward: Vec<f64>,
+    pub backward: Vec<f64>,
+    /// Added to the backward visit, by [`Keep`].
+    pub products: Vec<f64>,
+    pub inputs: Vec<f64>,
+}
+
+impl Times {
+    pub fn again(&self, b: usize, keep: Keep) -> f64 {
+        match keep {
+            Keep::All => 0.0,
+            Keep::Products => self.products[b],
+            Keep::Inputs => self.inputs[b],
+        }
+    }
+}
+
+/// Where a step's time goes, in seconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Breakdown {
+    pub step: f64,
+    /// All visits, one after the other.
+    pub compute: f64,
+    /// Of them: what is computed a second time.
+    pub again: f64,
+    /// Bytes on their way in, and out, one after the other.
+    pub copies_in: f64,
+    pub copies_out: f64,
+    /// All pages.
+    pub optimizer: f64,
+    /// Compute stands still for pages, for copies in, for gradients on their way out.
+    pub wait_optimizer: f64,
+    pub wait_copies: f64,
+    pub wait_gradients: f64,
+    /// After the last visit: gradients on their way, their norm.
+    pub tail: f64,
+    pub norm: f64,
+    /// Of the norm: after everything else.
+    pub wait_norm: f64,
+}
+
+impl Breakdown {
+    pub fn bound_by(&self) -> &'static str {
+        let idle = [
+            (self.compute, "matrix products"),
+            (self.wait_optimizer + self.wait_norm, "the optimizer"),
+            (self.wait_copies + self.wait_gradients + self.tail, "copies between host and device"),
+        ];
+        idle.iter().fold(idle[0], |a, b| if b.0 > a.0 { *b } else { a }).1
+    }
+}
+
+/// Where rates come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Basis {
+    Measured,
+    Cached,
+    Typical,
+}
 
 /// Rates with stand-ins where nothing was measured.
 pub(crate) struct Cost {
-    flops: f64,
-    copy: f64,
-    optimizer: f64,
-    /// Copies run beside arithmetic.
-    overlapped: bool,
-    pub measured: bool,
+    rates: Rates,
+    kind: DeviceKind,
+    dtype: Dtype,
+    /// Copies in and out alone, and both at once.
+    to_device: f64,
+    from_device: f64,
+    both: [f64; 2],
+    memory: f64,
+    launch: f64,
+    norm: f64,
+    /// Gradients are squared as they come, and not after the last of them.
+    pub norm_beside: bool,
+    /// Pages on the processor, and on the GPU (0: none).
+    pub adamw: f64,
+    pub adamw_gpu: f64,
+    pub basis: Basis,
+}
+
+fn or(x: f64, default: f64) -> f64 {
+    if x > 0.0 && x.is_finite() { x } else { default }
 }
 
 impl Cost {
-    pub fn new(rates: Rates, kind: DeviceKind) -> Cost {
-        let cpu = kind == DeviceKind::Cpu;
-        let or = |x: f64, default: f64| if x > 0.0 { x } else { default };
-        let (flops, copy, optimizer) = match kind {
-            DeviceKind::Cpu => (5e10, 4e9, 2e8),
-            // Orders of magnitude of a data-centre GPU; the node's own rates replace them.
-            DeviceKind::Cuda => (5e14, 4e10, 3e9),
+    /// `moment` is the bytes of one moment of a parameter; `split`: the device updates pages too.
+    pub fn new(rates: Rates, kind: DeviceKind, dtype: Dtype, moment: u64, split: bool) -> Cost {
+        if kind == DeviceKind::Cpu {
+            let copy = or(rates.copy_bytes, 4e9);
+            let basis = if rates.gemm_flops > 0.0 { Basis::Measured } else { Basis::Typical };
+            let adamw = or(rates.optimizer_parameters, 2e8);
+            let norm = or(rates.norm_parameters, 4.0 * adamw);
+            return Cost {
+                rates,
+                kind,
+                dtype,
+                to_device: copy,
+                from_device: copy,
+                both: [copy; 2],
+                memory: copy,
+                launch: 0.0,
+                norm,
+                norm_beside: false,
+                adamw,
+                adamw_gpu: 0.0,
+                basis,
+            };
+        }
+        let g = rates.gpu.clone().unwrap_or_default();
+        let basis = match &rates.gpu {
+            Some(g) if g.cached => Basis::Cached,
+            Some(_) => Basis::Measured,
+            None => Basis::Typical,
         };
+        let both = [or(g.both[0], typical::BOTH[0]), or(g.both[1], typical::BOTH[1])];
+        let moments = 2.0 * moment as f64;
         Cost {
-            // What was measured is the processor; of a GPU's step only the optimizer runs there.
-            flops: if cpu { or(rates.gemm_flops, flops) } else { flops },
-            copy: if cpu { or(rates.copy_bytes, copy) } else { copy },
-            optimizer: or(rates.optimizer_parameters, optimizer),
-            overlapped: kind == DeviceKind::Cuda,
-            measured: cpu && rates.gemm_flops > 0.0,
+            kind,
+            dtype,
+            to_device: or(g.to_device, typical::TO_DEVICE),
+            from_device: or(g.from_device, typical::FROM_DEVICE),
+            both,
+            memory: or(g.memory_bytes, typical::MEMORY),
+            launch: or(g.launch_seconds, typical::LAUNCH),
+            norm: or(rates.norm_parameters, typical::NORM),
+            norm_beside: true,
+            adamw: or(if rates.gpu.is_some() { rates.optimizer_parameters } else { 0.0 }, typical::ADAMW),
+            adamw_gpu: if split { 1.0 / ((STAGED_IN + moments) / both[0]).max((STAGED_OUT + moments) / both[1]) } else { 0.0 },
+            basis,
+            rates,
         }
     }
 
-    /// Operations of a forward visit of block `b`, a row.
-    fn forward_flops(model: &Model, b: usize, seq: usize) -> f64 {
+    /// Streams run beside each other.
+    pub fn overlapped(&self) -> bool {
+        self.kind == DeviceKind::Cuda
+    }
+
+    /// Parameters a second that processor and GPU update together.
+    fn updates(&self) -> f64 {
+        if self.adamw_gpu > 0.0 { (self.adamw + self.adamw_gpu) * TOGETHER } else { self.adamw }
+    }
+
+    /// Operations a second of products with `rows` rows.
+    fn products(&self, rows: f64) -> f64 {
+        if self.kind == DeviceKind::Cpu {
+            return or(self.rates.gemm_flops, 5e10);
+        }
+        let peak = if self.dtype == Dtype::F32 { typical::PRODUCTS / 14.0 } else { typical::PRODUCTS };
+        peak * rows / (rows + typical::HALF_ROWS)
+    }
+
+    /// Of a layer's visits with one micro-batch, from formulas.
+    fn layer(&self, model: &Model, b: usize, rows: usize, seq: usize) -> LayerTimes {
+        let (r, size) = (rows as f64, self.dtype.size() as f64);
         let matrix = model.places[b].1 as f64;
-        match &model.blocks[b] {
-            Block::Embed(_) => 0.0,
-            Block::Layer(_) => {
-                let q = model.architecture.transformer().map_or(0, |c| c.query_size());
-                2.0 * matrix + 2.0 * seq as f64 * q as f64 // causal: half of 4·seq·q
-            }
-            Block::Head(h) => 2.0 * (h.hidden * h.vocab) as f64,
-            Block::Stack(_) => 2.0 * matrix,
+        let product = 2.0 * matrix * r / self.products(r);
+        let Block::Layer(l) = &model.blocks[b] else {
+            return LayerTimes { rows, forward: product, backward: 2.0 * product, rebuild: 0.0, recompute: product };
+        };
+        let window = l.window().unwrap_or(seq).min(seq) as f64;
+        let scores = 2.0 * r * window * l.attention_widths().1 as f64;
+        let [fast, slow] = match self.kind {
+            DeviceKind::Cpu => [self.products(r); 2],
+            DeviceKind::Cuda => typical::ATTENTION.map(|x| x * self.products(1e9) / typical::PRODUCTS),
+        };
+        let passes = l.elementwise().map(|n| n as f64 * r * size / self.memory);
+        let launches = KERNELS.map(|k| k * self.launch);
+        // Weight gradients are read and written in f32, partly beside the arithmetic.
+        let sums = 4.0 * matrix / self.memory;
+        let forward = product + scores / fast + passes[0] + launches[0];
+        // Without the last product of the layer.
+        let down = 2.0 * (l.hidden * l.inner()) as f64 * r / self.products(r);
+        LayerTimes {
+            rows,
+            forward,
+            backward: 2.0 * product + 2.5 * scores / slow + passes[1] + sums + launches[1],
+            rebuild: passes[2] + launches[2],
+            recompute: forward - down,
         }
     }
 
-    fn rows(p: &EnginePlan) -> f64 {
-        (p.micro_batches * p.micro_batch * p.seq) as f64
+    /// Of a layer's visits, from the measured points where there are some: seconds a row between two points follow the
+    /// logarithm of the rows, and stay the same beyond the last.
+    fn layer_times(&self, model: &Model, b: usize, rows: usize, seq: usize) -> LayerTimes {
+        let points: &[LayerTimes] = self.rates.gpu.as_ref().map_or(&[], |g| &g.layers);
+        let is_layer = matches!(model.blocks[b], Block::Layer(_));
+        let (Some(first), Some(last)) = (points.first().filter(|_| is_layer), points.last()) else {
+            return self.layer(model, b, rows, seq);
+        };
+        let above = points.iter().find(|p| p.rows >= rows).unwrap_or(last);
+        let below = points.iter().rev().find(|p| p.rows <= rows).unwrap_or(first);
+        let span = (above.rows as f64 / below.rows.max(1) as f64).ln();
+        let t = if span > 0.0 { (rows as f64 / below.rows as f64).ln() / span } else { 0.0 };
+        let mix = |f: fn(&LayerTimes) -> f64| {
+            let (x, y) = (f(below) / below.rows.max(1) as f64, f(above) / above.rows.max(1) as f64);
+            (x + (y - x) * t) * rows as f64
+        };
+        LayerTimes {
+            rows,
+            forward: mix(|p| p.forward),
+            backward: mix(|p| p.backward),
+            rebuild: mix(|p| p.rebuild),
+            recompute: mix(|p| p.recompute),
+        }
     }
 
-    /// Seconds a step that keeping block `b`'s activations saves.
-    pub fn recompute(&self, model: &Model, p: &EnginePlan, b: usize) -> f64 {
-        Self::forward_flops(model, b, p.seq) * Self::rows(p) / self.flops
+    /// Of all visits with one micro-batch of `rows` tokens.
+    pub fn times(&self, model: &Model, rows: usize, seq: usize, head_rows: usize) -> Times {
+        let n = model.len();
+        let mut t = Times { forward: vec![0.0; n], backward: vec![0.0; n], products: vec![0.0; n], inputs: vec![0.0; n] };
+        let mut same: Option<LayerTimes> = None;
+        for b in 0..n {
+            let r = rows as f64;
+            match &model.blocks[b] {
+                Block::Embed(e) => {
+                    let pass = 2.0 * r * e.hidden as f64 * self.dtype.size() as f64 / self.memory;
+                    (t.forward[b], t.backward[b]) = (pass + self.launch, 3.0 * pass + self.launch);
+                }
+                Block::Head(h) => {
+                    let measured = self.rates.gpu.as_ref().map(|g| g.head).filter(|h| h.0 > 0 && h.1 > 0.0);
+                    t.forward[b] = match measured {
+                        Some((timed, seconds)) => seconds * r / timed as f64,
+                        None => {
+                            let flops = 6.0 * (h.hidden * h.vocab) as f64 * r;
+                            let chunks = (rows as f64 / head_rows.max(1) as f64).ceil();
+                            let passes = r * (4.0 * h.vocab as f64 + 14.0 * h.hidden as f64) * self.dtype.size() as f64;
+                            let sums = chunks * 4.0 * (h.hidden * h.vocab) as f64;
+                            flops / self.products(head_rows as f64) + (passes + sums) / self.memory + 7.0 * chunks * self.launch
+                        }
+                    };
+                }
+                Block::Layer(l) => {
+                    // Layers differ in nothing but their window.
+                    let x = match same {
+                        Some(x) if l.window().is_none() => x,
+                        _ => self.layer_times(model, b, rows, seq),
+                    };
+                    if l.window().is_none() {
+                        same = Some(x);
+                    }
+                    (t.forward[b], t.backward[b], t.products[b], t.inputs[b]) = (x.forward, x.backward, x.rebuild, x.recompute);
+                }
+                Block::Stack(_) => {
+                    let x = self.layer(model, b, rows, seq);
+                    t.forward[b] = if b + 1 == n { x.forward + x.backward } else { x.forward };
+                    if b + 1 < n {
+                        (t.backward[b], t.inputs[b]) = (x.backward, x.recompute);
+                    }
+                }
+            }
+        }
+        t
     }
 
-    /// Seconds a step of loading block `b` again, where it does not stay.
-    pub fn reload(&self, model: &Model, p: &EnginePlan, b: usize) -> f64 {
-        let loads = 2.0 * p.groups as f64 - 1.0;
-        loads * (model.places[b].1 * p.dtype.size()) as f64 / self.copy
-    }
-
-    pub fn compute(&self, model: &Model, p: &EnginePlan) -> f64 {
+    /// All visits of a step, and of them what is done a second time.
+    pub fn compute(&self, model: &Model, p: &EnginePlan, t: &Times) -> (f64, f64) {
+        let count = p.sequences as f64 / p.micro_batch as f64;
         let last = model.len() - 1;
-        let flops: f64 = (0..model.len())
-            .map(|b| {
-                let f = Self::forward_flops(model, b, p.seq);
-                if b == last || p.keep[b] { 3.0 * f } else { 4.0 * f }
+        let again: f64 = (0..last).map(|b| t.again(b, p.keep[b])).sum::<f64>() * count;
+        let once: f64 = (0..model.len()).map(|b| t.forward[b] + t.backward[b]).sum::<f64>() * count;
+        (once + again, again)
+    }
+
+    /// The parts of a step.
+    pub fn step(&self, model: &Model, p: &EnginePlan, t: &Times) -> Breakdown {
+        let (compute, again) = self.compute(model, p, t);
+        let parameters: f64 = model.places.iter().map(|x| x.1 as f64).sum();
+        let base = Breakdown { compute, again, optimizer: parameters / self.updates(), norm: parameters / self.norm, ..Default::default() };
+        if self.overlapped() { self.simulate(model, p, t, base) } else { self.sum(model, p, base) }
+    }
+
+    fn sum(&self, model: &Model, p: &EnginePlan, mut s: Breakdown) -> Breakdown {
+        let loads = 2.0 * p.groups as f64 - 1.0;
+        let out = if p.resident_gradients { 1.0 } else { 2.0 * p.groups as f64 - 1.0 };
+        for b in 0..model.len() {
+            let bytes = model.places[b].1 as f64 * p.dtype.size() as f64;
+            s.copies_in += bytes * if p.resident[b] { 1.0 } else { 1.0 + loads } / self.to_device;
+            s.copies_out += bytes * out / self.from_device;
+        }
+        (s.wait_copies, s.wait_gradients, s.wait_optimizer, s.wait_norm) = (s.copies_in, s.copies_out, s.optimizer, s.norm);
+        s.step = s.compute + s.copies_in + s.copies_out + s.optimizer + s.norm;
+        s
+    }
+
+    fn simulate(&self, model: &Model, p: &EnginePlan, t: &Times, mut s: Breakdown) -> Breakdown {
+        // Groups in the middle are alike: a few are played, the rest follow from the last of them.
+        const PLAYED: usize = 4;
+        let played = p.groups.min(PLAYED);
+        let mut run = Run::new(self, model, p, t);
+        for g in 0..played {
+            let start = (run.compute, run.s);
+            run.group(g, g + 1 == played);
+            if g + 2 == played && p.groups > PLAYED {
+                // This one stands for those that are not played.
+                let more = (p.groups - PLAYED) as f64;
+                run.skip((run.compute - start.0) * more);
+                run.s.wait_copies += (run.s.wait_copies - start.1.wait_copies) * more;
+                run.s.wait_gradients += (run.s.wait_gradients - start.1.wait_gradients) * more;
+                run.s.copies_in += (run.s.copies_in - start.1.copies_in) * more;
+                run.s.copies_out += (run.s.copies_out - start.1.copies_out) * more;
+            }
+        }
+        let r = run.s;
+        let copied = run.compute.max(run.out);
+        // Other ranks' parts are in the sums: those are squared when all are in.
+        let end = if self.norm_beside && p.world == 1 { copied.max(run.norm) } else { copied + s.norm };
+        s.tail = copied - run.compute + TURN;
+        s.wait_norm = end - copied;
+        s.step = end + TURN;
+        (s.copies_in, s.copies_out) = (r.copies_in, r.copies_out);
+        (s.wait_optimizer, s.wait_copies, s.wait_gradients) = (r.wait_optimizer, r.wait_copies, r.wait_gradients);
+        s
+    }
+}
+
+/// The streams of one step; times are ends of what was enqueued so far.
+struct Run<'a> {
+    cost: &'a Cost,
+    model: &'a Model,
+    p: &'a EnginePlan,
+    t: &'a Times,
+    /// Micro-batches a group, on average.
+    count: f64,
+    /// When each block's pages are published.
+    published: Vec<f64>,
+    compute: f64,
+    copy_in: f64,
+    out: f64,
+    norm: f64,
+    /// Streamed blocks visited last, and the end of the visits whose slots come free next.
+    recent: VecDeque<usize>,
+    free: VecDeque<f64>,
+    /// Ends of the copies out of the ring's buffers.
+    ring: VecDeque<f64>,
+    s: Breakdown,
+}
+
+impl<'a> Run<'a> {
+    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times) -> Self {
+        let rate = cost.updates();
+        let mut done = 0.0;
+        let published = model
+            .places
+            .iter()
+            .map(|x| {
+                done += x.1 as f64 / rate;
+                done
             })
-            .sum();
-        flops * Self::rows(p) / self.flops
+            .collect();
+        Run {
+            cost,
+            model,
+            p,
+            t,
+            count: p.sequences as f64 / p.micro_batch as f64 / p.groups as f64,
+            published,
+            compute: 0.0,
+            copy_in: 0.0,
+            out: 0.0,
+            norm: 0.0,
+            recent: VecDeque::new(),
+            free: VecDeque::new(),
+            ring: VecDeque::new(),
+            s: Breakdown::default(),
+        }
     }
 
-    pub fn copies(&self, model: &Model, p: &EnginePlan) -> f64 {
-        let weights: f64 = (0..model.len())
-            .map(|b| {
-                let once = (model.places[b].1 * p.dtype.size()) as f64 / self.copy;
-                once + if p.resident[b] { 0.0 } else { self.reload(model, p, b) }
-            })
-            .sum();
-        let out = if p.resident_gradients { 1.0 } else { p.groups as f64 };
-        let gradients = model.places.iter().map(|x| x.1 as f64 * p.dtype.size() as f64).sum::<f64>() * out / self.copy;
-        if self.overlapped { weights.max(gradients) } else { weights + gradients }
+    fn skip(&mut self, seconds: f64) {
+        self.compute += seconds;
+        self.copy_in += seconds;
+        self.out += seconds;
+        self.free.iter_mut().chain(&mut self.ring).for_each(|x| *x += seconds);
     }
 
-    pub fn optimizer(&self, model: &Model) -> f64 {
-        model.places.iter().map(|x| x.1 as f64).sum::<f64>() / self.optimizer
+    /// When the weights that a visit needs have come; `first` for the sweep that follows the optimizer.
+    fn load(&mut self, needs: &[usize], first: bool, busy_out: bool) -> (f64, f64) {
+        let rate = if busy_out || first { self.cost.both[0] } else { self.cost.to_device };
+        let (mut ready, mut gate) = (0f64, 0f64);
+        for &b in needs {
+            let streamed = !self.p.resident[b];
+            if streamed {
+                let held = self.recent.contains(&b);
+                self.recent.retain(|x| *x != b);
+                self.recent.push_back(b);
+                while self.recent.len() > self.p.slots.max(1) {
+                    self.recent.pop_front();
+                }
+                if held && !first {
+                    continue;
+                }
+            } else if !first {
+                continue;
+            }
+            let seconds = self.model.places[b].1 as f64 * self.p.dtype.size() as f64 / rate;
+            let mut start = self.copy_in;
+            if first {
+                start = start.max(self.published[b] + NOTICE);
+                gate = gate.max(self.published[b] + NOTICE + seconds);
+            }
+            if streamed && self.free.len() >= self.p.slots.max(1) {
+                start = start.max(self.free.pop_front().unwrap_or(0.0));
+            }
+            self.copy_in = start + seconds;
+            self.compute += DRAG[0] * seconds;
+            self.s.copies_in += seconds;
+            ready = ready.max(self.copy_in);
+        }
+        (ready, gate)
     }
 
-    /// Seconds a step.
-    pub fn step(&self, model: &Model, p: &EnginePlan) -> f64 {
-        let (c, m) = (self.compute(model, p), self.copies(model, p));
-        self.optimizer(model) + if self.overlapped { c.max(m) } else { c + m }
+    fn visit(&mut self, needs: &[usize], seconds: f64, first: bool, busy_out: bool) {
+        let (ready, gate) = self.load(needs, first, busy_out);
+        let idle = (ready - self.compute).max(0.0);
+        let for_pages = (gate - self.compute).clamp(0.0, idle);
+        self.s.wait_optimizer += for_pages;
+        self.s.wait_copies += idle - for_pages;
+        self.compute = self.compute.max(ready) + seconds;
+        if needs.iter().any(|b| !self.p.resident[*b]) {
+            self.free.push_back(self.compute);
+        }
     }
 
-    pub fn bound_by(&self, model: &Model, p: &EnginePlan) -> &'static str {
-        let (c, m, o) = (self.compute(model, p), self.copies(model, p), self.optimizer(model));
-        if c >= m && c >= o {
-            "matrix products"
-        } else if m >= o {
-            "copies between host and device"
-        } else {
-            "the optimizer"
+    /// Room for a block's gradients, zeroed.
+    fn open(&mut self, b: usize, g: usize) {
+        if g > 0 && self.p.resident_gradients {
+            return;
+        }
+        if !self.p.resident_gradients && self.ring.len() >= super::GRADIENT_RING {
+            let free = self.ring.pop_front().unwrap_or(0.0);
+            let idle = (free - self.compute).max(0.0);
+            self.s.wait_gradients += idle;
+            self.compute += idle;
+        }
+        self.compute += self.model.places[b].1 as f64 * 4.0 / self.cost.memory;
+    }
+
+    fn close(&mut self, b: usize, g: usize, last_group: bool) {
+        if self.p.resident_gradients && !last_group {
+            return;
+        }
+        let bytes = self.model.places[b].1 as f64 * self.p.gradient_bytes() as f64;
+        let loads = if self.p.groups > 1 && !self.p.resident.iter().all(|r| *r) { self.cost.both[1] } else { self.cost.from_device };
+        let mut seconds = bytes / loads;
+        if g > 0 && !self.p.resident_gradients {
+            seconds += bytes / self.cost.both[0];
+        }
+        self.out = self.out.max(self.compute) + seconds;
+        self.compute += DRAG[1] * seconds;
+        if last_group {
+            self.norm = self.norm.max(self.out) + self.model.places[b].1 as f64 / self.cost.norm;
+        }
+        self.s.copies_out += seconds;
+        if !self.p.resident_gradients {
+            self.ring.push_back(self.out);
+        }
+    }
+
+    fn group(&mut self, g: usize, last_group: bool) {
+        let last = self.model.len() - 1;
+        let first = g == 0;
+        for b in 0..last {
+            self.visit(&[b], self.t.forward[b] * self.count, first, false);
+        }
+        self.open(last, g);
+        let needs = self.model.forward_needs(last);
+        // A tied head finds the embedding's pages published.
+        self.visit(&needs[..1], 0.0, first, false);
+        let more: &[usize] = if needs.len() > 1 && !self.p.resident[needs[1]] { &needs[1..] } else { &[] };
+        self.visit(more, self.t.forward[last] * self.count, false, false);
+        if first {
+            // Gradients may not be overwritten before the last step is committed.
+            let committed = self.published.last().copied().unwrap_or(0.0) + NOTICE;
+            let idle = (committed - self.compute).max(0.0);
+            self.s.wait_optimizer += idle;
+            self.compute += idle;
+        }
+        self.close(last, g, last_group);
+        let out = last_group || !self.p.resident_gradients;
+        for b in (0..last).rev() {
+            self.open(b, g);
+            let needs: &[usize] = if self.model.backward_needs(b) { &[b] } else { &[] };
+            let seconds = (self.t.backward[b] + self.t.again(b, self.p.keep[b])) * self.count;
+            self.visit(needs, seconds, false, out);
+            self.close(b, g, last_group);
         }
     }
 }

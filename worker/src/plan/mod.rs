@@ -1,21 +1,21 @@
 //! The plan: where everything goes and what a step costs, worked out before anything is allocated.
 //!
 //! Everything the engine allocates is listed here ([`DeviceUse`]) by the same code that sizes the buffers, so the bytes
-//! of the plan are the bytes of the run. The search is small: for each micro-batch size and number of groups, spend
-//! what the device has left on what saves most time a byte (activations that need no recomputation, weights that stay),
-//! and take the cheapest combination.
+//! of the plan are the bytes of the run. [`search`] goes through micro-batch sizes, groups, weights and gradients that
+//! stay, spends what the device has left on activations, and takes the fastest combination by [`cost`].
 
 mod cost;
+mod search;
 #[cfg(test)]
 mod tests;
 mod text;
 
 use crate::api::*;
-use crate::model::{Model, Shape};
+use crate::model::{Block, Keep, Model, Shape};
 use cost::Cost;
 use ramtorch_cpu::Collectives;
-use ramtorch_device::{AttentionShape, Dtype};
-use ramtorch_job::{JobSpec, Precision, Recompute};
+use ramtorch_device::{AttentionShape, DevBuf, Dtype};
+use ramtorch_job::{JobSpec, Precision};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreError, StoreSpec};
 use serde::{Deserialize, Serialize};
@@ -44,8 +44,14 @@ pub(crate) struct EnginePlan {
     pub group_len: usize,
     /// Micro-batches a step, of the rank with most sequences.
     pub micro_batches: usize,
-    /// Blocks whose activations are kept from the forward pass.
-    pub keep: Vec<bool>,
+    /// Sequences a step, of that rank.
+    pub sequences: usize,
+    /// Sizes of micro-batches that a step has: the full one, and what is left over on some rank.
+    pub batch_sizes: Vec<usize>,
+    /// Attention stops at the bounds of documents.
+    pub documents: bool,
+    /// What of each block's activations is kept from the forward pass.
+    pub keep: Vec<Keep>,
     /// Blocks whose weights stay on the device during a step.
     pub resident: Vec<bool>,
     /// Buffers for the weights of the other blocks.
@@ -72,12 +78,36 @@ pub(crate) struct DeviceUse {
     /// Staging of pages that the device updates.
     #[serde(default)]
     pub optimizer: u64,
+    /// What the driver, its libraries and the device's own buffers take beside what the engine allocates.
+    #[serde(default)]
+    pub libraries: u64,
 }
 
 impl DeviceUse {
+    /// All of it.
     pub fn total(&self) -> u64 {
-        let streamed = self.resident_weights + self.slots + self.gradients + self.optimizer;
-        self.tables + self.scratch + streamed + self.inputs + self.boundaries + self.activations
+        self.allocated() + self.libraries
+    }
+
+    /// What the engine allocates, and may.
+    pub fn allocated(&self) -> u64 {
+        self.tables
+            + self.scratch
+            + self.resident_weights
+            + self.slots
+            + self.gradients
+            + self.inputs
+            + self.boundaries
+            + self.activations
+            + self.optimizer
+    }
+}
+
+/// Device memory that an open device takes beside what is allocated on it.
+pub(crate) fn library_bytes(kind: DeviceKind, deterministic: bool) -> u64 {
+    match kind {
+        DeviceKind::Cpu => 0,
+        DeviceKind::Cuda => ramtorch_cuda::CudaDevice::outside_bytes(deterministic),
     }
 }
 
@@ -94,6 +124,43 @@ pub(crate) fn rank_share(batch: usize, rank: usize, world: usize) -> std::ops::R
 impl EnginePlan {
     pub fn shape(&self) -> Shape {
         Shape { sequences: self.micro_batch, seq: self.seq, head_rows: self.head_rows }
+    }
+
+    /// Bytes of a gradient in the segment.
+    pub fn gradient_bytes(&self) -> u64 {
+        self.store.gradients.bytes()
+    }
+
+    /// The most that `workspace` tells of all shapes of attention that micro-batches of this plan have.
+    pub fn attention_workspace(
+        &self,
+        s: &AttentionShape,
+        workspace: &dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
+    ) -> Result<u64, EngineError> {
+        let mut most = workspace(s)?;
+        for batch in &self.batch_sizes {
+            let starts = self.documents.then_some(DevBuf { ptr: 0, bytes: 0 });
+            most = most.max(workspace(&AttentionShape { batch: *batch, starts, ..*s })?);
+        }
+        Ok(most)
+    }
+
+    /// The same for each layer's window, asked once.
+    pub fn attention_workspaces(
+        &self,
+        model: &Model,
+        workspace: &dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
+    ) -> Result<Vec<(Option<usize>, u64)>, EngineError> {
+        let mut seen: Vec<(Option<usize>, u64)> = Vec::new();
+        for b in &model.blocks {
+            if let Block::Layer(l) = b {
+                let s = l.attention_shape(self.shape());
+                if !seen.iter().any(|x| x.0 == s.window) {
+                    seen.push((s.window, self.attention_workspace(&s, workspace)?));
+                }
+            }
+        }
+        Ok(seen)
     }
 
     pub fn of(plan: &Plan) -> Result<EnginePlan, EngineError> {
@@ -113,16 +180,17 @@ pub(crate) fn device_use(
     let streamed = (0..model.len()).filter(|b| !p.resident[*b]).map(|b| rounded(model.places[b].1 * dt)).max().unwrap_or(0);
     let mut u = DeviceUse {
         tables: rope_table_bytes(&model.architecture, p.seq),
-        scratch: rounded(model.scratch_bytes(shape, workspace)?),
+        scratch: rounded(model.scratch_bytes(shape, &|s| p.attention_workspace(s, workspace))?),
         resident_weights: (0..model.len()).filter(|b| p.resident[*b]).map(|b| rounded(model.places[b].1 * dt)).sum(),
         slots: streamed * p.slots as u64,
+        libraries: p.uses.libraries,
         ..Default::default()
     };
     let gradient = |b: usize| rounded(model.places[b].1 * 4);
-    u.gradients = if p.store.gradients == GradientFormat::None {
-        0
-    } else if p.resident_gradients {
+    u.gradients = if p.resident_gradients {
         (0..model.len()).map(gradient).sum()
+    } else if p.store.gradients == GradientFormat::None {
+        0 // forward only
     } else {
         let own = usize::from(model.tied()); // block 0 collects over the whole sweep
         let ring = (own..model.len()).map(gradient).max().unwrap_or(0) * GRADIENT_RING as u64;
@@ -136,9 +204,10 @@ pub(crate) fn device_use(
     let width = |b: usize| rounded(rows * model.width(b) as u64 * dt);
     let widest = (0..model.len()).map(width).max().unwrap_or(0);
     u.boundaries = group * ((0..last).map(width).sum::<u64>() + widest);
-    let saved = |b: usize| rounded(model.saved_bytes(b, shape));
-    let kept: u64 = (0..last).filter(|b| p.keep[*b]).map(saved).sum();
-    u.activations = group * kept + if (0..last).all(|b| p.keep[b]) { 0 } else { (0..last).map(saved).max().unwrap_or(0) };
+    let saved = |b: usize, keep: Keep| rounded(model.saved_bytes(b, shape, keep));
+    let kept: u64 = (0..last).filter(|b| p.keep[*b] != Keep::Inputs).map(|b| saved(b, p.keep[b])).sum();
+    let shared = (0..last).any(|b| p.keep[b] == Keep::Inputs);
+    u.activations = group * kept + if shared { (0..last).map(|b| saved(b, Keep::Inputs)).max().unwrap_or(0) } else { 0 };
     Ok(u)
 }
 
@@ -181,7 +250,24 @@ fn dtype_of(spec: &JobSpec, kind: DeviceKind) -> Dtype {
     }
 }
 
+/// Sequences of the largest micro-batch that a plan may choose for a rank with `share` sequences a step.
+pub(crate) fn largest_micro_batch(spec: &JobSpec, share: usize, seq: usize, kind: DeviceKind) -> usize {
+    search::micro_batches(spec, share, seq, kind)[0]
+}
+
+/// Where the parameters of a job's model lie, and the number format of its arithmetic.
+pub(crate) fn layout_of(spec: &JobSpec, architecture: &Architecture, kind: DeviceKind) -> Result<(Layout, Dtype), EngineError> {
+    let dtype = dtype_of(spec, kind);
+    let store = store_of(spec, architecture, 1, dtype, String::new());
+    Ok((Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?, dtype))
+}
+
 fn store_spec(spec: &JobSpec, prepared: &Prepared, architecture: &Architecture, world: usize, dtype: Dtype) -> StoreSpec {
+    let metadata = serde_json::json!({ "name": spec.name, "architecture": prepared.architecture, "model": spec.model }).to_string();
+    store_of(spec, architecture, world, dtype, metadata)
+}
+
+fn store_of(spec: &JobSpec, architecture: &Architecture, world: usize, dtype: Dtype, metadata: String) -> StoreSpec {
     let gradients = match (spec.train.gradients, dtype) {
         (Some(Precision::Fp32), _) | (None, Dtype::F32) => GradientFormat::F32,
         _ => GradientFormat::Bf16,
@@ -198,7 +284,7 @@ fn store_spec(spec: &JobSpec, prepared: &Prepared, architecture: &Architecture, 
         page_parameters: None,
         spare_pages_per_rank: 1,
         exchange_bytes: Collectives::exchange_bytes(world),
-        metadata: serde_json::json!({ "name": spec.name, "architecture": prepared.architecture, "model": spec.model }).to_string(),
+        metadata,
     }
 }
 
@@ -245,7 +331,6 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         .first()
         .ok_or_else(|| EngineError::new(ErrorKind::Resources, "no device to run on; start the daemon with --devices or --gpus"))?;
     let world = devices.len();
-    let batch = spec.train.batch_size;
     if world > ramtorch_cpu::MAX_RANKS {
         return Err(EngineError::new(ErrorKind::Resources, format!("{world} devices: at most {} make a gang", ramtorch_cpu::MAX_RANKS)));
     }
@@ -270,64 +355,45 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     }
     let model = Model::new(&architecture, &layout, dtype)?;
     let budget = devices.iter().map(|d| spec.device.memory_bytes.map_or(d.memory_bytes, |m| m.min(d.memory_bytes))).min().unwrap_or(0);
-    let workspace = assumed_workspace(first.kind);
-    let cost = Cost::new(prepared.rates, first.kind);
-    let share = batch.div_ceil(world);
-    let mut best: Option<(f64, EnginePlan)> = None;
-    let mut least: Option<u64> = None;
-    for micro_batch in micro_batches(spec, share, prepared.sequence_length, first.kind) {
-        let micro_batches = share.div_ceil(micro_batch);
-        let mut groups = 1;
-        loop {
-            let p = EnginePlan {
-                world,
-                dtype,
-                store: store.clone(),
-                micro_batch,
-                seq: prepared.sequence_length,
-                head_rows: head_rows(&architecture, dtype, micro_batch * prepared.sequence_length, first.kind),
-                groups,
-                group_len: micro_batches.div_ceil(groups),
-                micro_batches,
-                keep: vec![spec.train.recompute == Recompute::Never; model.len()],
-                resident: vec![false; model.len()],
-                slots: slots_for(&model),
-                resident_gradients: false,
-                optimizer_split,
-                uses: DeviceUse::default(),
-            };
-            match fill(&model, p, budget, spec.train.recompute, &cost, &workspace)? {
-                Ok(p) => {
-                    let seconds = cost.step(&model, &p);
-                    if best.as_ref().is_none_or(|(s, _)| seconds < *s) {
-                        best = Some((seconds, p));
-                    }
-                }
-                Err(need) => least = Some(least.map_or(need, |l| l.min(need))),
-            }
-            let next = match spec.train.groups {
-                Some(g) if groups < g.min(micro_batches) => g.min(micro_batches),
-                Some(_) => break,
-                None => groups * 2,
-            };
-            if next > micro_batches || groups >= 64 {
-                break;
-            }
-            groups = next;
-        }
-    }
-    let Some((seconds, p)) = best else {
-        let need = least.unwrap_or(0);
-        return Err(EngineError::new(
-            ErrorKind::Resources,
-            format!(
-                "{} with sequences of {} tokens needs at least {need} bytes on each device, {budget} are given: {} bytes are missing. Use a smaller micro_batch_size or sequence_length, or give the device more memory (--device-memory)",
-                prepared.description,
-                prepared.sequence_length,
-                need.saturating_sub(budget)
-            ),
-        ));
+    let moment = match store.moments {
+        MomentFormat::Bf16 => 2,
+        _ => 4,
     };
+    let cost = Cost::new(prepared.rates.clone(), first.kind, dtype, moment, optimizer_split);
+    let assumed = assumed_workspace(first.kind);
+    let known: &[(usize, u64)] = prepared.rates.gpu.as_ref().filter(|_| spec.train.deterministic).map_or(&[], |g| &g.workspace);
+    let workspace = |s: &AttentionShape| {
+        let told = known.iter().find(|k| k.0 == s.batch && s.starts.is_none() && s.window.is_none());
+        told.map_or_else(|| assumed(s), |k| Ok(k.1))
+    };
+    let space = search::Space {
+        model: &model,
+        spec,
+        store: &store,
+        documents: prepared.dataset.get("document_mask").and_then(serde_json::Value::as_bool).unwrap_or(false),
+        optimizer_split,
+        seq: prepared.sequence_length,
+        kind: first.kind,
+        world,
+        budget,
+        cost: &cost,
+        workspace: &workspace,
+    };
+    let found = match search::run(&space)? {
+        Ok(found) => found,
+        Err(need) => {
+            return Err(EngineError::new(
+                ErrorKind::Resources,
+                format!(
+                    "{} with sequences of {} tokens needs at least {need} bytes on each device, {budget} are given: {} bytes are missing. Use a smaller micro_batch_size or sequence_length, or give the device more memory (--device-memory)",
+                    prepared.description,
+                    prepared.sequence_length,
+                    need.saturating_sub(budget)
+                ),
+            ));
+        }
+    };
+    let p = &found.plan;
     let device = p.uses.total();
     let host = if first.kind == DeviceKind::Cpu { device * world as u64 } else { 0 };
     Ok(Plan {
@@ -335,92 +401,17 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         segment_bytes: layout.bytes(),
         device_bytes: vec![device; world],
         host_bytes: host,
-        step_seconds: seconds,
-        bound_by: cost.bound_by(&model, &p).into(),
-        text: text::describe(&model, &layout, &p, devices, prepared, seconds, &cost),
-        detail: serde_json::to_value(&p).map_err(EngineError::internal)?,
+        step_seconds: found.parts.step,
+        bound_by: found.parts.bound_by().into(),
+        text: text::describe(&model, &layout, &found, devices, prepared, budget, &cost),
+        detail: serde_json::to_value(p).map_err(EngineError::internal)?,
     })
-}
-
-/// Micro-batch sizes to look at, larger first.
-fn micro_batches(spec: &JobSpec, share: usize, seq: usize, kind: DeviceKind) -> Vec<usize> {
-    if let Some(mb) = spec.train.micro_batch_size {
-        return vec![mb.min(share.max(1))];
-    }
-    let rows = if kind == DeviceKind::Cpu { 4096 } else { 16384 };
-    let mut sizes = vec![(rows / seq).clamp(1, share.max(1))];
-    while let Some(&n) = sizes.last().filter(|n| **n > 1) {
-        sizes.push(n.div_ceil(2));
-    }
-    sizes
 }
 
 /// Slots that a visit of any block, with the next one on its way, needs.
 fn slots_for(model: &Model) -> usize {
     let most = (0..model.len()).map(|b| model.forward_needs(b).len()).max().unwrap_or(1);
     (most + 1).min(model.len())
-}
-
-/// Spends what `budget` leaves on what saves most time a byte. The inner error is the least that would be needed.
-fn fill(
-    model: &Model,
-    mut p: EnginePlan,
-    budget: u64,
-    recompute: Recompute,
-    cost: &Cost,
-    workspace: &dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
-) -> Result<Result<EnginePlan, u64>, EngineError> {
-    p.uses = device_use(model, &p, workspace)?;
-    // Everything resident needs no slots: the cheapest plan of all where it fits.
-    let mut all = p.clone();
-    all.resident.fill(true);
-    all.slots = 0;
-    all.uses = device_use(model, &all, workspace)?;
-    if all.uses.total() <= budget {
-        p = all;
-    } else if p.uses.total() > budget {
-        return Ok(Err(p.uses.total().min(all.uses.total())));
-    }
-    let fits = |p: &EnginePlan| p.uses.total() <= budget;
-    if p.groups > 1 {
-        let mut q = p.clone();
-        q.resident_gradients = true;
-        q.uses = device_use(model, &q, workspace)?;
-        if fits(&q) {
-            p = q;
-        }
-    }
-    // (seconds saved a byte, keep activations?, block): best first, earlier blocks first among equals.
-    let mut wishes: Vec<(f64, bool, usize)> = Vec::new();
-    for b in 0..model.len() - 1 {
-        let saved = model.saved_bytes(b, p.shape()) * p.group_len as u64;
-        if recompute == Recompute::Auto && !p.keep[b] {
-            wishes.push((if saved == 0 { f64::MAX } else { cost.recompute(model, &p, b) / saved as f64 }, true, b));
-        }
-    }
-    for b in 0..model.len() {
-        if !p.resident[b] {
-            let bytes = (model.places[b].1 * p.dtype.size()).max(1);
-            wishes.push((cost.reload(model, &p, b) / bytes as f64, false, b));
-        }
-    }
-    wishes.sort_by(|x, y| y.0.total_cmp(&x.0).then(x.2.cmp(&y.2)));
-    for (_, keep, b) in wishes {
-        let mut q = p.clone();
-        if keep {
-            q.keep[b] = true
-        } else {
-            q.resident[b] = true
-        }
-        if q.resident.iter().all(|r| *r) {
-            q.slots = 0;
-        }
-        q.uses = device_use(model, &q, workspace)?;
-        if fits(&q) {
-            p = q;
-        }
-    }
-    Ok(Ok(p))
 }
 
 /// Weights of a model that is only run forward: no gradients, nothing kept, as many weights as fit staying on the
@@ -444,12 +435,15 @@ pub(crate) fn inference(
         groups: 1,
         group_len: 1,
         micro_batches: 1,
-        keep: vec![false; model.len()],
+        sequences: micro_batch,
+        batch_sizes: Vec::new(),
+        documents: false,
+        keep: vec![Keep::Inputs; model.len()],
         resident: vec![true; model.len()],
         slots: 0,
         resident_gradients: false,
         optimizer_split: false,
-        uses: DeviceUse::default(),
+        uses: DeviceUse { libraries: library_bytes(kind, true), ..Default::default() },
     };
     p.uses = device_use(model, &p, workspace)?;
     // Give up resident blocks from the last one on until it fits.

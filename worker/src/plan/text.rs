@@ -1,8 +1,9 @@
 //! The plan in words.
 
-use super::{Cost, EnginePlan};
+use super::cost::{Basis, Cost};
+use super::search::Found;
 use crate::api::{DeviceKind, DeviceSpec, Prepared};
-use crate::model::Model;
+use crate::model::{Block, Keep, Model};
 use ramtorch_store::{GradientFormat, Layout, MomentFormat};
 use std::fmt::Write;
 
@@ -14,20 +15,20 @@ fn size(bytes: u64) -> String {
     }
 }
 
-fn count(flags: &[bool]) -> usize {
-    flags.iter().filter(|f| **f).count()
+fn s(n: usize) -> &'static str {
+    if n == 1 { "" } else { "s" }
 }
 
 pub(crate) fn describe(
     model: &Model,
     layout: &Layout,
-    p: &EnginePlan,
+    found: &Found,
     devices: &[DeviceSpec],
     prepared: &Prepared,
-    seconds: f64,
+    budget: u64,
     cost: &Cost,
 ) -> String {
-    let mut t = String::new();
+    let (mut t, p) = (String::new(), &found.plan);
     let moments = match p.store.moments {
         MomentFormat::None => "no moments",
         MomentFormat::F32 => "fp32 moments",
@@ -40,18 +41,17 @@ pub(crate) fn describe(
     };
     let names: Vec<String> = devices.iter().map(|d| d.to_string()).collect();
     let u = &p.uses;
-    let last = model.len() - 1;
     let per = layout.bytes() as f64 / layout.parameters().max(1) as f64;
     // Writing to a String cannot fail.
     let _ = writeln!(t, "model        {}", prepared.description);
-    let _ = writeln!(t, "devices      {} ({} rank{})", names.join(", "), p.world, if p.world == 1 { "" } else { "s" });
+    let _ = writeln!(t, "devices      {} ({} rank{})", names.join(", "), p.world, s(p.world));
     let _ = writeln!(
         t,
         "segment      {} in shared memory: exact fp32 master, {moments}, {gradients}; {per:.2} bytes a parameter",
         size(layout.bytes())
     );
     let _ = writeln!(t, "             {} pages of {} parameters", layout.page_count(), layout.page_parameters());
-    let _ = writeln!(t, "device       {} of each ({} bytes)", size(u.total()), u.total());
+    let _ = writeln!(t, "device       {} of each ({} bytes), {} are given", size(u.total()), u.total(), size(budget));
     for (what, bytes) in [
         ("weights that stay", u.resident_weights),
         ("slots", u.slots),
@@ -61,43 +61,147 @@ pub(crate) fn describe(
         ("scratch", u.scratch),
         ("optimizer staging", u.optimizer),
         ("inputs, targets", u.inputs + u.tables),
+        ("driver, libraries", u.libraries),
     ] {
-        let _ = writeln!(t, "  {what:<20} {:>12}", size(bytes));
+        if bytes > 0 {
+            let _ = writeln!(t, "  {what:<20} {:>12}", size(bytes));
+        }
     }
+    choice(&mut t, model, found);
+    time(&mut t, found, devices.first().map_or(DeviceKind::Cpu, |d| d.kind), prepared, cost);
+    t
+}
+
+/// What was chosen, and why.
+fn choice(t: &mut String, model: &Model, found: &Found) {
+    let p = &found.plan;
     let _ = writeln!(
         t,
         "step         {} group{} of up to {} micro-batch{} of {} x {} tokens a rank, {:?}",
         p.groups,
-        if p.groups == 1 { "" } else { "s" },
+        s(p.groups),
         p.group_len,
         if p.group_len == 1 { "" } else { "es" },
         p.micro_batch,
         p.seq,
         p.dtype
     );
+    let stay = p.resident.iter().filter(|r| **r).count();
+    let streamed = model.len() - stay;
+    if streamed == 0 {
+        let _ =
+            writeln!(t, "             all {} blocks' weights stay on the device: each crosses once a step, after its update", model.len());
+    } else {
+        let _ = writeln!(
+            t,
+            "             weights of {stay} of {} blocks stay on the device, {streamed} are streamed through {} slots, {} times a step",
+            model.len(),
+            p.slots,
+            2 * p.groups
+        );
+    }
+    let layers: Vec<Keep> = (0..model.len() - 1).filter(|b| !matches!(model.blocks[*b], Block::Embed(_))).map(|b| p.keep[b]).collect();
+    let count = |k: Keep| layers.iter().filter(|x| **x == k).count();
     let _ = writeln!(
         t,
-        "             weights of {} of {} blocks stay on the device, {} are streamed through {} slots",
-        count(&p.resident),
-        model.len(),
-        model.len() - count(&p.resident),
-        p.slots
+        "             activations: {} layer{} keep all, {} keep products and attention (norms and activations are made again), {} keep their input only",
+        count(Keep::All),
+        s(count(Keep::All)),
+        count(Keep::Products),
+        count(Keep::Inputs)
     );
-    let _ = writeln!(t, "             activations of {} of {last} blocks are kept, the others recomputed", count(&p.keep[..last]));
     if p.optimizer_split {
         let spares = p.store.spare_pages_per_rank;
-        let _ = writeln!(t, "             optimizer on the CPU and the device at once, {spares} spare pages a rank");
+        let _ = writeln!(t, "             optimizer on the processor and the device at once, {spares} spare pages a rank");
     }
-    let kind = devices.first().map_or(DeviceKind::Cpu, |d| d.kind);
-    let basis = if cost.measured { "rates measured on this node" } else { "typical rates, nothing measured" };
+    let gradients = match (p.resident_gradients, p.groups) {
+        (true, 1) => "each block has its own gradient buffer: the backward pass never waits for one to be copied out",
+        (true, _) => "gradients add up on the device and leave it with the last group",
+        (false, 1) => "gradients leave through two buffers as blocks are done",
+        (false, _) => "gradients leave with every group and add up in the segment",
+    };
+    let _ = writeln!(t, "             {gradients}");
+    let why = match (p.groups, count(Keep::Inputs), streamed) {
+        (1, 0, 0) => "everything fits: nothing is streamed, nothing recomputed as a whole",
+        (1, 0, _) => "one group: weights are streamed as few times as can be, and nothing is recomputed as a whole",
+        (1, _, _) => "one group: moving weights more often would cost more than recomputing",
+        (_, 0, _) => "several groups: one group's activations fit, which saves recomputing",
+        (_, _, _) => "several groups and some recomputation: the device's memory is short",
+    };
+    let _ = writeln!(t, "             {why}; fastest of {} combinations", found.played);
+}
+
+/// What it takes.
+fn time(t: &mut String, found: &Found, kind: DeviceKind, prepared: &Prepared, cost: &Cost) {
+    let x = &found.parts;
+    let gpu = prepared.rates.gpu.as_ref();
+    let basis = match cost.basis {
+        Basis::Measured => "rates measured on this node".to_string(),
+        Basis::Cached => format!("rates of this {} measured for an earlier job", gpu.map_or("GPU", |g| g.name.as_str())),
+        Basis::Typical => "typical rates, nothing measured".to_string(),
+    };
+    let _ = writeln!(t, "time         {:.3} s a step expected ({basis}); bound by {}", x.step, x.bound_by());
+    let _ = writeln!(t, "  arithmetic           {:>9.3} s, of it {:.3} s a second time", x.compute, x.again);
     let _ = writeln!(
         t,
-        "time         {seconds:.3} s a step expected ({basis}): matrix products {:.3} s, copies {:.3} s{}, optimizer {:.3} s; bound by {}",
-        cost.compute(model, p),
-        cost.copies(model, p),
-        if kind == DeviceKind::Cuda { " beside them" } else { "" },
-        cost.optimizer(model),
-        cost.bound_by(model, p)
+        "  copies               {:>9.3} s in, {:.3} s out{}",
+        x.copies_in,
+        x.copies_out,
+        if cost.overlapped() { ", beside the arithmetic" } else { "" }
     );
-    t
+    let gpu_share = if cost.adamw_gpu > 0.0 { 100.0 * cost.adamw_gpu / (cost.adamw + cost.adamw_gpu) } else { 0.0 };
+    let _ = writeln!(t, "  optimizer            {:>9.3} s, {gpu_share:.0} % of the pages on the GPU; norm {:.3} s", x.optimizer, x.norm);
+    if kind == DeviceKind::Cuda {
+        let hidden = (x.optimizer - x.wait_optimizer).max(0.0);
+        let _ = writeln!(
+            t,
+            "  arithmetic waits     {:>9.3} s for the optimizer ({hidden:.3} s of it hidden by the next forward pass), {:.3} s for weights, {:.3} s for gradient buffers; {:.3} s after the last visit",
+            x.wait_optimizer,
+            x.wait_copies,
+            x.wait_gradients,
+            x.tail + x.wait_norm
+        );
+    }
+    if let Some(g) = gpu {
+        let _ = writeln!(
+            t,
+            "rates        {}: {:.1} GB/s in, {:.1} out, {:.1} + {:.1} both at once; device memory {:.0} GB/s; attention {:.0} and {:.0} TFLOP/s; launch {:.1} us",
+            g.name,
+            g.to_device / 1e9,
+            g.from_device / 1e9,
+            g.both[0] / 1e9,
+            g.both[1] / 1e9,
+            g.memory_bytes / 1e9,
+            g.attention[0] / 1e12,
+            g.attention[1] / 1e12,
+            g.launch_seconds * 1e6
+        );
+        for r in &g.products {
+            let _ = writeln!(
+                t,
+                "             products of {:>6} rows: {:.0}, {:.0}, {:.0} TFLOP/s (output, input gradient, weight gradient)",
+                r[0],
+                r[1] / 1e12,
+                r[2] / 1e12,
+                r[3] / 1e12
+            );
+        }
+        for l in &g.layers {
+            let _ = writeln!(
+                t,
+                "             a layer with {:>6} rows: forward {:.2} ms, backward {:.2} ms, norms and activations again {:.2} ms, all again {:.2} ms",
+                l.rows,
+                l.forward * 1e3,
+                l.backward * 1e3,
+                l.rebuild * 1e3,
+                l.recompute * 1e3
+            );
+        }
+        let _ = writeln!(
+            t,
+            "             processor: AdamW {:.2}, norm {:.1} Gparameters/s",
+            prepared.rates.optimizer_parameters / 1e9,
+            prepared.rates.norm_parameters / 1e9
+        );
+    }
 }

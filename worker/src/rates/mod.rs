@@ -1,12 +1,53 @@
 //! A short measurement of what this machine does, for the plan's estimate of time.
 
-use crate::api::Rates;
+mod gpu;
+
+use crate::api::{Assignment, DeviceKind, EngineError, Rates};
+use crate::model::Model;
 use ramtorch_cpu::CpuDevice;
 use ramtorch_device::{Device, Dtype, Gemm, Stream};
+use ramtorch_job::JobSpec;
+use ramtorch_modelio::Architecture;
+use std::path::Path;
 use std::time::Instant;
 
+/// Rates of this machine and, for a job on a GPU, of the GPU with this job's layers; zeros where they could not be taken.
+pub(crate) fn for_job(a: &Assignment, spec: &JobSpec, architecture: &Architecture, seq: usize, cache: &Path) -> Rates {
+    let mut rates = measure();
+    if a.device.kind == DeviceKind::Cuda && architecture.transformer().is_some() {
+        if let Err(e) = on_gpu(a, spec, architecture, seq, cache, &mut rates) {
+            tracing::warn!("{}: its rates could not be measured, the plan uses typical ones: {e}", a.device);
+        }
+    }
+    rates
+}
+
+fn on_gpu(
+    a: &Assignment,
+    spec: &JobSpec,
+    architecture: &Architecture,
+    seq: usize,
+    cache: &Path,
+    rates: &mut Rates,
+) -> Result<(), EngineError> {
+    let (layout, dtype) = crate::plan::layout_of(spec, architecture, a.device.kind)?;
+    let model = Model::new(architecture, &layout, dtype)?;
+    let share = spec.train.batch_size.div_ceil(a.world_size.max(1));
+    let sequences = crate::plan::largest_micro_batch(spec, share, seq, a.device.kind);
+    let question = gpu::Question {
+        device: &a.device,
+        model: &model,
+        seq,
+        sequences,
+        head_rows: crate::plan::head_rows(architecture, dtype, sequences * seq, a.device.kind),
+        deterministic: spec.train.deterministic,
+        moments: layout.spec().moments,
+    };
+    gpu::measure(&question, cache, rates)
+}
+
 /// Matrix products, copies and AdamW on all cores: a quarter of a second in all. Zeros where it could not be taken.
-pub(crate) fn measure() -> Rates {
+fn measure() -> Rates {
     try_measure().unwrap_or_default()
 }
 
@@ -54,5 +95,5 @@ fn try_measure() -> Option<Rates> {
     let copy_bytes = (len * 4) as f64 / begin.elapsed().as_secs_f64();
     std::hint::black_box(&dst);
     // AdamW moves 28 bytes a parameter, and is bound by that.
-    Some(Rates { gemm_flops, copy_bytes, optimizer_parameters: 2.0 * copy_bytes / 28.0 })
+    Some(Rates { gemm_flops, copy_bytes, optimizer_parameters: 2.0 * copy_bytes / 28.0, ..Default::default() })
 }

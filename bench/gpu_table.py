@@ -1,0 +1,290 @@
+#!/usr/bin/env python3
+"""Training steps on one GPU: the limit, the plan's prediction, the measurement, and the ratio, for a table of models.
+
+    python3 bench/gpu_table.py --bin target/release --out DIR [--rows llama-8b-16k,qwen-7b] [--steps 10] [--device cuda:0]
+
+Models are made from their configuration alone (seeded weights), data are random tokens. For every row the plan is asked
+first, by a daemon of its own (which measures the GPU), then the job runs with `ramtorchd run`. Writes table.json, table.md,
+and for each row its job file, plan, metrics and log. Needs nothing but Python, the two binaries and nvidia-smi.
+"""
+
+import argparse
+import array
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+WARM_UP_STEPS = 2
+TOKENS = 4_000_000
+
+
+def llama(hidden, inner, layers, heads, kv, tied):
+    return dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=hidden, intermediate_size=inner,
+                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, head_dim=128, tie_word_embeddings=tied,
+                hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=131072, initializer_range=0.02,
+                bos_token_id=128000, eos_token_id=128001)
+
+
+def qwen2(hidden, inner, layers, heads, kv):
+    return dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=152064, hidden_size=hidden, intermediate_size=inner,
+                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=False, hidden_act="silu",
+                rms_norm_eps=1e-6, rope_theta=1000000.0, max_position_embeddings=131072, initializer_range=0.02,
+                bos_token_id=151643, eos_token_id=151643)
+
+
+LLAMA_8B = llama(4096, 14336, 32, 32, 8, False)
+# name: configuration, sequence length, sequences a step, tokens a second: goal and what the hardware allows (H100 80 GB,
+# 16 vCPU, 128 GiB), more of the job file
+ROWS = {
+    "llama-8b-16k": (LLAMA_8B, 2048, 8, 7500, 9500, ""),
+    "llama-8b-131k": (LLAMA_8B, 2048, 64, 12500, 14500, ""),
+    "qwen-7b-131k": (qwen2(3584, 18944, 28, 28, 4), 1024, 128, 13700, 17000, ""),
+    "qwen-14b-65k": (qwen2(5120, 13824, 48, 40, 8), 1024, 64, 6400, 8000, 'moments = "bf16"\n'),
+    "llama-3b-16k": (llama(3072, 8192, 28, 24, 8, True), 2048, 8, 25000, 33000, ""),
+}
+
+
+def write_job(folder, name, config, length, batch, steps, more, train):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(config, f, indent=1)
+    values = array.array("I")
+    values.frombytes(random.Random(0).randbytes(4 * TOKENS))
+    top = config["vocab_size"] - 300  # no special tokens
+    with open(os.path.join(folder, "tokens.bin"), "wb") as f:
+        array.array("I", (v % top for v in values)).tofile(f)
+    path = os.path.join(folder, "job.toml")
+    with open(path, "w") as f:
+        f.write(f"""name = "{name}"
+[model]
+config = "config.json"
+[data]
+format = "tokens"
+train = "tokens.bin"
+sequence_length = {length}
+[train]
+steps = {steps}
+batch_size = {batch}
+precision = "bf16"
+{train}
+[optimizer]
+lr = 1e-5
+{more}[output]
+metrics = "metrics.jsonl"
+""")
+    return path
+
+
+def stop(process, grace=60):
+    """Ends a process that was started here."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ask_plan(args, folder, job, log):
+    """The plan as JSON, or the refusal as text."""
+    short = tempfile.mkdtemp(prefix="rt-")  # paths of sockets are short
+    socket = os.path.join(short, "s")
+    command = [os.path.join(args.bin, "ramtorchd"), "start", "--socket", socket, "--state-dir", args.state, "--devices", args.device]
+    daemon = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        end = time.time() + 90
+        while not os.path.exists(socket):
+            if daemon.poll() is not None or time.time() > end:
+                return None, "the daemon did not start; see log.txt"
+            time.sleep(0.05)
+        begin = time.time()
+        command = [os.path.join(args.bin, "ramtorch"), "--socket", socket, "--output", "json", "plan", job]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode != 0:
+            return None, done.stderr.strip() or f"exit code {done.returncode}"
+        plan = json.loads(done.stdout)
+        with open(os.path.join(folder, "plan.txt"), "w") as f:
+            f.write(plan["text"])
+        print(plan["text"], f"(asked in {time.time() - begin:.1f} s)", flush=True)
+        return plan, None
+    except subprocess.TimeoutExpired:
+        return None, "no plan within 300 s"
+    finally:
+        stop(daemon)
+        shutil.rmtree(short, ignore_errors=True)
+
+
+class MemorySampler:
+    """Peak of a GPU's used memory, as nvidia-smi tells it; MiB. Zero where there is no nvidia-smi."""
+
+    def __init__(self, device):
+        self.peak, self.first = 0, None
+        command = ["nvidia-smi", "-i", device.rsplit(":", 1)[-1], "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
+        try:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:
+            self.process = None
+            return
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            try:
+                used = int(line.strip())
+            except ValueError:
+                continue
+            self.first = used if self.first is None else self.first
+            self.peak = max(self.peak, used)
+
+    def finish(self):
+        if self.process is not None:
+            stop(self.process, 5)
+            self.thread.join(5)
+        return self.peak, self.first or 0
+
+
+def read_metrics(path):
+    lines = []
+    try:
+        with open(path) as f:
+            for line in f:
+                if line.endswith("\n"):
+                    lines.append(json.loads(line))
+    except OSError:
+        pass
+    return lines
+
+
+def run_job(args, folder, job, log):
+    metrics = os.path.join(folder, "metrics.jsonl")
+    if os.path.exists(metrics):
+        os.remove(metrics)
+    sampler = MemorySampler(args.device)
+    time.sleep(0.5)
+    begin = time.time()
+    command = [os.path.join(args.bin, "ramtorchd"), "run", job, "--quiet", "--state-dir", args.state, "--devices", args.device]
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+    first, ended = None, False
+    while process.poll() is None:
+        if first is None and read_metrics(metrics):
+            first = time.time() - begin
+        if time.time() - begin > args.limit:
+            ended = True
+            stop(process)
+            break
+        time.sleep(0.05)
+    peak, before = sampler.finish()
+    lines = read_metrics(metrics)
+    result = {"exit_code": process.returncode, "timed_out": ended, "gpu_peak_mib": peak, "gpu_before_mib": before, "steps": len(lines)}
+    if first is not None and lines:
+        result["start_up_seconds"] = first - lines[0]["step_seconds"]
+    timed = lines[WARM_UP_STEPS:]
+    if not timed:
+        return result
+    seconds = [x["step_seconds"] for x in timed]
+    median = statistics.median(seconds)
+    result.update(step_seconds=median, fastest=min(seconds), slowest=max(seconds), loss=lines[-1]["loss"],
+                  tokens_per_second=timed[0]["tokens"] / median, tflops=statistics.median(x["tflops"] for x in timed))
+    wait = statistics.median(x["copy_wait_seconds"] for x in timed)
+    # Where copy_wait_seconds is nothing but the host's waiting for pages of the optimizer, how long arithmetic waited for
+    # copies is not told: the plan's figure and a trace say more.
+    pages = statistics.median(x.get("optimizer_wait_seconds", x["copy_wait_seconds"]) for x in timed)
+    result["optimizer_wait_seconds"] = pages
+    if wait != pages:
+        result["copy_wait_share"] = wait / median
+    for key in ("optimizer_seconds", "optimizer_pages_cpu", "optimizer_pages_device"):
+        if key in timed[0]:
+            result[key] = statistics.median(x[key] for x in timed)
+    return result
+
+
+def number(x, form):
+    return "-" if x is None else format(x, form)
+
+
+HEAD = ["row", "limit tok/s", "goal", "predicted s", "measured s", "measured / predicted", "tok/s", "of the limit", "TFLOP/s", "copy wait",
+        "optimizer wait s", "GPU peak / plan GiB", "segment B/param", "start-up s"]
+
+
+def table_line(name, r):
+    m, p = r.get("measured") or {}, r.get("plan") or {}
+    if r.get("refused"):
+        return [name, str(r["limit"]), str(r["goal"]), "refused"] + ["-"] * (len(HEAD) - 4)
+    predicted, measured = p.get("step_seconds"), m.get("step_seconds")
+    speed = m.get("tokens_per_second")
+    peak = f"{number(m.get('gpu_peak_mib', 0) / 1024, '.2f')} / {number(r.get('plan_device_gib'), '.2f')}"
+    return [name, str(r["limit"]), str(r["goal"]), number(predicted, ".3f"), number(measured, ".3f"),
+            number(measured / predicted if measured and predicted else None, ".2f"), number(speed, ".0f"),
+            number(speed / r["limit"] if speed else None, ".0%"), number(m.get("tflops"), ".0f"), number(m.get("copy_wait_share"), ".1%"),
+            number(m.get("optimizer_wait_seconds"), ".3f"), peak, number(r.get("segment_bytes_per_parameter"), ".2f"),
+            number(m.get("start_up_seconds"), ".1f")]
+
+
+def write_table(args, results):
+    with open(os.path.join(args.out, "table.json"), "w") as f:
+        json.dump(results, f, indent=1)
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    lines += ["| " + " | ".join(table_line(name, r)) + " |" for name, r in results.items()]
+    lines += [f"\n{name}: {r['refused']}" for name, r in results.items() if r.get("refused")]
+    text = "\n".join(lines) + "\n"
+    with open(os.path.join(args.out, "table.md"), "w") as f:
+        f.write(text)
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", required=True, help="folder with ramtorchd and ramtorch")
+    parser.add_argument("--out", required=True, help="folder for results")
+    parser.add_argument("--rows", help="names, separated by commas: " + ", ".join(ROWS))
+    parser.add_argument("--steps", type=int, default=8, help=f"steps a row, the first {WARM_UP_STEPS} are not counted")
+    parser.add_argument("--limit", type=float, default=400, help="seconds a row may take")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--train", default="", help="a line for [train] of every job, such as deterministic = false")
+    parser.add_argument("--plan-only", action="store_true", help="ask for plans, run nothing")
+    parser.add_argument("--state", help="state folder of the daemons, with the cache of rates; default: OUT/state")
+    args = parser.parse_args()
+    names = args.rows.split(",") if args.rows else list(ROWS)
+    unknown = [n for n in names if n not in ROWS]
+    if unknown:
+        parser.error(f"no such row: {', '.join(unknown)}")
+    if args.steps <= WARM_UP_STEPS:
+        parser.error(f"--steps must be more than {WARM_UP_STEPS}")
+    args.out, args.bin = os.path.abspath(args.out), os.path.abspath(args.bin)
+    args.state = os.path.abspath(args.state or os.path.join(args.out, "state"))
+    os.makedirs(args.out, exist_ok=True)
+    results = {}
+    for name in names:
+        config, length, batch, goal, limit, more = ROWS[name]
+        folder = os.path.join(args.out, name)
+        job = write_job(folder, name, config, length, batch, args.steps, more, args.train)
+        results[name] = r = {"goal": goal, "limit": limit}
+        print(f"== {name}", flush=True)
+        with open(os.path.join(folder, "log.txt"), "w") as log:
+            plan, refused = ask_plan(args, folder, job, log)
+            if plan is None:
+                r["refused"] = refused
+            else:
+                r["plan"] = plan
+                device = plan["device_bytes"]
+                r["plan_device_gib"] = max(map(int, device if isinstance(device, list) else [device])) / 2**30
+                r["segment_bytes_per_parameter"] = int(plan["segment_bytes"]) / int(plan["parameters"])
+                if not args.plan_only:
+                    r["measured"] = run_job(args, folder, job, log)
+        os.remove(os.path.join(folder, "tokens.bin"))
+        print(write_table(args, results), flush=True)
+    return 0 if all("refused" not in r for r in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+//! The search for the fastest plan within a device's memory.
+//!
+//! Sizes of micro-batches, numbers of groups, gradients that stay or not, slots, and how many blocks' weights stay are gone
+//! through one by one. What is left of the memory goes to activations: layers are alike, so that the best split between
+//! "all kept", "products kept" and "computed again" is found by trying every number of the first. The times of a combination
+//! come from [`super::cost`]; one whose arithmetic alone takes longer than the best step so far is not played.
+
+use super::cost::{Breakdown, Cost, Times};
+use super::{DeviceUse, EnginePlan, device_use, head_rows, library_bytes, rank_share, rounded, slots_for};
+use crate::api::{DeviceKind, EngineError};
+use crate::model::{Block, Keep, Model};
+use ramtorch_device::AttentionShape;
+use ramtorch_job::{JobSpec, Recompute};
+use ramtorch_store::{GradientFormat, StoreSpec};
+
+/// What the search goes through, and by what it judges.
+pub(super) struct Space<'a> {
+    pub model: &'a Model,
+    pub spec: &'a JobSpec,
+    pub store: &'a StoreSpec,
+    pub documents: bool,
+    /// The device updates pages too.
+    pub optimizer_split: bool,
+    pub seq: usize,
+    pub kind: DeviceKind,
+    pub world: usize,
+    /// Bytes of a device.
+    pub budget: u64,
+    pub cost: &'a Cost,
+    pub workspace: &'a dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
+}
+
+/// The fastest plan.
+#[derive(Debug, Clone)]
+pub(super) struct Found {
+    pub plan: EnginePlan,
+    pub parts: Breakdown,
+    /// Combinations that were played.
+    pub played: usize,
+}
+
+/// Tokens of the largest micro-batch that is looked at: products gain nothing beyond.
+fn most_rows(kind: DeviceKind) -> usize {
+    match kind {
+        DeviceKind::Cpu => 4096,
+        DeviceKind::Cuda => 32_768,
+    }
+}
+
+/// Most groups that the search tries by itself.
+const GROUPS_MAX: usize = 64;
+/// Numbers of blocks that stay are gone through in at most so many steps.
+const RESIDENT_STEPS: usize = 36;
+/// A larger plan has to be better by this share; among equals the first found stays, which has the larger micro-batch.
+const BETTER: f64 = 1e-9;
+
+/// Micro-batch sizes to look at, larger first.
+pub(super) fn micro_batches(spec: &JobSpec, share: usize, seq: usize, kind: DeviceKind) -> Vec<usize> {
+    let share = share.max(1);
+    if let Some(mb) = spec.train.micro_batch_size {
+        return vec![mb.min(share)];
+    }
+    let most = (most_rows(kind) / seq.max(1)).clamp(1, share);
+    // Equal parts of the share, then half as large ones.
+    let mut sizes = vec![share.div_ceil(share.div_ceil(most))];
+    while let Some(&n) = sizes.last().filter(|n| **n > 1) {
+        sizes.push(n.div_ceil(2));
+    }
+    sizes
+}
+
+/// Numbers of groups to look at: 1, 2, 3, 4, 6, 8, 12, …
+fn groups(spec: &JobSpec, micro_batches: usize) -> Vec<usize> {
+    if let Some(g) = spec.train.groups {
+        return vec![g.clamp(1, micro_batches)];
+    }
+    let mut list = vec![1];
+    let mut g = 2;
+    while g <= micro_batches.min(GROUPS_MAX) {
+        list.push(g);
+        if g / 2 * 3 <= micro_batches.min(GROUPS_MAX) && g >= 2 {
+            list.push(g / 2 * 3);
+        }
+        g *= 2;
+    }
+    list.dedup();
+    list
+}
+
+/// Whether `i` of `n` is among `k` that are spread evenly.
+fn spread(i: usize, k: usize, n: usize) -> bool {
+    n > 0 && (i + 1) * k / n > i * k / n
+}
+
+/// Blocks whose weights stay, when `count` do: first the ends, which are large and take little time, then layers at equal
+/// distances, so that what is streamed between them has time to come.
+fn resident(model: &Model, count: usize) -> Vec<bool> {
+    let n = model.len();
+    let layer = |b: usize| matches!(model.blocks[b], Block::Layer(_) | Block::Stack(_));
+    let ends: Vec<usize> = (0..n).rev().filter(|b| !layer(*b)).collect();
+    let mut stay = vec![false; n];
+    ends.iter().take(count).for_each(|b| stay[*b] = true);
+    let layers: Vec<usize> = (0..n).filter(|b| layer(*b)).collect();
+    let more = count.saturating_sub(ends.len());
+    layers.iter().enumerate().filter(|(i, _)| spread(*i, more, layers.len())).for_each(|(_, b)| stay[*b] = true);
+    stay
+}
+
+/// Decides how activations are kept: `all` layers whole, `products` more in part; evenly spread, blocks that save nothing whole.
+fn levels(sizes: &[u64], all: usize, products: usize) -> Vec<Keep> {
+    let n = sizes.iter().filter(|s| **s > 0).count();
+    let (mut i, mut j) = (0, 0);
+    sizes
+        .iter()
+        .map(|size| {
+            if *size == 0 {
+                return Keep::All;
+            }
+            i += 1;
+            if spread(i - 1, all, n) {
+                return Keep::All;
+            }
+            j += 1;
+            if spread(j - 1, products, n - all) { Keep::Products } else { Keep::Inputs }
+        })
+        .collect()
+}
+
+/// Bytes of one micro-batch's activations of each block but the last.
+struct Sizes {
+    all: Vec<u64>,
+    /// Of the largest layer.
+    all_most: u64,
+    products_most: u64,
+    layers: usize,
+    /// Of the blocks that save nothing: the least a device gives out each.
+    nothing: u64,
+}
+
+impl Sizes {
+    fn new(model: &Model, p: &EnginePlan) -> Sizes {
+        let bytes = |b: usize, keep: Keep| match model.saved_bytes(b, p.shape(), keep) {
+            0 => 0,
+            n => rounded(n),
+        };
+        let last = model.len() - 1;
+        let all: Vec<u64> = (0..last).map(|b| bytes(b, Keep::All)).collect();
+        let products_most = (0..last).map(|b| bytes(b, Keep::Products)).max().unwrap_or(0);
+        let layers = all.iter().filter(|s| **s > 0).count();
+        let nothing = (all.len() - layers) as u64 * rounded(0);
+        Sizes { all_most: all.iter().copied().max().unwrap_or(0), products_most, layers, nothing, all }
+    }
+
+    /// The fastest way to keep activations in `room` bytes; layers are taken for as large as the largest.
+    fn keep(&self, room: u64, group: u64, times: &Times) -> Option<Vec<Keep>> {
+        let (all, products) = (self.all_most * group, self.products_most * group);
+        let room = room.checked_sub(self.nothing * group)?;
+        let b = (0..self.all.len()).find(|b| self.all[*b] > 0);
+        let (whole, part) = b.map_or((0.0, 0.0), |b| (times.inputs[b], times.inputs[b] - times.products[b]));
+        let mut best: Option<(f64, usize, usize)> = None;
+        let mut offer = |saved: f64, a: usize, p: usize| {
+            if best.is_none_or(|x| saved > x.0) {
+                best = Some((saved, a, p));
+            }
+        };
+        for a in 0..=self.layers {
+            let left = self.layers - a;
+            // Nothing made again as a whole needs no buffer for it.
+            if a as u64 * all + left as u64 * products <= room {
+                offer(a as f64 * whole + left as f64 * part, a, left);
+            }
+            let Some(rest) = room.checked_sub(self.all_most + a as u64 * all) else { break };
+            let p = if products > 0 && part > 0.0 { ((rest / products) as usize).min(left) } else { 0 };
+            offer(a as f64 * whole + p as f64 * part, a, p);
+        }
+        best.map(|(_, a, p)| levels(&self.all, a, p))
+    }
+}
+
+/// Searches. The inner error is the least memory that would do.
+pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
+    let batch = s.spec.train.batch_size;
+    let share = batch.div_ceil(s.world);
+    let mut best: Option<Found> = None;
+    let (mut least, mut played) = (u64::MAX, 0);
+    for micro_batch in micro_batches(s.spec, share, s.seq, s.kind) {
+        let micro_batches = share.div_ceil(micro_batch).max(1);
+        let rows = micro_batch * s.seq;
+        let head = head_rows(&s.model.architecture, s.model.dtype, rows, s.kind);
+        let times = s.cost.times(s.model, rows, s.seq, head);
+        let mut batch_sizes = vec![micro_batch];
+        for rank in 0..s.world {
+            let left = rank_share(batch, rank, s.world).len() % micro_batch;
+            if left > 0 && !batch_sizes.contains(&left) {
+                batch_sizes.push(left);
+            }
+        }
+        let start = EnginePlan {
+            world: s.world,
+            dtype: s.model.dtype,
+            // Thousands of plans are looked at; the names of all tensors go into the last one only.
+            store: StoreSpec { blocks: Vec::new(), metadata: String::new(), ..s.store.clone() },
+            micro_batch,
+            seq: s.seq,
+            head_rows: head,
+            groups: 1,
+            group_len: micro_batches,
+            micro_batches,
+            sequences: share,
+            batch_sizes,
+            documents: s.documents,
+            keep: Vec::new(),
+            resident: vec![false; s.model.len()],
+            slots: slots_for(s.model),
+            resident_gradients: false,
+            optimizer_split: s.optimizer_split,
+            uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic), ..Default::default() },
+        };
+        let sizes = Sizes::new(s.model, &start);
+        // cuDNN may be asked for each shape: once is enough.
+        let scratch = start.attention_workspaces(s.model, s.workspace)?;
+        let workspace = |shape: &AttentionShape| Ok(scratch.iter().find(|x| x.0 == shape.window).map_or(0, |x| x.1));
+        for groups in groups(s.spec, micro_batches) {
+            let group_len = micro_batches.div_ceil(groups);
+            let base = EnginePlan { groups: micro_batches.div_ceil(group_len), group_len, ..start.clone() };
+            let c = Combination { s, times: &times, sizes: &sizes, workspace: &workspace };
+            c.go(base, &mut best, &mut least, &mut played)?;
+        }
+    }
+    Ok(match best {
+        Some(mut found) => {
+            found.plan.store = s.store.clone();
+            Ok(Found { played, ..found })
+        }
+        None => Err(least),
+    })
+}
+
+/// One size of micro-batch.
+struct Combination<'a> {
+    s: &'a Space<'a>,
+    times: &'a Times,
+    sizes: &'a Sizes,
+    workspace: &'a dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
+}
+
+impl Combination<'_> {
+    fn go(&self, base: EnginePlan, best: &mut Option<Found>, least: &mut u64, played: &mut usize) -> Result<(), EngineError> {
+        let (s, n) = (self.s, self.s.model.len());
+        let few = base.slots;
+        // Gradients that are nowhere else have to stay.
+        let stay: &[bool] = if s.store.gradients == GradientFormat::None { &[true] } else { &[false, true] };
+        for &resident_gradients in stay {
+            let step = n.div_ceil(RESIDENT_STEPS);
+            for count in (0..n).step_by(step).chain([n]) {
+                let mut p = EnginePlan { resident_gradients, resident: resident(s.model, count), ..base.clone() };
+                let slots: &[usize] = if count == n { &[0] } else { &[few, few + 2] };
+                for &slots in slots.iter().filter(|x| **x <= n) {
+                    p.slots = slots;
+                    let Some(keep) = self.keep(&mut p, least)? else { continue };
+                    p.keep = keep;
+                    let (compute, _) = s.cost.compute(s.model, &p, self.times);
+                    if best.as_ref().is_some_and(|b| compute >= b.parts.step) {
+                        continue;
+                    }
+                    p.uses = device_use(s.model, &p, self.workspace)?;
+                    if p.uses.total() > s.budget {
+                        continue; // layers of unequal sizes
+                    }
+                    *played += 1;
+                    let parts = s.cost.step(s.model, &p, self.times);
+                    if best.as_ref().is_none_or(|b| parts.step < b.parts.step * (1.0 - BETTER)) {
+                        *best = Some(Found { plan: p.clone(), parts, played: 0 });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How activations are best kept in what `p` leaves; nothing where `p` does not fit, which tells `least`.
+    fn keep(&self, p: &mut EnginePlan, least: &mut u64) -> Result<Option<Vec<Keep>>, EngineError> {
+        let n = self.s.model.len();
+        let fixed = match self.s.spec.train.recompute {
+            Recompute::Always => Some(levels(&self.sizes.all, 0, 0)),
+            Recompute::Never => Some(vec![Keep::All; n - 1]),
+            Recompute::Auto => None,
+        };
+        p.keep = fixed.clone().unwrap_or_else(|| levels(&self.sizes.all, 0, 0));
+        p.keep.push(Keep::All); // the last block keeps nothing beyond its visit
+        let uses = device_use(self.s.model, p, self.workspace)?;
+        // What is all kept may take less than what is made again in a buffer.
+        let smallest = match &fixed {
+            None => {
+                let products = (self.sizes.layers as u64 * self.sizes.products_most + self.sizes.nothing) * p.group_len as u64;
+                uses.total() - uses.activations + uses.activations.min(products)
+            }
+            Some(_) => uses.total(),
+        };
+        if smallest > self.s.budget {
+            *least = (*least).min(smallest);
+            return Ok(None);
+        }
+        if fixed.is_some() {
+            return Ok(Some(p.keep.clone()));
+        }
+        let room = self.s.budget - (uses.total() - uses.activations);
+        let keep = self.sizes.keep(room, p.group_len as u64, self.times);
+        Ok(keep.map(|k| k.into_iter().chain([Keep::All]).collect()))
+    }
+}
