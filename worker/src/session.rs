@@ -32,6 +32,9 @@ struct GradientBuffers {
     own: Vec<Option<usize>>,
     ring: std::ops::Range<usize>,
     next: usize,
+    /// Rounded gradients on their way out, used in turn; none where the copy stream rounds.
+    packed: Vec<GradientBuffer>,
+    next_packed: usize,
 }
 
 /// See the module.
@@ -94,7 +97,7 @@ impl Session {
         let weights = WeightCache::new(d, store.clone(), &model, &plan.resident, plan.slots)?;
         let last = model.len() - 1;
         let group = plan.group_len;
-        let gradients = if train { Some(GradientBuffers::new(d, &model, plan.resident_gradients)?) } else { None };
+        let gradients = if train { Some(GradientBuffers::new(d, &model, plan)?) } else { None };
         let outs = (0..if train { model.len() } else { 0 }).map(|_| d.event()).collect::<Result<_, _>>()?;
         let inputs = (0..group).map(|_| InputBuffers::new(d, &model, shape)).collect::<Result<_, _>>()?;
         let losses = d.alloc(rows * 4 * plan.micro_batches as u64, "losses")?;
@@ -348,6 +351,21 @@ impl Session {
             return Ok(());
         }
         let buffer = &g.buffers[i];
+        self.bytes_out += len * self.store.layout().spec().gradients.bytes();
+        if let Some(packed) = g.packed.get(g.next_packed) {
+            dev.wait(Stream::Compute, packed.free)?;
+            let out = packed.buf.slice(0, len * self.store.layout().spec().gradients.bytes());
+            dev.from_f32(buffer.buf.slice(0, len * 4), len as usize, out)?;
+            dev.record(buffer.free, Stream::Compute)?;
+            dev.record(packed.full, Stream::Compute)?;
+            dev.wait(Stream::CopyOut, packed.full)?;
+            dev.store_packed_gradients(Stream::CopyOut, out, &self.store, start, len)?;
+            dev.record(packed.free, Stream::CopyOut)?;
+            dev.record(self.outs[b], Stream::CopyOut)?;
+            g.next_packed = (g.next_packed + 1) % g.packed.len();
+            g.advance(b);
+            return Ok(());
+        }
         let accumulate = group > 0 && !resident;
         dev.record(buffer.full, Stream::Compute)?;
         dev.wait(Stream::CopyOut, buffer.full)?;
@@ -358,7 +376,6 @@ impl Session {
             let comm = comm.clone();
             dev.host_reduce(Stream::CopyOut, src, Box::new(move |sum| comm.reduce_gradients(sum, start, accumulate)))?;
         }
-        self.bytes_out += len * self.store.layout().spec().gradients.bytes();
         dev.record(buffer.free, Stream::CopyOut)?;
         dev.record(self.outs[b], Stream::CopyOut)?;
         g.advance(b);
@@ -367,11 +384,14 @@ impl Session {
 }
 
 impl GradientBuffers {
-    fn new(dev: &mut dyn Device, model: &Model, resident: bool) -> Result<Self, EngineError> {
-        let mut g = GradientBuffers { buffers: Vec::new(), own: vec![None; model.len()], ring: 0..0, next: 0 };
-        let new = |dev: &mut dyn Device, len: u64| -> Result<GradientBuffer, EngineError> {
-            Ok(GradientBuffer { buf: dev.alloc(len * 4, "gradients")?, free: dev.event()?, full: dev.event()? })
+    fn new(dev: &mut dyn Device, model: &Model, plan: &EnginePlan) -> Result<Self, EngineError> {
+        let (resident, packs) = (plan.resident_gradients, plan.packs());
+        let mut g =
+            GradientBuffers { buffers: Vec::new(), own: vec![None; model.len()], ring: 0..0, next: 0, packed: Vec::new(), next_packed: 0 };
+        let buffer = |dev: &mut dyn Device, bytes: u64| -> Result<GradientBuffer, EngineError> {
+            Ok(GradientBuffer { buf: dev.alloc(bytes, "gradients")?, free: dev.event()?, full: dev.event()? })
         };
+        let new = |dev: &mut dyn Device, len: u64| buffer(dev, len * 4);
         for b in 0..model.len() {
             if resident || (b == 0 && model.tied()) {
                 g.buffers.push(new(dev, model.places[b].1)?);
@@ -381,10 +401,14 @@ impl GradientBuffers {
         if !resident {
             let largest = (0..model.len()).filter(|b| g.own[*b].is_none()).map(|b| model.places[b].1).max().unwrap_or(0);
             let first = g.buffers.len();
-            for _ in 0..GRADIENT_RING {
+            for _ in 0..if packs { 1 } else { GRADIENT_RING } {
                 g.buffers.push(new(dev, largest)?);
             }
             g.ring = first..g.buffers.len();
+        }
+        if packs {
+            let largest = model.places.iter().map(|p| p.1).max().unwrap_or(0) * plan.store.gradients.bytes();
+            g.packed = (0..GRADIENT_RING).map(|_| buffer(dev, largest)).collect::<Result<_, _>>()?;
         }
         Ok(g)
     }

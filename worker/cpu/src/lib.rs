@@ -182,6 +182,14 @@ impl Device for CpuDevice {
         }
         self.queue(stream).run(move || parameters::store_gradients(src, &store, start, count, accumulate))
     }
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
+        let store = store.clone();
+        let bytes = store.layout().spec().gradients.bytes() * count;
+        if start + count > store.layout().span() || bytes > src.bytes {
+            return Err(EngineError::internal("packed gradients past the end of the store or of their buffer"));
+        }
+        self.queue(stream).run(move || parameters::store_packed_gradients(src, &store, start, count))
+    }
     fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
         // SAFETY: stream order.
         self.queue(stream).run(move || f(unsafe { view::<f32>(src, src.bytes as usize / 4) }))

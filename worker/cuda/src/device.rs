@@ -309,6 +309,9 @@ impl Device for CudaDevice {
     ) -> Result<(), EngineError> {
         self.operation("store_gradients", stream, || copies::store_gradients(self, stream, src, store, start, count, accumulate))
     }
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
+        self.operation("store_packed_gradients", stream, || copies::store_packed_gradients(self, stream, src, store, start, count))
+    }
     fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
         self.operation("host_reduce", stream, || copies::host_reduce(self, stream, src, f))
     }

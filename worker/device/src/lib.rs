@@ -325,6 +325,9 @@ pub trait Device: Send {
         count: u64,
         accumulate: bool,
     ) -> Result<(), EngineError>;
+    /// Copies `count` gradients that are in the store's format already into its gradient array from parameter `start` on.
+    /// For devices that would otherwise convert on a copy stream, where a kernel waits for arithmetic to make room.
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError>;
     /// Runs `f` on `stream` as a host function: after earlier work, before later work. For collectives through
     /// shared memory; `src` is readable host memory during the call (the CPU device's own memory, or a staged copy).
     fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError>;
