@@ -13,6 +13,7 @@ use crate::model::{Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Vis
 use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
+use ramtorch_device::trace::{Label, Wait};
 use ramtorch_device::{AttentionShape, DevBuf, Device, Event, Stream};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::Store;
@@ -184,7 +185,9 @@ impl Session {
             for (m, mb) in mbs.iter().enumerate() {
                 let (x, y, saved) = (self.input(b, m, mb), self.boundaries[b][m], self.saved(b, m)?);
                 let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
+                let stretch = self.dev.begin(Stream::Compute, &Label::work("forward").block(b).micro_batch(m))?;
                 self.model.forward(b, &v, w[0], x, saved, self.keep[b], y)?;
+                self.dev.end(Stream::Compute, stretch)?;
             }
             self.weights.release(self.dev.as_ref(), &needs)?;
         }
@@ -202,7 +205,9 @@ impl Session {
                 (Some(scale), Some((grads, tied))) => Some(LossGrads { scale, d: self.d[m], grads, tied }),
                 _ => None,
             };
+            let stretch = self.dev.begin(Stream::Compute, &Label::work("head").block(last).micro_batch(m))?;
             self.model.loss(&v, &w, x, train.as_ref())?;
+            self.dev.end(Stream::Compute, stretch)?;
         }
         self.weights.release(self.dev.as_ref(), &needs)
     }
@@ -249,9 +254,13 @@ impl Session {
                     let (x, saved) = (self.input(b, m, mb), self.saved(b, m)?);
                     let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
                     if self.keep[b] == Keep::Inputs && !w.is_empty() {
+                        let stretch = self.dev.begin(Stream::Compute, &Label::work("recompute").block(b).micro_batch(m))?;
                         self.model.recompute(b, &v, w[0], x, saved)?;
+                        self.dev.end(Stream::Compute, stretch)?;
                     }
+                    let stretch = self.dev.begin(Stream::Compute, &Label::work("backward").block(b).micro_batch(m))?;
                     self.model.backward(b, &v, w.first().copied(), x, saved, self.keep[b], self.d[m], grads)?;
+                    self.dev.end(Stream::Compute, stretch)?;
                 }
                 self.weights.release(self.dev.as_ref(), &needs)?;
                 self.close_gradient(b, g, final_group, comm)?;
@@ -331,7 +340,7 @@ impl Session {
         let buffer = &g.buffers[i];
         let buf = buffer.buf.slice(0, len);
         if first_group || !g.resident() {
-            dev.wait(Stream::Compute, buffer.free)?;
+            dev.wait_measured(Stream::Compute, buffer.free, &Label::wait(Wait::Gradients).block(b))?;
             dev.zero(Stream::Compute, buf)?;
         }
         Ok(Grads { buf })
@@ -352,13 +361,18 @@ impl Session {
         dev.record(buffer.full, Stream::Compute)?;
         dev.wait(Stream::CopyOut, buffer.full)?;
         let src = buffer.buf.slice(0, len * 4);
+        let bytes = len * self.store.layout().spec().gradients.bytes();
+        let label =
+            if comm.world() == 1 { Label::copy("store gradients", bytes) } else { Label::collective("reduce gradients").bytes(len * 4) };
+        let stretch = dev.begin(Stream::CopyOut, &label.block(b))?;
         if comm.world() == 1 {
             dev.store_gradients(Stream::CopyOut, src, &self.store, start, len, accumulate)?;
         } else {
             let comm = comm.clone();
             dev.host_reduce(Stream::CopyOut, src, Box::new(move |sum| comm.reduce_gradients(sum, start, accumulate)))?;
         }
-        self.bytes_out += len * self.store.layout().spec().gradients.bytes();
+        dev.end(Stream::CopyOut, stretch)?;
+        self.bytes_out += bytes;
         dev.record(buffer.free, Stream::CopyOut)?;
         dev.record(self.outs[b], Stream::CopyOut)?;
         g.advance(b);
