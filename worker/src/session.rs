@@ -13,6 +13,7 @@ use crate::model::{Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Vis
 use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
+use ramtorch_device::trace::{Label, Wait};
 use ramtorch_device::{AttentionShape, DevBuf, Device, Event, Stream};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::Store;
@@ -187,7 +188,9 @@ impl Session {
             for (m, mb) in mbs.iter().enumerate() {
                 let (x, y, saved) = (self.input(b, m, mb), self.boundaries[b][m], self.saved(b, m)?);
                 let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
+                let stretch = self.dev.begin(Stream::Compute, &Label::work("forward").block(b).micro_batch(m))?;
                 self.model.forward(b, &v, w[0], x, saved, self.keep[b], y)?;
+                self.dev.end(Stream::Compute, stretch)?;
             }
             self.weights.release(self.dev.as_ref(), &needs)?;
         }
@@ -205,7 +208,9 @@ impl Session {
                 (Some(scale), Some((grads, tied))) => Some(LossGrads { scale, d: self.d[m], grads, tied }),
                 _ => None,
             };
+            let stretch = self.dev.begin(Stream::Compute, &Label::work("head").block(last).micro_batch(m))?;
             self.model.loss(&v, &w, x, train.as_ref())?;
+            self.dev.end(Stream::Compute, stretch)?;
         }
         self.weights.release(self.dev.as_ref(), &needs)
     }
@@ -252,9 +257,13 @@ impl Session {
                     let (x, saved) = (self.input(b, m, mb), self.saved(b, m)?);
                     let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
                     if self.keep[b] == Keep::Inputs && !w.is_empty() {
+                        let stretch = self.dev.begin(Stream::Compute, &Label::work("recompute").block(b).micro_batch(m))?;
                         self.model.recompute(b, &v, w[0], x, saved)?;
+                        self.dev.end(Stream::Compute, stretch)?;
                     }
+                    let stretch = self.dev.begin(Stream::Compute, &Label::work("backward").block(b).micro_batch(m))?;
                     self.model.backward(b, &v, w.first().copied(), x, saved, self.keep[b], self.d[m], grads)?;
+                    self.dev.end(Stream::Compute, stretch)?;
                 }
                 self.weights.release(self.dev.as_ref(), &needs)?;
                 self.close_gradient(b, g, final_group, comm)?;
@@ -334,7 +343,7 @@ impl Session {
         let buffer = &g.buffers[i];
         let buf = buffer.buf.slice(0, len);
         if first_group || !g.resident() {
-            dev.wait(Stream::Compute, buffer.free)?;
+            dev.wait_measured(Stream::Compute, buffer.free, &Label::wait(Wait::Gradients).block(b))?;
             dev.zero(Stream::Compute, buf)?;
         }
         Ok(Grads { buf })
@@ -353,13 +362,16 @@ impl Session {
         let buffer = &g.buffers[i];
         self.bytes_out += len * self.store.layout().spec().gradients.bytes();
         if let Some(packed) = g.packed.get(g.next_packed) {
-            dev.wait(Stream::Compute, packed.free)?;
-            let out = packed.buf.slice(0, len * self.store.layout().spec().gradients.bytes());
+            let bytes = len * self.store.layout().spec().gradients.bytes();
+            dev.wait_measured(Stream::Compute, packed.free, &Label::wait(Wait::Gradients).block(b))?;
+            let out = packed.buf.slice(0, bytes);
             dev.from_f32(buffer.buf.slice(0, len * 4), len as usize, out)?;
             dev.record(buffer.free, Stream::Compute)?;
             dev.record(packed.full, Stream::Compute)?;
             dev.wait(Stream::CopyOut, packed.full)?;
+            let stretch = dev.begin(Stream::CopyOut, &Label::copy("store gradients", bytes).block(b))?;
             dev.store_packed_gradients(Stream::CopyOut, out, &self.store, start, len)?;
+            dev.end(Stream::CopyOut, stretch)?;
             dev.record(packed.free, Stream::CopyOut)?;
             dev.record(self.outs[b], Stream::CopyOut)?;
             g.next_packed = (g.next_packed + 1) % g.packed.len();
@@ -370,12 +382,17 @@ impl Session {
         dev.record(buffer.full, Stream::Compute)?;
         dev.wait(Stream::CopyOut, buffer.full)?;
         let src = buffer.buf.slice(0, len * 4);
+        let bytes = len * self.store.layout().spec().gradients.bytes();
+        let label =
+            if comm.world() == 1 { Label::copy("store gradients", bytes) } else { Label::collective("reduce gradients").bytes(len * 4) };
+        let stretch = dev.begin(Stream::CopyOut, &label.block(b))?;
         if comm.world() == 1 {
             dev.store_gradients(Stream::CopyOut, src, &self.store, start, len, accumulate)?;
         } else {
             let comm = comm.clone();
             dev.host_reduce(Stream::CopyOut, src, Box::new(move |sum| comm.reduce_gradients(sum, start, accumulate)))?;
         }
+        dev.end(Stream::CopyOut, stretch)?;
         dev.record(buffer.free, Stream::CopyOut)?;
         dev.record(self.outs[b], Stream::CopyOut)?;
         g.advance(b);
