@@ -84,7 +84,9 @@ impl Session {
     /// Opens buffers for `plan`. Without `train` there are none for gradients, and activations are not kept.
     pub fn new(mut dev: Box<dyn Device>, model: Model, store: Arc<Store>, plan: &EnginePlan, train: bool) -> Result<Session, EngineError> {
         let d = dev.as_mut();
+        let begin = std::time::Instant::now();
         d.register_store(&store)?;
+        tracing::info!("{} bytes of the store made reachable for {} in {:.1} s", store.len(), d.name(), begin.elapsed().as_secs_f64());
         let shape = plan.shape();
         let rows = shape.rows() as u64;
         let dt = model.dtype.size();

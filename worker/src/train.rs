@@ -98,6 +98,7 @@ impl Rank<'_> {
             return Ok(());
         }
         self.control.heartbeat(0, "loading");
+        let begin = Instant::now();
         let source = checkpoint::open_source(self.spec, self.prepared, &self.architecture)?;
         let step = self.prepared.resume.as_ref().map_or(0, |r| r.step);
         let pages: Vec<u32> = owner.pages().collect();
@@ -110,6 +111,7 @@ impl Rank<'_> {
             }
             self.control.heartbeat(step, "loading");
         }
+        tracing::info!("{} pages of weights loaded in {:.1} s", pages.len(), begin.elapsed().as_secs_f64());
         self.comm.barrier(Channel::Step)?;
         if self.leader() {
             let numbers = StepNumbers {
