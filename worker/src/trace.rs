@@ -35,7 +35,7 @@ pub(crate) struct Tracing {
 
 impl Tracing {
     pub fn new(recorder: Arc<Recorder>, rank: usize, device: String, steps: u64) -> Tracing {
-        Tracing { recorder, rank: rank as u32, device, steps, wanted: from_environment().map(|e| e.0), handled: None, agreed: None }
+        Tracing { recorder, rank: rank as u32, device, steps, wanted: None, handled: None, agreed: None }
     }
 
     /// A command came. The others may have agreed on it already.
@@ -104,27 +104,6 @@ impl Tracing {
     }
 
     fn hand_over(&self, control: &dyn Control, request: u64, trace: RankTrace) {
-        let trace = RankTrace { rank: self.rank, device: self.device.clone(), ..trace };
-        if let Some((_, path)) = from_environment() {
-            let path = path.with_extension(format!("rank{}.json", self.rank));
-            let write = |traces: &[RankTrace]| {
-                let mut out = std::io::BufWriter::new(std::fs::File::create(&path)?);
-                ramtorch_trace::write_chrome(&mut out, traces, &Default::default())
-            };
-            if let Err(e) = write(std::slice::from_ref(&trace)) {
-                eprintln!("{}: {e}", path.display());
-            }
-            eprintln!("{}", serde_json::to_string(&ramtorch_trace::summarize(std::slice::from_ref(&trace))).unwrap_or_default());
-        }
-        control.trace(request, trace);
+        control.trace(request, RankTrace { rank: self.rank, device: self.device.clone(), ..trace });
     }
-}
-
-/// `RAMTORCH_TRACE=FIRST..LAST:PATH`
-pub(crate) fn from_environment() -> Option<(TraceCommand, std::path::PathBuf)> {
-    let v = std::env::var("RAMTORCH_TRACE").ok()?;
-    let (steps, path) = v.split_once(':')?;
-    let (first, last) = steps.split_once("..")?;
-    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
-    Some((TraceCommand { request: 0, first_step: first, steps: last.checked_sub(first)? + 1 }, path.into()))
 }
