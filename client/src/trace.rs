@@ -159,15 +159,15 @@ pub fn table(summary: &Summary) -> String {
             n => format!("steps {} to {}", summary.first_step, summary.first_step + n - 1),
         };
         out += &format!("rank {} ({}): {steps}, {}\n", r.rank, text::one_line(&r.device), text::duration(r.seconds));
-        let mut table = Table::new(&[("  ROW", Align::Left), ("BUSY", Align::Right), ("TIME", Align::Right), ("BYTES", Align::Right)]);
+        let mut table = Table::new(&[("ROW", Align::Left), ("BUSY", Align::Right), ("TIME", Align::Right), ("BYTES", Align::Right)]);
         let bytes = |n: u64| if n > 0 { text::bytes(n) } else { String::new() };
         for row in r.rows.iter().filter(|row| row.spans > 0) {
-            table.row([format!("  {}", row.row), percent(row.busy_share), text::duration(row.busy_seconds), bytes(row.bytes)]);
+            table.row([row.row.to_owned(), percent(row.busy_share), text::duration(row.busy_seconds), bytes(row.bytes)]);
         }
         for w in r.waits.iter().filter(|w| w.seconds > 0.0) {
-            table.row([format!("  compute: {}", w.wait.name()), percent(w.share), text::duration(w.seconds), String::new()]);
+            table.row([format!("compute: {}", w.wait.name()), percent(w.share), text::duration(w.seconds), String::new()]);
         }
-        out += &table.render();
+        out.extend(table.render().lines().flat_map(|line| ["  ", line, "\n"]));
         out += &format!("  bound by {}\n", r.bound_by);
         if r.dropped > 0 {
             out += &format!("  {} spans were left out: the trace was full\n", r.dropped);

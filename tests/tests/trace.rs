@@ -105,7 +105,7 @@ fn a_run_writes_the_steps_that_were_asked_for_and_computes_the_same() {
 #[test]
 fn the_first_and_the_last_step_can_be_traced() {
     let sandbox = Sandbox::new();
-    let file = sandbox.write_job("trace", &job().set("train.steps", 3));
+    let file = sandbox.write_job("trace", &job().set("train.steps", 3).set("schedule.warmup_steps", 1));
     let mut command = sandbox.command(Binary::Daemon);
     // More steps than the job has: what there is.
     command.arg("run").arg(file).args(["--devices", "cpu:2", "--quiet", "--trace", "t.json", "--trace-steps", "2..9"]);

@@ -18,6 +18,8 @@ struct Agreed {
     request: u64,
     first: u64,
     last: u64,
+    /// The recorder is on.
+    started: bool,
 }
 
 /// See the module.
@@ -68,18 +70,26 @@ impl Tracing {
         } else if first > self.steps {
             refuse(format!("the job's last step is {}", self.steps));
         } else {
-            self.agreed = Some(Agreed { request, first, last });
+            self.agreed = Some(Agreed { request, first, last, started: false });
+            self.start_before(step + 1);
         }
         Ok(())
     }
 
-    /// Step `step` begins; nothing of it is enqueued yet.
-    pub fn begin_step(&self, step: u64, dev: &dyn Device) -> Result<(), EngineError> {
-        self.recorder.set_step(step);
-        let Some(a) = &self.agreed else { return Ok(()) };
-        if step == a.first {
+    /// Begins to record where step `next` is the first of the trace. To be called before the optimizer begins with the step
+    /// before that, which is recorded too: it works beside the trace's first sweep.
+    fn start_before(&mut self, next: u64) {
+        if let Some(a) = self.agreed.as_mut().filter(|a| !a.started && next >= a.first) {
             self.recorder.start(a.first, a.last);
+            a.started = true;
         }
+    }
+
+    /// Step `step` begins; nothing of it is enqueued yet.
+    pub fn begin_step(&mut self, step: u64, dev: &dyn Device) -> Result<(), EngineError> {
+        self.recorder.set_step(step);
+        self.start_before(step + 1);
+        let Some(a) = &self.agreed else { return Ok(()) };
         if (a.first..=a.last).contains(&step) { dev.anchor() } else { Ok(()) }
     }
 
