@@ -190,7 +190,7 @@ mod tests {
             name: "x".into(),
             kind: if i == 0 { Kind::Step } else { Kind::Wait(Wait::Pages) },
             step: 4,
-            block: (i % 2 == 0).then_some(7),
+            block: i.is_multiple_of(2).then_some(7),
             micro_batch: None,
             page: Some(1),
             bytes: i,
