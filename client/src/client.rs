@@ -115,6 +115,12 @@ impl Client {
         call.answer(self.jobs.checkpoint(call.request(v1::CheckpointRequest { id: id.to_owned() }))).await
     }
 
+    /// Records a timeline of some steps of a job; [`crate::trace::collect`] puts the parts together.
+    pub async fn trace(&mut self, request: v1::TraceRequest) -> Result<Events<v1::TracePart>, ClientError> {
+        let call = Call { name: "trace", limit: self.deadlines.quick, subject: Subject::Job };
+        call.stream(self.jobs.trace(Request::new(request))).await
+    }
+
     /// Log text of a job's workers.
     pub async fn logs(&mut self, request: v1::LogsRequest) -> Result<Events<v1::LogChunk>, ClientError> {
         let call = Call { name: "logs", limit: self.deadlines.quick, subject: Subject::Job };

@@ -56,6 +56,14 @@ pub enum ClientError {
         /// Exit code.
         exit_code: u8,
     },
+    /// A local file cannot be written.
+    #[error("cannot write {}: {source}", .path.display())]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The standard output cannot be written to. A closed pipe is one of its kinds; see [`ClientError::is_broken_pipe`].
     #[error("cannot write to the standard output: {0}")]
     Output(std::io::Error),
@@ -101,7 +109,7 @@ impl ClientError {
             ClientError::Protocol(_) | ClientError::System { .. } => exit::INTERNAL,
             ClientError::Usage(_) => exit::USAGE,
             ClientError::Output(_) if self.is_broken_pipe() => exit::OK,
-            ClientError::Output(_) => exit::OUTPUT,
+            ClientError::Output(_) | ClientError::Write { .. } => exit::OUTPUT,
             ClientError::Interrupted => exit::INTERRUPTED,
         }
     }

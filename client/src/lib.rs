@@ -20,6 +20,7 @@ mod endpoint;
 mod error;
 pub mod exit;
 pub mod json;
+pub mod trace;
 pub mod ui;
 
 pub use client::{Client, Deadlines, Events, MAX_ANSWER_BYTES, MAX_REQUEST_BYTES};

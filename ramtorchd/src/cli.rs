@@ -88,6 +88,27 @@ struct Run {
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
+    /// Write a timeline of some steps, for Perfetto (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Steps of the timeline, e.g. 4..5 for the fourth and the fifth
+    #[arg(long, value_name = "FIRST..LAST", requires = "trace", default_value = "2..3", value_parser = parse_steps)]
+    trace_steps: (u64, u64),
+}
+
+/// `FIRST..LAST` as the first step and how many.
+fn parse_steps(text: &str) -> Result<(u64, u64), String> {
+    let number = |s: &str| s.trim().parse::<u64>().ok().filter(|n| *n > 0);
+    let (first, last) = match text.split_once("..") {
+        Some((a, b)) => (number(a), number(b)),
+        None => (number(text), number(text)),
+    };
+    let most = ramtorch_client::trace::STEPS_MAX;
+    match (first, last) {
+        (Some(a), Some(b)) if a <= b && b - a < most => Ok((a, b - a + 1)),
+        (Some(a), Some(b)) if a <= b => Err(format!("at most {most} steps can be recorded")),
+        _ => Err("expected FIRST..LAST, steps from 1 on".into()),
+    }
 }
 
 /// Signals closer together than this count as one.
@@ -178,7 +199,13 @@ fn run_command(run: Run) -> Result<u8, (u8, String)> {
     common.state_dir = Some(private.state_dir().to_path_buf());
     let mut settings = common.resolve(file, Some(private.socket()))?;
     settings.cache_dir = private.cache_dir(&settings.cache_dir);
-    let options = run::Options { job: run.job, quiet: run.quiet, json: run.json };
+    let (first_step, steps) = run.trace_steps;
+    let trace = run.trace.map(|path| run::TraceOptions { path, first_step, steps });
+    if let Some(t) = &trace {
+        // Told before anything is computed.
+        ramtorch_client::trace::check_target(&t.path, true).map_err(|e| (e.exit_code(), e.to_string()))?;
+    }
+    let options = run::Options { job: run.job, quiet: run.quiet, json: run.json, trace };
     let runtime = runtime()?;
     let result = runtime.block_on(run::run(settings, options, Arc::new(LinkedEngine)));
     // Whatever still blocks (an unlink, a read) does not hold up the end.
@@ -217,5 +244,18 @@ mod tests {
             panic!()
         };
         assert_eq!(start.common.device_memory, Some(2 << 30));
+        let Command::Run(run) = Cli::try_parse_from(["ramtorchd", "run", "j", "--trace", "t", "--trace-steps", "4..5"]).unwrap().command
+        else {
+            panic!()
+        };
+        assert_eq!(run.trace_steps, (4, 2));
+    }
+
+    #[test]
+    fn steps_of_a_trace_are_checked() {
+        assert_eq!((parse_steps("4..5"), parse_steps("7"), parse_steps("1..20")), (Ok((4, 2)), Ok((7, 1)), Ok((1, 20))));
+        for wrong in ["", "0..1", "5..4", "1..21", "a..b", "1..", "..", "-1..2"] {
+            assert!(parse_steps(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -11,7 +11,7 @@ use crate::daemon::Daemon;
 use crate::statedir::{StateDir, StateDirError, make_dir};
 use crate::supervisor::outside::Engine;
 use ramtorch_client::ui::{FollowOptions, Format, Interrupt, follow};
-use ramtorch_client::{Client, ClientError, Endpoint, exit, v1};
+use ramtorch_client::{Client, ClientError, Endpoint, exit, trace, v1};
 use ramtorch_job::JobSpec;
 use ramtorch_store::Registry;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// A folder younger than this may belong to a run that has not locked it yet.
 const SWEEP_AGE: Duration = Duration::from_secs(60);
 
+/// Writing a trace may go on for so long after the job has ended.
+const TRACE_LIMIT: Duration = Duration::from_secs(60);
+
 /// What is run, and how it is shown.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -31,6 +34,19 @@ pub struct Options {
     pub quiet: bool,
     /// One JSON object a line.
     pub json: bool,
+    /// Record a timeline.
+    pub trace: Option<TraceOptions>,
+}
+
+/// A timeline of some steps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TraceOptions {
+    /// File to write; one that is there is replaced.
+    pub path: PathBuf,
+    /// First step.
+    pub first_step: u64,
+    /// How many.
+    pub steps: u64,
 }
 
 /// The state folder of a run.
@@ -151,7 +167,14 @@ pub async fn run(settings: Settings, options: Options, engine: Arc<dyn Engine>) 
         _ = interrupt.recv() => Err(ClientError::Interrupted),
     };
     let result = match submitted {
-        Ok((mut client, job)) => follow_to_its_end(&mut client, &job, &options).await,
+        Ok((mut client, job)) => {
+            let tracing = options.trace.clone().map(|t| tokio::spawn(record(client.clone(), job.clone(), t)));
+            let ended = follow_to_its_end(&mut client, &job, &options).await;
+            if let Some(tracing) = tracing {
+                told_of_trace(tracing, &options).await;
+            }
+            ended
+        }
         Err(e) => Err(e),
     };
     stopper.stop().await;
@@ -193,6 +216,28 @@ async fn submit(socket: &Path, request: v1::SubmitRequest, spec: &JobSpec) -> Re
         None => client.submit(request).await?,
     };
     Ok((client, job))
+}
+
+/// Records a timeline and writes it.
+async fn record(mut client: Client, job: v1::Job, options: TraceOptions) -> Result<String, ClientError> {
+    let TraceOptions { path, first_step, steps } = options;
+    let request = v1::TraceRequest { id: job.id.clone(), steps, first_step };
+    let ranks = trace::collect(&mut client, request).await?;
+    let about = [("job", &job.id), ("name", &job.name)].into_iter().map(|(k, v)| (k.to_owned(), v.as_str().into())).collect();
+    trace::save(&path, &ranks, &about)?;
+    Ok(format!("{}trace written to {}; open it in https://ui.perfetto.dev", trace::table(&trace::summarize(&ranks)), path.display()))
+}
+
+/// The job has ended, and its trace with it: the rest is writing the file. A trace that failed does not change how the job
+/// ended.
+async fn told_of_trace(tracing: tokio::task::JoinHandle<Result<String, ClientError>>, options: &Options) {
+    match tokio::time::timeout(TRACE_LIMIT, tracing).await {
+        Ok(Ok(Ok(text))) if !options.quiet && !options.json => eprintln!("{text}"),
+        Ok(Ok(Ok(_))) => {}
+        Ok(Ok(Err(e))) => eprintln!("ramtorchd: no trace: {e}"),
+        Ok(Err(e)) => eprintln!("ramtorchd: no trace: {e}"),
+        Err(_) => eprintln!("ramtorchd: no trace: it was not complete {} s after the job's end", TRACE_LIMIT.as_secs()),
+    }
 }
 
 async fn follow_to_its_end(client: &mut Client, job: &v1::Job, options: &Options) -> Result<u8, ClientError> {

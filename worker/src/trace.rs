@@ -18,6 +18,8 @@ struct Agreed {
     request: u64,
     first: u64,
     last: u64,
+    /// The recorder is on.
+    started: bool,
 }
 
 /// See the module.
@@ -35,7 +37,7 @@ pub(crate) struct Tracing {
 
 impl Tracing {
     pub fn new(recorder: Arc<Recorder>, rank: usize, device: String, steps: u64) -> Tracing {
-        Tracing { recorder, rank: rank as u32, device, steps, wanted: from_environment().map(|e| e.0), handled: None, agreed: None }
+        Tracing { recorder, rank: rank as u32, device, steps, wanted: None, handled: None, agreed: None }
     }
 
     /// A command came. The others may have agreed on it already.
@@ -68,18 +70,26 @@ impl Tracing {
         } else if first > self.steps {
             refuse(format!("the job's last step is {}", self.steps));
         } else {
-            self.agreed = Some(Agreed { request, first, last });
+            self.agreed = Some(Agreed { request, first, last, started: false });
+            self.start_before(step + 1);
         }
         Ok(())
     }
 
-    /// Step `step` begins; nothing of it is enqueued yet.
-    pub fn begin_step(&self, step: u64, dev: &dyn Device) -> Result<(), EngineError> {
-        self.recorder.set_step(step);
-        let Some(a) = &self.agreed else { return Ok(()) };
-        if step == a.first {
+    /// Begins to record where step `next` is the first of the trace. To be called before the optimizer begins with the step
+    /// before that, which is recorded too: it works beside the trace's first sweep.
+    fn start_before(&mut self, next: u64) {
+        if let Some(a) = self.agreed.as_mut().filter(|a| !a.started && next >= a.first) {
             self.recorder.start(a.first, a.last);
+            a.started = true;
         }
+    }
+
+    /// Step `step` begins; nothing of it is enqueued yet.
+    pub fn begin_step(&mut self, step: u64, dev: &dyn Device) -> Result<(), EngineError> {
+        self.recorder.set_step(step);
+        self.start_before(step + 1);
+        let Some(a) = &self.agreed else { return Ok(()) };
         if (a.first..=a.last).contains(&step) { dev.anchor() } else { Ok(()) }
     }
 
@@ -104,27 +114,6 @@ impl Tracing {
     }
 
     fn hand_over(&self, control: &dyn Control, request: u64, trace: RankTrace) {
-        let trace = RankTrace { rank: self.rank, device: self.device.clone(), ..trace };
-        if let Some((_, path)) = from_environment() {
-            let path = path.with_extension(format!("rank{}.json", self.rank));
-            let write = |traces: &[RankTrace]| {
-                let mut out = std::io::BufWriter::new(std::fs::File::create(&path)?);
-                ramtorch_trace::write_chrome(&mut out, traces, &Default::default())
-            };
-            if let Err(e) = write(std::slice::from_ref(&trace)) {
-                eprintln!("{}: {e}", path.display());
-            }
-            eprintln!("{}", serde_json::to_string(&ramtorch_trace::summarize(std::slice::from_ref(&trace))).unwrap_or_default());
-        }
-        control.trace(request, trace);
+        control.trace(request, RankTrace { rank: self.rank, device: self.device.clone(), ..trace });
     }
-}
-
-/// `RAMTORCH_TRACE=FIRST..LAST:PATH`
-pub(crate) fn from_environment() -> Option<(TraceCommand, std::path::PathBuf)> {
-    let v = std::env::var("RAMTORCH_TRACE").ok()?;
-    let (steps, path) = v.split_once(':')?;
-    let (first, last) = steps.split_once("..")?;
-    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
-    Some((TraceCommand { request: 0, first_step: first, steps: last.checked_sub(first)? + 1 }, path.into()))
 }

@@ -14,6 +14,7 @@ mod node;
 mod plan;
 mod stop;
 mod submit;
+mod trace;
 mod watch;
 
 use crate::cli::Global;
@@ -31,6 +32,7 @@ pub(crate) enum Command {
     Logs(logs::Logs),
     Cancel(cancel::Cancel),
     Checkpoint(checkpoint::Checkpoint),
+    Trace(trace::Trace),
     Plan(plan::Plan),
     Inspect(inspect::Inspect),
     Export(export::Export),
@@ -57,6 +59,7 @@ impl Command {
             Command::Logs(command) => command.run(global, printer).await,
             Command::Cancel(command) => command.run(global, printer).await,
             Command::Checkpoint(command) => command.run(global, printer).await,
+            Command::Trace(command) => command.run(global, printer).await,
             Command::Plan(command) => command.run(global, printer).await,
             Command::Inspect(command) => command.run(global, printer).await,
             Command::Export(command) => command.run(global, printer).await,

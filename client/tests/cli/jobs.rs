@@ -176,3 +176,61 @@ async fn checkpoint_names_the_folder() {
     let json = &mock.run(&["checkpoint", "austen", "--output", "json"]).await.succeeded().json()[0];
     assert_eq!(*json, serde_json::json!({ "path": "/checkpoints/step-00000120", "step": 120 }));
 }
+
+fn trace_parts() -> Vec<v1::TracePart> {
+    let span = |row, name: &str, kind, begin_ms: u64, end_ms: u64| v1::TraceSpan {
+        row,
+        name: name.into(),
+        kind,
+        step: 121,
+        block: Some(3),
+        begin_ns: begin_ms * 1_000_000,
+        duration_ns: (end_ms - begin_ms) * 1_000_000,
+        ..Default::default()
+    };
+    let part = |rank, spans, last| v1::TracePart {
+        rank,
+        device: format!("cpu:{rank}"),
+        first_step: 121,
+        steps: 1,
+        dropped: u64::from(rank) * 7,
+        spans,
+        last,
+        ..Default::default()
+    };
+    vec![
+        part(1, vec![span(0, "step", 7, 1000, 2000)], true),
+        part(0, vec![span(0, "step", 7, 1000, 2000)], false),
+        part(0, vec![span(1, "forward", 0, 1100, 1500), span(1, "wait for pages", 4, 1500, 2000)], true),
+    ]
+}
+
+#[tokio::test]
+async fn trace_writes_a_file_and_sums_it_up() {
+    let mock = Mock::start(Stage { jobs: vec![job(JobState::Running)], trace: trace_parts(), ..Stage::default() });
+    let path = mock.folder().join("t.json");
+    let out = path.to_str().unwrap();
+    let ended = mock.run(&["trace", "austen", "--out", out, "--from", "121", "--steps", "1"]).await.succeeded();
+    for words in
+        ["rank 0 (cpu:0): step 121, 1s", "compute: wait for pages  50.0 %", "bound by the optimizer's pages", "7 spans were left out"]
+    {
+        assert!(ended.out.contains(words), "{words}: {}", ended.out);
+    }
+    let asked = mock.stage().trace_asked[0].clone();
+    assert_eq!((asked.id.as_str(), asked.steps, asked.first_step), ("7f3a", 1, 121));
+    let file: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!(file["otherData"]["name"], "austen");
+    let spans: Vec<&serde_json::Value> = file["traceEvents"].as_array().unwrap().iter().filter(|e| e["ph"] == "X").collect();
+    assert_eq!(spans.len(), 4);
+    assert!(spans.iter().any(|s| s["name"] == "forward 3" && s["ts"] == 100_000.0 && s["dur"] == 400_000.0 && s["pid"] == 0));
+
+    let again = mock.run(&["trace", "austen", "--out", out]).await;
+    assert_eq!((again.code, again.err.contains("--overwrite")), (Some(2), true), "{again:?}");
+    assert_eq!(mock.stage().trace_asked.len(), 1, "nothing is recorded for a file that cannot be written");
+    let json = &mock.run(&["trace", "austen", "--out", out, "--overwrite", "--output", "json"]).await.succeeded().json()[0];
+    assert_eq!((&json["first_step"], &json["ranks"][1]["dropped"]), (&121.into(), &7.into()));
+    assert_eq!(
+        std::fs::read_dir(mock.folder()).unwrap().filter(|e| e.as_ref().unwrap().path().extension() == Some("partial".as_ref())).count(),
+        0
+    );
+}

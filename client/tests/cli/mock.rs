@@ -40,6 +40,7 @@ pub struct Stage {
     pub logs: Vec<v1::LogChunk>,
     pub generated: Vec<v1::GenerateEvent>,
     pub tensors: Vec<v1::TensorInfo>,
+    pub trace: Vec<v1::TracePart>,
     /// Every call but `Get` and `Info` answers with this status and, where given, this exit code.
     pub refusal: Option<(Code, &'static str, Option<u8>)>,
     /// No call is ever answered.
@@ -48,6 +49,7 @@ pub struct Stage {
     pub cancels: usize,
     pub submitted: Vec<v1::SubmitRequest>,
     pub logs_asked: Vec<v1::LogsRequest>,
+    pub trace_asked: Vec<v1::TraceRequest>,
     pub generate_asked: Vec<v1::GenerateRequest>,
     pub eval_asked: Vec<v1::EvalRequest>,
     pub export_asked: Vec<v1::ExportRequest>,
@@ -241,6 +243,14 @@ impl Jobs for Service {
         self.ready().await?;
         let job = self.find(&request.into_inner().id)?;
         Ok(Response::new(v1::CheckpointResponse { path: "/checkpoints/step-00000120".into(), step: job.step }))
+    }
+
+    type TraceStream = StreamOf<v1::TracePart>;
+    async fn trace(&self, request: Request<v1::TraceRequest>) -> Reply<Self::TraceStream> {
+        self.ready().await?;
+        let mut stage = self.stage();
+        stage.trace_asked.push(request.into_inner());
+        Ok(Response::new(stream(stage.trace.clone())))
     }
 
     type LogsStream = StreamOf<v1::LogChunk>;

@@ -149,6 +149,26 @@ impl Jobs for JobsService {
         Ok(Response::new(self.context.handle.ask(|reply| Message::Checkpoint { id, reply }).await?))
     }
 
+    type TraceStream = ReceiverStream<Result<pb::TracePart, Status>>;
+    async fn trace(&self, request: Request<pb::TraceRequest>) -> Result<Response<Self::TraceStream>, Status> {
+        let pb::TraceRequest { id, steps, first_step } = request.into_inner();
+        let mut parts = self.context.handle.ask(|reply| Message::Trace { id, first_step, steps, reply }).await?;
+        let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
+        tokio::spawn(async move {
+            loop {
+                let part = tokio::select! {
+                    part = parts.recv() => part,
+                    () = tx.closed() => return,
+                };
+                let Some(part) = part else { return };
+                if tx.send(part.map_err(Status::from)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(rx)))
+    }
+
     type LogsStream = ReceiverStream<Result<pb::LogChunk, Status>>;
     async fn logs(&self, request: Request<pb::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
         let pb::LogsRequest { id, rank, follow, tail_lines } = request.into_inner();

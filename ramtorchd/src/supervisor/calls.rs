@@ -25,6 +25,7 @@ impl Supervisor {
             Message::Watch { id, history, reply } => drop(reply.send(self.watch(&id, history))),
             Message::Cancel { id, reply } => drop(reply.send(self.cancel(&id, now))),
             Message::Checkpoint { id, reply } => self.checkpoint(&id, reply),
+            Message::Trace { id, first_step, steps, reply } => drop(reply.send(self.trace(&id, first_step, steps))),
             Message::Logs { id, reply } => drop(reply.send(self.logs(&id))),
             Message::Source { id, reply } => drop(reply.send(self.source(&id))),
             Message::PlanContext { ranks, memory_bytes, reply } => drop(reply.send(self.plan_context(ranks, memory_bytes))),
@@ -145,7 +146,7 @@ impl Supervisor {
         }
     }
 
-    fn can_command(&self, key: crate::process::ProcKey) -> bool {
+    pub(super) fn can_command(&self, key: crate::process::ProcKey) -> bool {
         self.procs.get(&key).and_then(|p| p.commands.as_ref()).is_some_and(|c| c.capacity() > 0)
     }
 
@@ -244,6 +245,6 @@ impl Supervisor {
     }
 }
 
-fn not_found(id: &str) -> Refusal {
+pub(super) fn not_found(id: &str) -> Refusal {
     Refusal::new(RefusalKind::NotFound, format!("no job has the id or name `{id}`; `ramtorch list --all` shows them"))
 }

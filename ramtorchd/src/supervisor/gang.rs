@@ -150,6 +150,7 @@ impl Supervisor {
             if self.jobs.get(&job).is_some_and(|j| j.stop.is_some()) && ending {
                 self.command(key, stop_command(false));
             }
+            self.spread_trace(job);
         }
         Ok(key)
     }
@@ -207,6 +208,11 @@ impl Supervisor {
             Report::Checkpoint(written) => {
                 if let Role::Rank { job, rank: 0 } = role {
                     self.checkpoint_written(job, written);
+                }
+            }
+            Report::Trace(report) => {
+                if let Role::Rank { job, .. } = role {
+                    self.trace_part(job, report);
                 }
             }
             Report::TokenText(text) => {
@@ -278,6 +284,7 @@ impl Supervisor {
                 job.record.message = format!("a worker failed: {}", cause.text);
                 job.phase = Phase::Failing { judge_at, ended: false, causes: vec![cause] };
                 self.drop_checkpoint_waiters(key, "a worker failed and the gang is started again; ask again");
+                self.give_up_trace(key, "a worker failed and the gang is started again; ask again");
                 self.changed(key);
             }
             Phase::Failing { causes, .. } => causes.push(cause),

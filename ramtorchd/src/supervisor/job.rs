@@ -3,6 +3,7 @@
 use super::message::{JobKey, Reply};
 use super::proc::{Cause, Outcome};
 use super::record::{self, Record, State};
+use super::timeline::Tracing;
 use crate::process::ProcKey;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
@@ -113,6 +114,8 @@ pub struct Job {
     pub over: watch::Sender<bool>,
     /// Who waits for which checkpoint.
     pub checkpoints: Vec<(u64, Reply<pb::CheckpointResponse>)>,
+    /// The trace that is being recorded, or waits for the gang.
+    pub trace: Option<Tracing>,
     /// When progress was last told to watchers.
     pub progress_at: Option<Instant>,
 }
@@ -135,6 +138,7 @@ impl Job {
             events: None,
             over: watch::channel(ended).0,
             checkpoints: Vec::new(),
+            trace: None,
             progress_at: None,
         }
     }

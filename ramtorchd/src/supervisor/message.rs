@@ -20,6 +20,9 @@ pub struct JobKey(pub u64);
 /// Where an answer goes. A caller who went away is no error.
 pub type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
 
+/// A trace as it comes; its end is the end of the trace.
+pub type TraceParts = mpsc::UnboundedReceiver<Result<pb::TracePart, Refusal>>;
+
 /// Commands to a worker.
 pub type Commands = mpsc::Sender<Result<pb::Command, tonic::Status>>;
 
@@ -39,6 +42,8 @@ pub enum Message {
     Cancel { id: String, reply: Reply<pb::Job> },
     /// Checkpoint at the next step boundary; answered when it is durable.
     Checkpoint { id: String, reply: Reply<pb::CheckpointResponse> },
+    /// Record a timeline; the parts come as the ranks send them.
+    Trace { id: String, first_step: u64, steps: u64, reply: Reply<TraceParts> },
     /// Where a job's logs are.
     Logs { id: String, reply: Reply<LogSource> },
     /// Where a job's weights are.

@@ -60,6 +60,7 @@ mod queue;
 pub mod record;
 #[cfg(test)]
 mod tests;
+mod timeline;
 
 pub use actor::{Handle, Inbox, channel, run};
 pub use message::{JobKey, Message, Refusal, RefusalKind};
@@ -171,6 +172,7 @@ impl Supervisor {
             | Message::Watch { .. }
             | Message::Cancel { .. }
             | Message::Checkpoint { .. }
+            | Message::Trace { .. }
             | Message::Logs { .. }
             | Message::Source { .. }
             | Message::PlanContext { .. }

@@ -273,6 +273,7 @@ impl Supervisor {
         let Some(job) = self.jobs.get_mut(&key) else { return };
         job.ranks.clear();
         self.drop_checkpoint_waiters(key, "the job has ended");
+        self.give_up_trace(key, "the job has ended");
         let Some(job) = self.jobs.get_mut(&key) else { return };
         match job.record.segment.as_ref().filter(|_| !keep).map(|s| s.name.clone()) {
             Some(name) => {

@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::worker_client::WorkerClient;
 use ramtorch_proto::v1::worker_report::Report;
-use ramtorch_worker::{Assignment, Command, Control, EngineError, Level, StepMetrics};
+use ramtorch_worker::{Assignment, Command, Control, EngineError, Level, RankTrace, StepMetrics, TraceCommand};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc as std_mpsc;
@@ -199,6 +199,9 @@ async fn read(mut commands: Streaming<pb::Command>, shared: &Shared) {
         let command = match message.command {
             Some(pb::command::Command::Stop(s)) => Command::Stop { checkpoint: s.checkpoint },
             Some(pb::command::Command::Checkpoint(c)) => Command::Checkpoint { request: c.request },
+            Some(pb::command::Command::Trace(t)) => {
+                Command::Trace(TraceCommand { request: t.request, first_step: t.first_step, steps: t.steps })
+            }
             None => continue,
         };
         lock(&shared.commands).push_back(command);
@@ -307,7 +310,11 @@ impl Control for LinkControl {
         self.push(Report::Checkpoint(pb::CheckpointWritten { path, step, request, error: error.unwrap_or_default().into() }));
     }
 
-    fn trace(&self, _request: u64, _trace: ramtorch_worker::RankTrace) {}
+    fn trace(&self, request: u64, trace: RankTrace) {
+        for part in ramtorch_client::trace::parts(trace) {
+            self.push(Report::Trace(pb::TraceReport { request, part: Some(part) }));
+        }
+    }
 
     fn command(&self) -> Option<Command> {
         lock(&self.0.commands).pop_front()
