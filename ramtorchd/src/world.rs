@@ -64,6 +64,9 @@ impl Outside for World {
             (process::PARENT_VARIABLE, std::process::id().to_string().into()),
             // CUDA then numbers GPUs as `devices` counts them.
             ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".into()),
+            // With the default of 8, a worker's streams share queues to the device, and arithmetic that is ready waits for
+            // copies it has nothing to do with.
+            ("CUDA_DEVICE_MAX_CONNECTIONS", "32".into()),
         ];
         let request = SpawnRequest { key, exe: self.worker.exe.clone(), args: self.worker.args.clone(), env, log, signals };
         if !self.spawner.spawn(request) {

@@ -224,8 +224,12 @@ impl Rank<'_> {
         } else {
             MetricsFile::open(None, committed)?
         };
+        let threads = self.assignment.device.threads;
+        // The step loop enqueues the next forward pass beside the optimizer, and a thread feeds the device with pages: where
+        // their cores are taken, arithmetic stands still until the last page is done.
+        let threads = if self.assignment.device.kind == DeviceKind::Cuda { threads.saturating_sub(2) } else { threads };
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(self.assignment.device.threads.max(1))
+            .num_threads(threads.max(1))
             .thread_name(move |i| format!("adamw{rank}-{i}"))
             .build()
             .map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's threads: {e}")))?;
