@@ -25,6 +25,7 @@ use crate::session::{Session, StepBatches};
 use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradients, update_pages};
 use ramtorch_data::{Dataset, Order};
 use ramtorch_device::PageUpdater;
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
 use ramtorch_modelio::Architecture;
@@ -69,6 +70,8 @@ pub(crate) fn run(
 ) -> Result<TrainOutcome, EngineError> {
     control.heartbeat(0, "attaching");
     let store = Arc::new(Store::attach(segment).map_err(EngineError::internal)?);
+    // Before the first collective: a daemon that starts on this segment takes a larger one, whatever its records say.
+    store.set_generation(assignment.generation);
     let plan = EnginePlan::of(plan)?;
     let architecture: Architecture = serde_json::from_value(prepared.architecture.clone()).map_err(EngineError::internal)?;
     let comm = Arc::new(Collectives::new(store.clone(), assignment.rank, assignment.world_size, assignment.generation));
@@ -102,11 +105,13 @@ impl Rank<'_> {
             if self.store.entry(*page).step == NEVER {
                 source.fill(owner, self.store.layout(), *page, step)?;
             }
+            hit(Point::LoadPage);
             if self.leader() && i % 16 == 0 {
                 self.control.progress("loading weights", i as u64, pages.len() as u64);
             }
             self.control.heartbeat(step, "loading");
         }
+        hit(Point::LoadFilled);
         self.comm.barrier(Channel::Step)?;
         if self.leader() {
             let numbers = StepNumbers {
@@ -117,6 +122,7 @@ impl Rank<'_> {
                 ..Default::default()
             };
             self.set_record(&numbers, StepPhase::Committed)?;
+            hit(Point::LoadRecorded);
         }
         self.comm.barrier(Channel::Step)?;
         Ok(())
@@ -129,14 +135,17 @@ impl Rank<'_> {
             return Ok(());
         }
         self.control.heartbeat(record.step, "recovering");
+        hit(Point::RecoverBegun);
         let mut numbers = StepNumbers::from_record(&record);
         // On the CPU alone: the device is not open yet, and the bits are the same.
         let done = self.update_pages(owner, &numbers, None)?;
         numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
+        hit(Point::RecoverUpdated);
         self.comm.barrier(Channel::Optimizer)?;
         if self.leader() {
             self.set_record(&numbers, StepPhase::Committed)?;
+            hit(Point::RecoverRecorded);
             self.control.event(
                 Level::Info,
                 &format!("step {} was interrupted after its gradients were complete; finished it from the segment", numbers.step),
@@ -163,11 +172,14 @@ impl Rank<'_> {
         mut job: OptimizerJob,
         metrics: &mut MetricsFile,
     ) -> Result<Committed, EngineError> {
+        hit(Point::OptimizerBegun);
         let done = self.update_pages(owner, &job.numbers, updater)?;
+        hit(Point::OptimizerUpdated);
         job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         job.numbers.optimizer_pages_cpu = done.cpu;
         job.numbers.optimizer_pages_device = done.device;
         self.comm.barrier(Channel::Optimizer)?;
+        hit(Point::OptimizerAgreed);
         let at = Instant::now();
         job.numbers.seconds = (at - job.begun).as_secs_f64();
         if job.numbers.seconds > 0.0 {
@@ -175,6 +187,7 @@ impl Rank<'_> {
         }
         if self.leader() {
             self.set_record(&job.numbers, StepPhase::Committed)?;
+            hit(Point::StepCommitted);
             if !job.line_later {
                 self.report(metrics, &job.numbers)?;
             }
@@ -187,6 +200,7 @@ impl Rank<'_> {
     fn report(&self, metrics: &mut MetricsFile, n: &StepNumbers) -> Result<(), EngineError> {
         let m = n.metrics();
         let line = metrics.write(&m)?;
+        hit(Point::StepReported);
         self.control.metrics(&m, &line);
         Ok(())
     }
@@ -242,6 +256,7 @@ impl Rank<'_> {
                 self.report(&mut metrics, &n)?;
             }
         }
+        state.owed_checkpoint()?;
         let (to_optimizer, jobs) = mpsc::channel::<OptimizerJob>();
         let (done, from_optimizer) = mpsc::channel::<Result<Committed, EngineError>>();
         let metrics = std::sync::Mutex::new(metrics);
@@ -295,6 +310,7 @@ impl Rank<'_> {
         if let Some(path) = &self.spec.output.path {
             self.control.heartbeat(step, "exporting");
             checkpoint::export_store(&self.store, self.spec, &self.architecture, path)?;
+            hit(Point::ExportDone);
             outcome.output = Some(path.clone());
         }
         if let Some(sample) = &self.spec.sample {
@@ -356,6 +372,37 @@ impl Loop<'_> {
             && (step == 0 || step == self.rank.prepared.steps || (every > 0 && step.is_multiple_of(every)))
     }
 
+    /// Whether the job file asks for a checkpoint of this step.
+    fn checkpoint_due(&self, step: u64) -> bool {
+        let spec = &self.rank.spec.checkpoint;
+        step > 0 && ((spec.every_steps > 0 && step.is_multiple_of(spec.every_steps)) || (spec.at_end && step == self.rank.prepared.steps))
+    }
+
+    /// Writes the checkpoint of the committed step if the gang before this one died before it was whole, and removes what
+    /// that one left unfinished.
+    fn owed_checkpoint(&mut self) -> Result<(), EngineError> {
+        let r = self.rank;
+        let (step, spec) = (self.committed.step, &r.spec.checkpoint);
+        let Some(folder) = spec.path.as_deref() else { return Ok(()) };
+        let mut owed = false;
+        if r.leader() {
+            match ramtorch_modelio::tidy_checkpoints(folder, step, &r.spec.name, spec.keep) {
+                Ok(there) => {
+                    owed = self.checkpoint_due(step) && there.is_none();
+                    self.newest_checkpoint = there;
+                }
+                Err(e) => r.control.event(Level::Warn, &format!("unfinished checkpoints were not looked for: {e}")),
+            }
+        }
+        if r.comm.gather(Channel::Step, [f64::from(u8::from(owed)), 0.0, 0.0, 0.0])?[0][0] > 0.0 {
+            if r.leader() {
+                r.control.event(Level::Info, &format!("the checkpoint of step {step} was interrupted; it is written now"));
+            }
+            self.checkpoint(step, 0)?;
+        }
+        Ok(())
+    }
+
     /// Runs to the last step; true when told to stop before it.
     fn run(
         &mut self,
@@ -381,6 +428,7 @@ impl Loop<'_> {
                 // The optimizer's answer for step - 1 is taken inside the sweep, before the first gradient leaves.
                 let mut committed = None;
                 let numbers = self.sweep(step, &mut wishes, || {
+                    hit(Point::StepForward);
                     if pending {
                         let c: Committed = from_optimizer.recv().map_err(|_| gone())??;
                         committed = Some(c);
@@ -400,11 +448,11 @@ impl Loop<'_> {
             }
             if r.leader() {
                 r.set_record(&numbers, StepPhase::GradientsComplete)?;
+                hit(Point::StepRecorded);
             }
             r.comm.barrier(Channel::Step)?;
-            let spec = &r.spec.checkpoint;
-            let checkpoint_due =
-                (spec.every_steps > 0 && step.is_multiple_of(spec.every_steps)) || (spec.at_end && step == steps) || wishes.checkpoint > 0;
+            hit(Point::StepAnnounced);
+            let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0;
             let validation_due = self.validation_due(step);
             r.control.heartbeat(step, "optimizing");
             to_optimizer.send(OptimizerJob { numbers, line_later: validation_due, begun }).map_err(|_| gone())?;
@@ -415,6 +463,7 @@ impl Loop<'_> {
                 pending = false;
                 if validation_due {
                     self.committed.validation_loss = self.validate(step)?;
+                    hit(Point::ValidationDone);
                     if r.leader() {
                         let mut file = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                         r.report(&mut file, &self.committed)?;
@@ -472,8 +521,10 @@ impl Loop<'_> {
         let loss = self.session.sum_losses(&batches)?;
         r.control.heartbeat(step, "reducing");
         self.session.finish_gradients()?;
+        hit(Point::StepSwept);
         // All ranks' parts of this rank's pages have to be in before they are read.
         r.comm.barrier(Channel::Step)?;
+        hit(Point::StepReduced);
         if r.comm.world() > 1 {
             let owned = (r.assignment.rank as u32..r.store.layout().page_count()).step_by(r.assignment.world_size);
             owned.for_each(|page| squares[page as usize] = square(page));
@@ -485,6 +536,7 @@ impl Loop<'_> {
         }
         let [stop, checkpoint] = wishes.encode();
         let gathered = r.comm.gather(Channel::Step, [loss, squares, stop, checkpoint])?;
+        hit(Point::StepAgreed);
         *wishes = Wishes::decode(&gathered);
         let loss = gathered.iter().map(|v| v[0]).sum::<f64>() / divisor;
         let norm = gathered.iter().map(|v| v[1]).sum::<f64>().sqrt();
@@ -542,6 +594,7 @@ impl Loop<'_> {
             return Ok(());
         };
         let result = checkpoint::write(folder, step, self.committed.tokens_total, r.spec, &r.architecture, &r.store, &r.comm);
+        hit(Point::CheckpointDone);
         if r.leader() {
             match &result {
                 Ok((path, warnings)) => {

@@ -6,6 +6,7 @@ use super::message::{Commands, JobKey, Refusal, RefusalKind};
 use super::proc::{Cause, Outcome, Proc, Role};
 use super::record::{State, WorkerRecord, history_line, push_history};
 use crate::process::{Identity, ProcKey};
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::worker_report::Report;
 use ramtorch_worker::{EngineError, ErrorKind, Level, Task, TrainOutcome};
@@ -43,7 +44,11 @@ impl Supervisor {
         proc.device_name = assignment.device.to_string();
         self.procs.insert(key, proc);
         self.tokens.insert(token.clone(), key);
-        self.out.spawn(key, &token, log);
+        let job = match role {
+            Role::Rank { job, .. } | Role::Prepare { job } => self.jobs.get(&job),
+            Role::OneOff { .. } | Role::GivenUp => None,
+        };
+        self.out.spawn(key, &token, log, job.map(|j| j.record.id.as_str()));
         Ok(key)
     }
 
@@ -70,6 +75,8 @@ impl Supervisor {
         }
         let leases = job.leases.clone();
         let world_size = devices.len();
+        // Before anybody is started: no two gangs may have the same generation, and no gang a segment that nobody knows.
+        self.out.save(&job.record);
         for (rank, device) in devices.into_iter().enumerate() {
             let assignment = ramtorch_worker::Assignment { job_id: id.clone(), generation, rank, world_size, device, task: task.clone() };
             let log = self.out.log_dir(&id).join(format!("rank-{rank}.g{generation}.log"));
@@ -239,6 +246,7 @@ impl Supervisor {
             job.first_cause = None;
         }
         job.record.step = metrics.step;
+        hit(Point::JobStep);
         self.out.append_metrics(&job.record.id, history_line(&metrics));
         job.tell(pb::watch_event::Event::Metrics(metrics.clone()));
         push_history(&mut job.history, metrics, limit);
@@ -278,6 +286,7 @@ impl Supervisor {
                 job.record.message = format!("a worker failed: {}", cause.text);
                 job.phase = Phase::Failing { judge_at, ended: false, causes: vec![cause] };
                 self.drop_checkpoint_waiters(key, "a worker failed and the gang is started again; ask again");
+                hit(Point::JobFailing);
                 self.changed(key);
             }
             Phase::Failing { causes, .. } => causes.push(cause),
@@ -379,6 +388,7 @@ impl Supervisor {
         let pause = self.limits.backoff(job.failures);
         job.phase = Phase::Backoff(now + pause);
         job.record.message = format!("restart {} of {budget} without a new step: {text}", job.failures);
+        hit(Point::JobBackoff);
         let message = format!("{text}\nstarted again ({} of {budget} without a new step)", job.failures);
         self.note(key, Level::Error, &message, None);
         self.changed(key);

@@ -206,6 +206,11 @@ impl Supervisor {
                 }
             }
             Message::Stop => self.stop_daemon(now),
+            Message::StopKeeping => {
+                // Workers that were told to stop for good have written checkpoints already.
+                self.job_limits.keep_segments_on_stop |= self.stopping.is_none();
+                self.stop_daemon(now);
+            }
         }
     }
 

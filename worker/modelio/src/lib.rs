@@ -45,7 +45,7 @@ pub use assets::ModelAssets;
 pub use blocks::{EMBED, HEAD, layer_block};
 pub use checkpoint::{
     Checkpoint, CheckpointMeta, CheckpointWriter, Committed, FindOptions, LATEST_FILE, MANIFEST_FILE, Search, ShardInfo, Skipped,
-    TensorChecksums, VERSION as CHECKPOINT_VERSION, check_folder as check_checkpoint_folder, find_sound,
+    TensorChecksums, VERSION as CHECKPOINT_VERSION, check_folder as check_checkpoint_folder, tidy as tidy_checkpoints, find_sound,
     folder_name as checkpoint_folder_name, partition,
 };
 pub use config::{MAX_CONFIG_BYTES, ParsedConfig, parse_config};
