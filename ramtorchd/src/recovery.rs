@@ -41,6 +41,13 @@ pub fn recover(jobs: &Path, registry: &Registry, boot_id: &str, history: usize) 
     let listed: HashSet<String> = registry.list()?.into_iter().map(|r| r.name).collect();
     let mut kept = HashSet::new();
     for dir in std::fs::read_dir(jobs).into_iter().flatten().flatten().map(|e| e.path()).filter(|p| p.is_dir()) {
+        let (kept, unfinished) = (dir.join("job.json"), dir.join("job.tmp"));
+        // What a daemon left that died while it wrote.
+        let _ = std::fs::remove_file(unfinished);
+        if !kept.exists() && std::fs::remove_dir(&dir).is_ok() {
+            // A submission that was never answered: there was nothing else in its folder.
+            continue;
+        }
         let record = match Record::read(&dir) {
             Ok(record) => record,
             Err(e) => {
