@@ -87,25 +87,13 @@ pub fn recover(jobs: &Path, registry: &Registry, boot_id: &str, history: usize) 
             }
         }
         let usable = |name: &str, boot: &str| boot == boot_id && listed.contains(name) && exists(name);
-        match &record.segment {
-            Some(s) if usable(&s.name, &s.boot_id) && record.prepared.is_some() && record.plan.is_some() => {
-                let (name, id) = (s.name.clone(), record.id.clone());
-                // The segment knows best how far the job is, and which generations of its gang there were.
-                match Store::attach_read_only(&name) {
-                    Ok(store) => {
-                        let step = store.record();
-                        let committed = step.step - u64::from(step.phase != StepPhase::Committed && step.step > 0);
-                        record.step = record.step.max(committed);
-                        record.generation = record.generation.max(Some(store.generation()).filter(|g| *g < GENERATIONS_MAX).unwrap_or(0));
-                        tracing::info!(job = id, segment = name, step = committed, phase = ?step.phase, "the job goes on from its parameter store");
-                    }
-                    // The gang will say the same, in the job's own messages.
-                    Err(e) => tracing::warn!(job = id, "the job's parameter store cannot be looked at: {e}"),
-                }
-                kept.insert(name);
+        let found = record.segment.clone().filter(|s| usable(&s.name, &s.boot_id) && record.prepared.is_some() && record.plan.is_some());
+        match found {
+            Some(s) if look_at(record, &s.name) => {
+                kept.insert(s.name);
             }
-            lost => {
-                if lost.is_some() {
+            _ => {
+                if record.segment.is_some() {
                     tracing::warn!(job = record.id, "the job's parameter store is gone; it is prepared again, from its newest checkpoint");
                 }
                 record.segment = None;
@@ -123,6 +111,31 @@ pub fn recover(jobs: &Path, registry: &Registry, boot_id: &str, history: usize) 
     }
     hit(Point::RecoverySwept);
     Ok(found)
+}
+
+/// Takes from a job's segment what it knows best: how far the job is, and which generations of its gang there were. `false`:
+/// it is of a version that this program does not know.
+fn look_at(record: &mut Record, name: &str) -> bool {
+    match Store::attach_read_only(name) {
+        Ok(store) => {
+            let step = store.record();
+            let committed = step.step - u64::from(step.phase != StepPhase::Committed && step.step > 0);
+            record.step = record.step.max(committed);
+            record.generation = record.generation.max(Some(store.generation()).filter(|g| *g < GENERATIONS_MAX).unwrap_or(0));
+            let phase = step.phase;
+            tracing::info!(job = record.id, segment = name, step = committed, ?phase, "the job goes on from its parameter store");
+            true
+        }
+        Err(e @ StoreError::Version { .. }) => {
+            tracing::warn!(job = record.id, "{e}; it was made by another version of ramtorchd");
+            false
+        }
+        Err(e) => {
+            // The gang will say the same, in the job's own messages.
+            tracing::warn!(job = record.id, "the job's parameter store cannot be looked at: {e}");
+            true
+        }
+    }
 }
 
 /// Whether a segment is there. Its name has been checked by the registry.

@@ -134,3 +134,50 @@ fn a_successor_goes_on_where_the_daemon_was_asked_to_stop() {
     daemon.stop();
     Outcome::read(&sandbox).assert_same(&whole, "three daemons");
 }
+
+/// A job that runs into one armed entry; returns its folder, and how many gangs there were.
+#[track_caller]
+fn disturbed_once(job: &ramtorch_tests::JobFile, armed: &str) -> (Sandbox, usize) {
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let id = daemon.submit(job);
+    let end = daemon.wait(&id, LIMIT, |_| {});
+    assert_eq!(end["state"], "succeeded", "{end:#}");
+    assert_eq!(names(&marks).len(), armed.split(['\n', ',', ';']).count(), "{armed}");
+    let gangs = names(&sandbox.path(&format!("state/jobs/{id}/logs"))).iter().filter(|n| n.starts_with("rank-0.")).count();
+    daemon.stop();
+    (sandbox, gangs)
+}
+
+/// The segment goes last. A daemon that died between its end and that of the job used to leave a job without a segment
+/// that looked unfinished, and was run again.
+#[test]
+fn a_job_that_has_ended_is_not_run_again() {
+    let job =
+        everything(STEPS).unset("checkpoint.path").unset("checkpoint.every_steps").unset("checkpoint.at_end").unset("checkpoint.keep");
+    for point in ["job.removing", "segment.unlinking", "segment.unlinked", "registry.forgotten", "job.ended"] {
+        let (_sandbox, gangs) = disturbed_once(&job, &format!("{point}=kill"));
+        assert_eq!(gangs, 1, "{point}");
+    }
+}
+
+/// The checkpoint of a step whose gang died after the commit and before the checkpoint was whole used to be left out.
+#[test]
+fn an_interrupted_checkpoint_is_written_by_the_next_gang() {
+    let job = everything(STEPS).unset("checkpoint.every_steps");
+    for point in ["optimizer.agreed=15*off", "checkpoint.begun", "checkpoint.shard", "checkpoint.named"] {
+        let armed = if point.contains('=') { format!("{point}->kill") } else { format!("{point}=kill") };
+        let (sandbox, gangs) = disturbed_once(&job, &armed);
+        assert_eq!((names(&sandbox.path("checkpoints")), gangs), (vec!["latest".to_owned(), "step-00000016".to_owned()], 2), "{point}");
+    }
+}
+
+/// A folder that a submission left that was never answered used to stay for ever, and to be warned of at each start.
+#[test]
+fn a_submission_that_was_never_answered_leaves_nothing() {
+    let job = everything(STEPS);
+    let (sandbox, _) = disturbed_once(&job, "record.written=kill");
+    assert_eq!(names(&sandbox.path("state/jobs")).len(), 1);
+}
