@@ -157,7 +157,7 @@ fn disturbed_once(job: &ramtorch_tests::JobFile, armed: &str) -> (Sandbox, usize
 fn a_job_that_has_ended_is_not_run_again() {
     let job =
         everything(STEPS).unset("checkpoint.path").unset("checkpoint.every_steps").unset("checkpoint.at_end").unset("checkpoint.keep");
-    for point in ["job.removing", "segment.unlinking", "segment.unlinked", "registry.forgotten", "job.ended"] {
+    for point in ["segment.unlinking", "segment.unlinked", "registry.forgotten", "job.ended"] {
         let (_sandbox, gangs) = disturbed_once(&job, &format!("{point}=kill"));
         assert_eq!(gangs, 1, "{point}");
     }

@@ -198,7 +198,12 @@ impl Supervisor {
                 if let Role::Rank { job, rank: 0 } = role {
                     match self.disbelief(key, job, metrics.step) {
                         None => self.step_committed(job, metrics),
-                        Some(text) => self.blame(key, job, 0, text, now),
+                        Some(text) => {
+                            if let Some(proc) = self.procs.get_mut(&key) {
+                                proc.disbelieved = true;
+                            }
+                            self.blame(key, job, 0, text, now);
+                        }
                     }
                 }
             }
@@ -236,6 +241,9 @@ impl Supervisor {
     fn disbelief(&mut self, key: ProcKey, job: JobKey, step: u64) -> Option<String> {
         let steps = self.jobs.get(&job).map_or(0, |j| j.record.steps);
         let proc = self.procs.get_mut(&key)?;
+        if proc.disbelieved {
+            return Some(format!("{} goes on to report steps", proc.who()));
+        }
         let before = proc.told.replace(step);
         let who = proc.who();
         if steps > 0 && step > steps {

@@ -150,6 +150,8 @@ pub struct Proc {
     pub heard_unix_ms: i64,
     /// What it said at its end.
     pub result: Option<pb::WorkerResult>,
+    /// It said what cannot be: nothing that it says counts any more, success least of all.
+    pub disbelieved: bool,
     /// First sign that something is wrong.
     pub cause: Option<Cause>,
     spawned: Instant,
@@ -182,6 +184,7 @@ impl Proc {
             heard_unix_ms: 0,
             moved: now,
             result: None,
+            disbelieved: false,
             cause: None,
             spawned: now,
             heard: now,
@@ -366,7 +369,7 @@ impl Proc {
 
     /// What came of it, once gone.
     pub fn outcome(&self, now: Instant) -> Outcome {
-        if let Some(result) = self.result.as_ref().filter(|r| r.ok) {
+        if let Some(result) = self.result.as_ref().filter(|r| r.ok && !self.disbelieved) {
             return Outcome::Done { json: result.json.clone(), stopped: result.stopped };
         }
         let (at, status, tail) = match &self.ended {
@@ -375,7 +378,7 @@ impl Proc {
         };
         if let Some(cause) = &self.cause {
             // An error that the worker reported itself says all; a hang is better understood with its last lines.
-            let tail = if self.result.is_some() { String::new() } else { tail };
+            let tail = if self.result.is_some() && !self.disbelieved { String::new() } else { tail };
             return Outcome::Failed(Cause { tail, ..cause.clone() });
         }
         let (kind, text) = match status {

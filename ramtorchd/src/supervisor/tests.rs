@@ -277,7 +277,7 @@ fn prepared() -> Prepared {
         train_sequences: 1,
         validation_sequences: 0,
         sequence_length: 1,
-        steps: 5,
+        steps: 100,
         dataset: serde_json::Value::Null,
         rates: Default::default(),
     }

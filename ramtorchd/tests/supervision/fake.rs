@@ -65,7 +65,7 @@ pub enum Act {
     Fail(ErrorKind),
     /// Goes on for ever, heartbeats included.
     Linger,
-    /// Says that this step is committed.
+    /// Says that this step is committed, and does nothing more.
     Claim(u64),
 }
 
@@ -135,10 +135,9 @@ fn act(act: &Act) -> Result<(), EngineError> {
         Act::Signal(number) => raise(Signal::try_from(*number).unwrap()).unwrap(),
         Act::Panic => panic!("as the script says"),
         Act::Fail(kind) => return Err(EngineError::new(*kind, format!("{kind:?} as the script says"))),
-        Act::Linger => loop {
+        Act::Linger | Act::Claim(_) => loop {
             std::thread::sleep(Duration::from_secs(60));
         },
-        Act::Claim(_) => {}
     }
     Ok(())
 }
