@@ -2,6 +2,7 @@
 
 pub use ramtorch_device::{EngineError, ErrorKind};
 use ramtorch_job::JobSpec;
+pub use ramtorch_trace::RankTrace;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -379,7 +380,11 @@ pub struct StepMetrics {
     pub tflops: f64,
     pub bytes_to_device: u64,
     pub bytes_from_device: u64,
+    /// The first rank's arithmetic stood still for weights on their way in or gradients on their way out.
     pub copy_wait_seconds: f64,
+    /// It stood still for pages that the optimizer had not published.
+    #[serde(default)]
+    pub optimizer_wait_seconds: f64,
     /// Updating this step's pages, on the first rank, and who updated how many.
     #[serde(default)]
     pub optimizer_seconds: f64,
@@ -412,7 +417,23 @@ pub enum Command {
         /// Returned with the answer.
         request: u64,
     },
+    /// Record a timeline of some steps; answered by [`Control::trace`].
+    Trace(TraceCommand),
 }
+
+/// Which steps to record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceCommand {
+    /// Returned with the answer. Larger than that of any earlier trace of the job.
+    pub request: u64,
+    /// First step, or the next one where that is later.
+    pub first_step: u64,
+    /// How many, from 1 to [`TRACE_STEPS_MAX`].
+    pub steps: u64,
+}
+
+/// Steps that one trace may cover.
+pub const TRACE_STEPS_MAX: u64 = ramtorch_trace::STEPS_MAX;
 
 /// A worker's way to its supervisor. Every call returns at once.
 pub trait Control: Send + Sync {
@@ -428,6 +449,8 @@ pub trait Control: Send + Sync {
     fn token(&self, prompt: usize, text: &str);
     /// A checkpoint was written, or could not be.
     fn checkpoint(&self, path: &std::path::Path, step: u64, request: u64, error: Option<&str>);
-    /// The next command, if any. Stop and checkpoint commands go to every rank; the gang agrees on the step.
+    /// What this rank recorded for a [`Command::Trace`]; every rank answers.
+    fn trace(&self, request: u64, trace: RankTrace);
+    /// The next command, if any. Stop, checkpoint and trace commands go to every rank; the gang agrees on the step.
     fn command(&self) -> Option<Command>;
 }

@@ -21,6 +21,7 @@ mod rates;
 mod record;
 mod session;
 mod tools;
+mod trace;
 mod train;
 mod weights;
 

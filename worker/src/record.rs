@@ -18,7 +18,9 @@ pub(crate) struct StepNumbers {
     pub tflops: f64,
     pub bytes_in: u64,
     pub bytes_out: u64,
-    pub waited: f64,
+    /// Of the leader: seconds that arithmetic stood still for copies, and for pages of the optimizer.
+    pub copy_wait: f64,
+    pub optimizer_wait: f64,
     /// Of the leader: from the first page to the last, and who updated how many.
     pub optimizer_seconds: f64,
     pub optimizer_pages_cpu: u64,
@@ -44,12 +46,13 @@ impl StepNumbers {
             self.tflops,
             self.bytes_in as f64,
             self.bytes_out as f64,
-            self.waited,
+            self.copy_wait,
             self.validation_loss,
             self.initial_validation_loss,
             self.optimizer_seconds,
             self.optimizer_pages_cpu as f64,
             self.optimizer_pages_device as f64,
+            self.optimizer_wait,
         ];
         values[..mine.len()].copy_from_slice(&mine);
         StepRecord { step: self.step, phase, values }
@@ -70,12 +73,13 @@ impl StepNumbers {
             tflops: v[8],
             bytes_in: v[9] as u64,
             bytes_out: v[10] as u64,
-            waited: v[11],
+            copy_wait: v[11],
             validation_loss: v[12],
             initial_validation_loss: v[13],
             optimizer_seconds: v[14],
             optimizer_pages_cpu: v[15] as u64,
             optimizer_pages_device: v[16] as u64,
+            optimizer_wait: v[17],
         }
     }
 
@@ -95,7 +99,8 @@ impl StepNumbers {
             tflops: self.tflops,
             bytes_to_device: self.bytes_in,
             bytes_from_device: self.bytes_out,
-            copy_wait_seconds: self.waited,
+            copy_wait_seconds: self.copy_wait,
+            optimizer_wait_seconds: self.optimizer_wait,
             optimizer_seconds: self.optimizer_seconds,
             optimizer_pages_cpu: self.optimizer_pages_cpu,
             optimizer_pages_device: self.optimizer_pages_device,
@@ -122,7 +127,8 @@ mod tests {
             tflops: 3.5,
             bytes_in: 4,
             bytes_out: 5,
-            waited: 6.5,
+            copy_wait: 6.5,
+            optimizer_wait: 13.5,
             optimizer_seconds: 7.5,
             optimizer_pages_cpu: 11,
             optimizer_pages_device: 12,

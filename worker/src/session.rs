@@ -13,6 +13,7 @@ use crate::model::{Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Vis
 use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
+use ramtorch_device::trace::{Label, Wait};
 use ramtorch_device::{AttentionShape, DevBuf, Device, Event, Stream};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::Store;
@@ -32,6 +33,9 @@ struct GradientBuffers {
     own: Vec<Option<usize>>,
     ring: std::ops::Range<usize>,
     next: usize,
+    /// Rounded gradients on their way out, used in turn; none where the copy stream rounds.
+    packed: Vec<GradientBuffer>,
+    next_packed: usize,
 }
 
 /// See the module.
@@ -94,7 +98,7 @@ impl Session {
         let weights = WeightCache::new(d, store.clone(), &model, &plan.resident, plan.slots)?;
         let last = model.len() - 1;
         let group = plan.group_len;
-        let gradients = if train { Some(GradientBuffers::new(d, &model, plan.resident_gradients)?) } else { None };
+        let gradients = if train { Some(GradientBuffers::new(d, &model, plan)?) } else { None };
         let outs = (0..if train { model.len() } else { 0 }).map(|_| d.event()).collect::<Result<_, _>>()?;
         let inputs = (0..group).map(|_| InputBuffers::new(d, &model, shape)).collect::<Result<_, _>>()?;
         let losses = d.alloc(rows * 4 * plan.micro_batches as u64, "losses")?;
@@ -184,7 +188,9 @@ impl Session {
             for (m, mb) in mbs.iter().enumerate() {
                 let (x, y, saved) = (self.input(b, m, mb), self.boundaries[b][m], self.saved(b, m)?);
                 let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
+                let stretch = self.dev.begin(Stream::Compute, &Label::work("forward").block(b).micro_batch(m))?;
                 self.model.forward(b, &v, w[0], x, saved, self.keep[b], y)?;
+                self.dev.end(Stream::Compute, stretch)?;
             }
             self.weights.release(self.dev.as_ref(), &needs)?;
         }
@@ -202,7 +208,9 @@ impl Session {
                 (Some(scale), Some((grads, tied))) => Some(LossGrads { scale, d: self.d[m], grads, tied }),
                 _ => None,
             };
+            let stretch = self.dev.begin(Stream::Compute, &Label::work("head").block(last).micro_batch(m))?;
             self.model.loss(&v, &w, x, train.as_ref())?;
+            self.dev.end(Stream::Compute, stretch)?;
         }
         self.weights.release(self.dev.as_ref(), &needs)
     }
@@ -249,9 +257,13 @@ impl Session {
                     let (x, saved) = (self.input(b, m, mb), self.saved(b, m)?);
                     let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
                     if self.keep[b] == Keep::Inputs && !w.is_empty() {
+                        let stretch = self.dev.begin(Stream::Compute, &Label::work("recompute").block(b).micro_batch(m))?;
                         self.model.recompute(b, &v, w[0], x, saved)?;
+                        self.dev.end(Stream::Compute, stretch)?;
                     }
+                    let stretch = self.dev.begin(Stream::Compute, &Label::work("backward").block(b).micro_batch(m))?;
                     self.model.backward(b, &v, w.first().copied(), x, saved, self.keep[b], self.d[m], grads)?;
+                    self.dev.end(Stream::Compute, stretch)?;
                 }
                 self.weights.release(self.dev.as_ref(), &needs)?;
                 self.close_gradient(b, g, final_group, comm)?;
@@ -331,7 +343,7 @@ impl Session {
         let buffer = &g.buffers[i];
         let buf = buffer.buf.slice(0, len);
         if first_group || !g.resident() {
-            dev.wait(Stream::Compute, buffer.free)?;
+            dev.wait_measured(Stream::Compute, buffer.free, &Label::wait(Wait::Gradients).block(b))?;
             dev.zero(Stream::Compute, buf)?;
         }
         Ok(Grads { buf })
@@ -348,17 +360,39 @@ impl Session {
             return Ok(());
         }
         let buffer = &g.buffers[i];
+        self.bytes_out += len * self.store.layout().spec().gradients.bytes();
+        if let Some(packed) = g.packed.get(g.next_packed) {
+            let bytes = len * self.store.layout().spec().gradients.bytes();
+            dev.wait_measured(Stream::Compute, packed.free, &Label::wait(Wait::Gradients).block(b))?;
+            let out = packed.buf.slice(0, bytes);
+            dev.from_f32(buffer.buf.slice(0, len * 4), len as usize, out)?;
+            dev.record(buffer.free, Stream::Compute)?;
+            dev.record(packed.full, Stream::Compute)?;
+            dev.wait(Stream::CopyOut, packed.full)?;
+            let stretch = dev.begin(Stream::CopyOut, &Label::copy("store gradients", bytes).block(b))?;
+            dev.store_packed_gradients(Stream::CopyOut, out, &self.store, start, len)?;
+            dev.end(Stream::CopyOut, stretch)?;
+            dev.record(packed.free, Stream::CopyOut)?;
+            dev.record(self.outs[b], Stream::CopyOut)?;
+            g.next_packed = (g.next_packed + 1) % g.packed.len();
+            g.advance(b);
+            return Ok(());
+        }
         let accumulate = group > 0 && !resident;
         dev.record(buffer.full, Stream::Compute)?;
         dev.wait(Stream::CopyOut, buffer.full)?;
         let src = buffer.buf.slice(0, len * 4);
+        let bytes = len * self.store.layout().spec().gradients.bytes();
+        let label =
+            if comm.world() == 1 { Label::copy("store gradients", bytes) } else { Label::collective("reduce gradients").bytes(len * 4) };
+        let stretch = dev.begin(Stream::CopyOut, &label.block(b))?;
         if comm.world() == 1 {
             dev.store_gradients(Stream::CopyOut, src, &self.store, start, len, accumulate)?;
         } else {
             let comm = comm.clone();
             dev.host_reduce(Stream::CopyOut, src, Box::new(move |sum| comm.reduce_gradients(sum, start, accumulate)))?;
         }
-        self.bytes_out += len * self.store.layout().spec().gradients.bytes();
+        dev.end(Stream::CopyOut, stretch)?;
         dev.record(buffer.free, Stream::CopyOut)?;
         dev.record(self.outs[b], Stream::CopyOut)?;
         g.advance(b);
@@ -367,11 +401,14 @@ impl Session {
 }
 
 impl GradientBuffers {
-    fn new(dev: &mut dyn Device, model: &Model, resident: bool) -> Result<Self, EngineError> {
-        let mut g = GradientBuffers { buffers: Vec::new(), own: vec![None; model.len()], ring: 0..0, next: 0 };
-        let new = |dev: &mut dyn Device, len: u64| -> Result<GradientBuffer, EngineError> {
-            Ok(GradientBuffer { buf: dev.alloc(len * 4, "gradients")?, free: dev.event()?, full: dev.event()? })
+    fn new(dev: &mut dyn Device, model: &Model, plan: &EnginePlan) -> Result<Self, EngineError> {
+        let (resident, packs) = (plan.resident_gradients, plan.packs());
+        let mut g =
+            GradientBuffers { buffers: Vec::new(), own: vec![None; model.len()], ring: 0..0, next: 0, packed: Vec::new(), next_packed: 0 };
+        let buffer = |dev: &mut dyn Device, bytes: u64| -> Result<GradientBuffer, EngineError> {
+            Ok(GradientBuffer { buf: dev.alloc(bytes, "gradients")?, free: dev.event()?, full: dev.event()? })
         };
+        let new = |dev: &mut dyn Device, len: u64| buffer(dev, len * 4);
         for b in 0..model.len() {
             if resident || (b == 0 && model.tied()) {
                 g.buffers.push(new(dev, model.places[b].1)?);
@@ -381,10 +418,14 @@ impl GradientBuffers {
         if !resident {
             let largest = (0..model.len()).filter(|b| g.own[*b].is_none()).map(|b| model.places[b].1).max().unwrap_or(0);
             let first = g.buffers.len();
-            for _ in 0..GRADIENT_RING {
+            for _ in 0..if packs { 1 } else { GRADIENT_RING } {
                 g.buffers.push(new(dev, largest)?);
             }
             g.ring = first..g.buffers.len();
+        }
+        if packs {
+            let largest = model.places.iter().map(|p| p.1).max().unwrap_or(0) * plan.store.gradients.bytes();
+            g.packed = (0..GRADIENT_RING).map(|_| buffer(dev, largest)).collect::<Result<_, _>>()?;
         }
         Ok(g)
     }

@@ -22,7 +22,8 @@ use crate::optimizer::{StepScalars, factors, sum_of_squares};
 use crate::plan::{EnginePlan, rank_share};
 use crate::record::StepNumbers;
 use crate::session::{Session, StepBatches};
-use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradients, update_pages};
+use crate::trace::Tracing;
+use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradients, update_pages_recorded};
 use ramtorch_data::{Dataset, Order};
 use ramtorch_device::PageUpdater;
 use ramtorch_failpoint::{Point, hit};
@@ -30,9 +31,10 @@ use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{NEVER, Owner, SharedOwner, StepPhase, Store};
+use ramtorch_trace::{Kind, Label, Recorder, Row};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// What every part of a rank's life refers to.
 struct Rank<'a> {
@@ -43,6 +45,7 @@ struct Rank<'a> {
     architecture: Architecture,
     store: Arc<Store>,
     comm: Arc<Collectives>,
+    recorder: Arc<Recorder>,
     control: &'a dyn Control,
 }
 
@@ -75,7 +78,7 @@ pub(crate) fn run(
     let plan = EnginePlan::of(plan)?;
     let architecture: Architecture = serde_json::from_value(prepared.architecture.clone()).map_err(EngineError::internal)?;
     let comm = Arc::new(Collectives::new(store.clone(), assignment.rank, assignment.world_size, assignment.generation));
-    let rank = Rank { assignment, spec, prepared, plan, architecture, store: store.clone(), comm, control };
+    let rank = Rank { assignment, spec, prepared, plan, architecture, store: store.clone(), comm, recorder: Arc::default(), control };
     let mut owner = store.claim(assignment.rank as u32).map_err(EngineError::internal)?;
     rank.load(&mut owner)?;
     let owner = SharedOwner::new(owner);
@@ -162,7 +165,7 @@ impl Rank<'_> {
         updater: Option<&mut dyn PageUpdater>,
     ) -> Result<PagesUpdated, EngineError> {
         let scalars = StepScalars { step: n.step, lr: n.lr, gradient_scale: n.gradient_scale as f32 };
-        update_pages(owner, &factors(&self.spec.optimizer, &scalars), updater)
+        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, &self.recorder)
     }
 
     fn commit(
@@ -173,12 +176,17 @@ impl Rank<'_> {
         metrics: &mut MetricsFile,
     ) -> Result<Committed, EngineError> {
         hit(Point::OptimizerBegun);
+        let step = job.numbers.step;
+        let span = self.recorder.scope(Row::Optimizer, Label::work("update pages").step(step));
         let done = self.update_pages(owner, &job.numbers, updater)?;
+        drop(span);
         hit(Point::OptimizerUpdated);
         job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         job.numbers.optimizer_pages_cpu = done.cpu;
         job.numbers.optimizer_pages_device = done.device;
+        let span = self.recorder.scope(Row::Optimizer, Label::collective("barrier: pages").step(step));
         self.comm.barrier(Channel::Optimizer)?;
+        drop(span);
         hit(Point::OptimizerAgreed);
         let at = Instant::now();
         job.numbers.seconds = (at - job.begun).as_secs_f64();
@@ -186,12 +194,16 @@ impl Rank<'_> {
             job.numbers.tflops /= job.numbers.seconds;
         }
         if self.leader() {
+            let span = self.recorder.scope(Row::Optimizer, Label::work("commit").step(step));
             self.set_record(&job.numbers, StepPhase::Committed)?;
+            drop(span);
             hit(Point::StepCommitted);
             if !job.line_later {
+                let _span = self.recorder.scope(Row::Optimizer, Label::work("write metrics").step(step));
                 self.report(metrics, &job.numbers)?;
             }
         }
+        let _span = self.recorder.scope(Row::Optimizer, Label::collective("barrier: committed").step(step));
         // Nobody begins to overwrite gradients before the leader has said that they are not needed any more.
         self.comm.barrier(Channel::Optimizer)?;
         Ok(Committed { numbers: job.numbers, at })
@@ -211,7 +223,10 @@ impl Rank<'_> {
         let data = dataset.open().map_err(EngineError::input)?;
         self.control.heartbeat(self.store.record().step, "opening the device");
         let model = Model::new(&self.architecture, self.store.layout(), self.plan.dtype)?;
-        let dev = crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.allocated(), self.spec.train.deterministic)?;
+        let mut dev =
+            crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.allocated(), self.spec.train.deterministic)?;
+        dev.observe(&self.recorder);
+        let device = dev.name();
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
         session.weights.comm = Some(self.comm.clone());
@@ -241,6 +256,7 @@ impl Rank<'_> {
             newest_checkpoint: None,
             missing_result: None,
             initial_validation: f64::NAN,
+            tracing: Tracing::new(self.recorder.clone(), rank, device, self.prepared.steps),
             pool: &pool,
         };
         // The writer may have died between a commit and its line.
@@ -334,6 +350,7 @@ struct Loop<'a> {
     /// Why the checkpoint that is one of the job's results could not be written.
     missing_result: Option<EngineError>,
     initial_validation: f64,
+    tracing: Tracing,
     pool: &'a rayon::ThreadPool,
 }
 
@@ -343,11 +360,14 @@ struct Wishes {
     stop: bool,
     checkpoint_then_stop: bool,
     checkpoint: u64,
+    /// Somebody was told to record a trace; [`Tracing::agree`] says the rest.
+    trace: bool,
 }
 
 impl Wishes {
-    fn add(&mut self, c: Command) {
+    fn add(&mut self, c: Command, tracing: &mut Tracing) {
         match c {
+            Command::Trace(c) => tracing.want(c),
             Command::Stop { checkpoint } => {
                 self.stop = true;
                 self.checkpoint_then_stop |= checkpoint;
@@ -356,12 +376,13 @@ impl Wishes {
         }
     }
     fn encode(&self) -> [f64; 2] {
-        [f64::from(u8::from(self.stop) + 2 * u8::from(self.checkpoint_then_stop)), self.checkpoint as f64]
+        let flags = u8::from(self.stop) + 2 * u8::from(self.checkpoint_then_stop) + 4 * u8::from(self.trace);
+        [f64::from(flags), self.checkpoint as f64]
     }
     fn decode(all: &[[f64; 4]]) -> Self {
         let flags = all.iter().map(|v| v[2] as u8).fold(0, |a, b| a | b);
         let checkpoint = all.iter().map(|v| v[3] as u64).max().unwrap_or(0);
-        Wishes { stop: flags & 1 != 0, checkpoint_then_stop: flags & 2 != 0, checkpoint }
+        Wishes { stop: flags & 1 != 0, checkpoint_then_stop: flags & 2 != 0, checkpoint, trace: flags & 4 != 0 }
     }
 }
 
@@ -420,16 +441,23 @@ impl Loop<'_> {
             }
         }
         let mut wishes = Wishes::default();
+        // What was asked for before the first step: later it is part of the gather that every step has.
+        let [flags, checkpoint] = self.listen(&mut wishes);
+        wishes = Wishes::decode(&r.comm.gather(Channel::Step, [0.0, 0.0, flags, checkpoint])?);
+        self.agree_on_traces(&mut wishes, self.committed.step)?;
         let mut pending = false;
         self.commit_time = Instant::now();
         for step in self.committed.step + 1..=steps {
             let begun = self.commit_time;
+            self.tracing.begin_step(step, self.session.dev.as_ref())?;
+            let whole = r.recorder.scope(Row::Loop, Label::new("step", Kind::Step).step(step));
             let numbers = {
                 // The optimizer's answer for step - 1 is taken inside the sweep, before the first gradient leaves.
                 let mut committed = None;
                 let numbers = self.sweep(step, &mut wishes, || {
                     hit(Point::StepForward);
                     if pending {
+                        let _span = r.recorder.scope(Row::Loop, Label::blocked("wait for the last step's commit"));
                         let c: Committed = from_optimizer.recv().map_err(|_| gone())??;
                         committed = Some(c);
                     }
@@ -450,7 +478,10 @@ impl Loop<'_> {
                 r.set_record(&numbers, StepPhase::GradientsComplete)?;
                 hit(Point::StepRecorded);
             }
+            let span = r.recorder.scope(Row::Loop, Label::collective("barrier: gradients complete"));
             r.comm.barrier(Channel::Step)?;
+            drop(span);
+            drop(whole);
             hit(Point::StepAnnounced);
             let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0;
             let validation_due = self.validation_due(step);
@@ -477,16 +508,32 @@ impl Loop<'_> {
                 }
                 wishes.checkpoint = 0;
                 if stop {
+                    self.tracing.end(r.control);
                     return Ok(true);
                 }
             }
         }
+        self.tracing.end(r.control);
         Ok(false)
     }
 
     fn took(&mut self, c: &Committed) {
         self.committed = c.numbers;
         self.commit_time = c.at;
+        self.tracing.committed(c.numbers.step, self.rank.control);
+    }
+
+    /// Takes the commands that came; what this rank says of them to the others.
+    fn listen(&mut self, wishes: &mut Wishes) -> [f64; 2] {
+        while let Some(c) = self.rank.control.command() {
+            wishes.add(c, &mut self.tracing);
+        }
+        wishes.trace = self.tracing.wants();
+        wishes.encode()
+    }
+
+    fn agree_on_traces(&mut self, wishes: &mut Wishes, step: u64) -> Result<(), EngineError> {
+        if std::mem::take(&mut wishes.trace) { self.tracing.agree(step, &self.rank.comm, self.rank.control) } else { Ok(()) }
     }
 
     /// Forward and backward of step `step`; its gradients are in the segment, its numbers agreed, when this returns.
@@ -507,23 +554,37 @@ impl Loop<'_> {
         let tokens = self.reader.weight(Part::Train, &all)?;
         let divisor = (tokens * self.session.model.loss_divisor()).max(1.0);
         self.session.weights.bytes = 0;
-        self.session.weights.waited = Duration::ZERO;
         self.session.bytes_out = 0;
+        // Waits since the last step, a validation's, are nobody's.
+        self.session.dev.resolve()?;
         let visits = self.session.visits(plan.groups, true);
         self.session.weights.plan_visits(visits, step - 1);
+        let span = r.recorder.scope(Row::Loop, Label::work("enqueue the sweeps"));
         self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, &r.comm, plan.groups, before_gradients)?;
         // All is enqueued: a rank that is alone squares the gradients of each page while the backward pass works on the next.
         let mut squares = vec![0f64; r.store.layout().page_count() as usize];
-        let square = |page: u32| self.pool.install(|| read_gradients(&r.store, page, sum_of_squares));
+        drop(span);
+        let square = |page: u32| {
+            let _span = r.recorder.scope(Row::Loop, Label::work("square gradients").page(page));
+            self.pool.install(|| read_gradients(&r.store, page, sum_of_squares))
+        };
         if r.comm.world() == 1 {
             self.session.complete_pages(|page| squares[page as usize] = square(page))?;
         }
+        let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the losses"));
         let loss = self.session.sum_losses(&batches)?;
+        drop(span);
         r.control.heartbeat(step, "reducing");
+        let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the gradients"));
         self.session.finish_gradients()?;
+        drop(span);
         hit(Point::StepSwept);
+        // Everything of the step has run: nothing is waited for.
+        let waits = self.session.dev.resolve()?;
         // All ranks' parts of this rank's pages have to be in before they are read.
+        let span = r.recorder.scope(Row::Loop, Label::collective("barrier: gradients"));
         r.comm.barrier(Channel::Step)?;
+        drop(span);
         hit(Point::StepReduced);
         if r.comm.world() > 1 {
             let owned = (r.assignment.rank as u32..r.store.layout().page_count()).step_by(r.assignment.world_size);
@@ -531,13 +592,13 @@ impl Loop<'_> {
         }
         // In the order of pages, whoever was complete first.
         let squares: f64 = squares.iter().sum();
-        while let Some(c) = r.control.command() {
-            wishes.add(c);
-        }
-        let [stop, checkpoint] = wishes.encode();
-        let gathered = r.comm.gather(Channel::Step, [loss, squares, stop, checkpoint])?;
+        let [flags, checkpoint] = self.listen(wishes);
+        let span = r.recorder.scope(Row::Loop, Label::collective("gather"));
+        let gathered = r.comm.gather(Channel::Step, [loss, squares, flags, checkpoint])?;
+        drop(span);
         hit(Point::StepAgreed);
         *wishes = Wishes::decode(&gathered);
+        self.agree_on_traces(wishes, step)?;
         let loss = gathered.iter().map(|v| v[0]).sum::<f64>() / divisor;
         let norm = gathered.iter().map(|v| v[1]).sum::<f64>().sqrt();
         if !loss.is_finite() || !norm.is_finite() {
@@ -560,7 +621,8 @@ impl Loop<'_> {
             tflops: flops(&self.session.model, batch * r.prepared.sequence_length as u64, r.prepared.sequence_length) / 1e12,
             bytes_in: self.session.weights.bytes,
             bytes_out: self.session.bytes_out,
-            waited: self.session.weights.waited.as_secs_f64(),
+            copy_wait: waits.weights + waits.gradients,
+            optimizer_wait: waits.pages,
             validation_loss: f64::NAN,
             initial_validation_loss: f64::NAN,
             ..Default::default()

@@ -11,11 +11,12 @@
 use crate::api::EngineError;
 use crate::model::{Model, Weights};
 use ramtorch_cpu::Collectives;
+use ramtorch_device::trace::{Label, Wait};
 use ramtorch_device::{DevBuf, Device, Dtype, Event, Stream};
 use ramtorch_store::Store;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 struct Buffer {
     buf: DevBuf,
@@ -39,9 +40,8 @@ pub(crate) struct WeightCache {
     version: u64,
     /// The gang, where there is one: waiting ends when it gives up.
     pub comm: Option<Arc<Collectives>>,
-    /// Bytes copied to the device, and seconds the host waited for pages, since they were last taken.
+    /// Bytes copied to the device since they were last taken.
     pub bytes: u64,
-    pub waited: Duration,
 }
 
 impl WeightCache {
@@ -78,7 +78,6 @@ impl WeightCache {
             version: 0,
             comm: None,
             bytes: 0,
-            waited: Duration::ZERO,
         })
     }
 
@@ -119,9 +118,13 @@ impl WeightCache {
         self.store.layout().pages_of(start..start + len).all(|p| self.store.entry(p).step == self.version)
     }
 
-    /// Waits until block `b` is published at the version wanted. Pages of other ranks come when their owners are done.
-    fn await_published(&mut self, b: usize) -> Result<(), EngineError> {
-        let begin = Instant::now();
+    /// Waits until block `b` is published at the version wanted. Pages of other ranks come when their owners are done. What
+    /// counts as waiting is not the host's time, but that in which Compute has run out of work.
+    fn await_published(&self, dev: &dyn Device, b: usize) -> Result<(), EngineError> {
+        if self.published(b) {
+            return Ok(());
+        }
+        let stretch = dev.begin(Stream::Compute, &Label::wait(Wait::Pages).block(b))?;
         let mut tries = 0u32;
         while !self.published(b) {
             tries += 1;
@@ -134,8 +137,7 @@ impl WeightCache {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        self.waited += begin.elapsed();
-        Ok(())
+        dev.end(Stream::Compute, stretch)
     }
 
     fn load(&mut self, dev: &dyn Device, b: usize, into: usize) -> Result<(), EngineError> {
@@ -143,6 +145,8 @@ impl WeightCache {
         let buffer = &mut self.buffers[into];
         buffer.holds = Some((b, self.version));
         dev.wait(Stream::CopyIn, buffer.free)?;
+        let bytes = len * self.dtype.size();
+        let stretch = dev.begin(Stream::CopyIn, &Label::copy("load weights", bytes).block(b))?;
         let layout = self.store.layout();
         for page in layout.pages_of(start..start + len) {
             let range = layout.page_range(page);
@@ -150,7 +154,8 @@ impl WeightCache {
             let dst = buffer.buf.slice((from - start) * self.dtype.size(), (to - from) * self.dtype.size());
             dev.load_parameters(Stream::CopyIn, dst, &self.store, self.store.entry(page).physical, from - range.start, to - from)?;
         }
-        self.bytes += len * self.dtype.size();
+        self.bytes += bytes;
+        dev.end(Stream::CopyIn, stretch)?;
         dev.record(buffer.ready, Stream::CopyIn)
     }
 
@@ -195,7 +200,7 @@ impl WeightCache {
             let i = match self.find(b) {
                 Some(i) => i,
                 None => {
-                    self.await_published(b)?;
+                    self.await_published(dev, b)?;
                     let i = self
                         .victim(b, 0)
                         .or_else(|| self.any_free())
@@ -205,7 +210,7 @@ impl WeightCache {
                 }
             };
             self.buffers[i].in_use = true;
-            dev.wait(Stream::Compute, self.buffers[i].ready)?;
+            dev.wait_measured(Stream::Compute, self.buffers[i].ready, &Label::wait(Wait::Weights).block(b))?;
             held.push(i);
             if self.schedule.front() == Some(&b) {
                 self.schedule.pop_front();

@@ -307,6 +307,8 @@ impl Control for LinkControl {
         self.push(Report::Checkpoint(pb::CheckpointWritten { path, step, request, error: error.unwrap_or_default().into() }));
     }
 
+    fn trace(&self, _request: u64, _trace: ramtorch_worker::RankTrace) {}
+
     fn command(&self) -> Option<Command> {
         lock(&self.0.commands).pop_front()
     }

@@ -6,7 +6,7 @@ use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::stat::Mode;
 use ramtorch_worker::{
     Assignment, Command, Control, EngineError, ErrorKind, EvalResult, Exported, Generated, Inspected, Level, Plan, PlanRequest, Prepared,
-    StepMetrics, Task, TensorSummary, TrainOutcome,
+    RankTrace, StepMetrics, Task, TensorSummary, TrainOutcome,
 };
 use ramtorchd::supervisor::outside::Engine;
 use ramtorchd::worker;
@@ -317,6 +317,11 @@ impl Worker<'_> {
                     *newest = Some(folder);
                 }
                 Command::Checkpoint { .. } => {}
+                Command::Trace(t) => {
+                    let rank = self.assignment.rank as u32;
+                    let steps = t.steps;
+                    self.control.trace(t.request, RankTrace { rank, first_step: step + 1, steps, ..RankTrace::default() });
+                }
             }
         }
         Ok(false)
@@ -345,6 +350,7 @@ fn metrics(step: u64) -> StepMetrics {
         bytes_to_device: 0,
         bytes_from_device: 0,
         copy_wait_seconds: 0.0,
+        optimizer_wait_seconds: 0.0,
         optimizer_seconds: 0.0,
         optimizer_pages_cpu: 0,
         optimizer_pages_device: 0,

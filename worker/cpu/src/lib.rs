@@ -17,12 +17,14 @@ mod parameters;
 mod pointwise;
 mod simd;
 mod stream;
+mod timing;
 mod updater;
 
 pub use adamw::{adamw_page, adamw_page_at, sum_of_squares, sum_of_squares_bf16};
 pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradients};
 use memory::{Arena, Bf16, view, view_mut};
-pub use pages::{PagesUpdated, update_pages};
+pub use pages::{PagesUpdated, update_pages, update_pages_recorded};
+use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
 use ramtorch_store::Store;
 pub use simd::Level;
@@ -35,6 +37,7 @@ pub struct CpuDevice {
     dtype: Dtype,
     queues: [Queue; 3],
     events: Vec<Arc<EventState>>,
+    timing: timing::Timing,
     failure: Arc<Failure>,
     arena: Arena,
 }
@@ -66,7 +69,15 @@ impl CpuDevice {
             std::mem::forget((copy_in, copy_out));
             return Err(e);
         }
-        Ok(CpuDevice { index, dtype, queues: [compute, copy_in, copy_out], events: Vec::new(), failure, arena: Arena::new(memory_bytes) })
+        Ok(CpuDevice {
+            index,
+            dtype,
+            queues: [compute, copy_in, copy_out],
+            events: Vec::new(),
+            timing: Default::default(),
+            failure,
+            arena: Arena::new(memory_bytes),
+        })
     }
 
     fn queue(&self, s: Stream) -> &Queue {
@@ -108,7 +119,7 @@ impl Device for CpuDevice {
         Ok(()) // mapped memory is reachable as it is
     }
     fn page_updater(&mut self, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError> {
-        Ok(Some(Box::new(updater::Updater::new(self.index, store)?)))
+        Ok(Some(Box::new(updater::Updater::new(self.index, store, self.timing.recorder())?)))
     }
     fn event(&mut self) -> Result<Event, EngineError> {
         self.events.push(EventState::new());
@@ -120,6 +131,9 @@ impl Device for CpuDevice {
     fn wait(&self, stream: Stream, event: Event) -> Result<(), EngineError> {
         self.queue(stream).wait(self.state(event)?)
     }
+    fn is_done(&self, event: Event) -> Result<bool, EngineError> {
+        Ok(self.state(event)?.is_done())
+    }
     fn synchronize_event(&self, event: Event) -> Result<(), EngineError> {
         self.state(event)?.wait_latest();
         self.failure.check()
@@ -129,6 +143,21 @@ impl Device for CpuDevice {
         self.queue(stream).record(&done)?;
         done.wait_latest();
         self.failure.check()
+    }
+    fn observe(&mut self, recorder: &Arc<Recorder>) {
+        self.timing.observe(recorder);
+    }
+    fn anchor(&self) -> Result<(), EngineError> {
+        Ok(()) // its clock is the host's
+    }
+    fn begin(&self, stream: Stream, label: &Label) -> Result<Stretch, EngineError> {
+        self.timing.begin(self.queue(stream), stream.row(), label)
+    }
+    fn end(&self, stream: Stream, stretch: Stretch) -> Result<(), EngineError> {
+        self.timing.end(self.queue(stream), stretch)
+    }
+    fn resolve(&self) -> Result<Waits, EngineError> {
+        Ok(self.timing.take_waits())
     }
 
     fn upload(&self, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError> {
@@ -181,6 +210,14 @@ impl Device for CpuDevice {
             return Err(EngineError::internal("gradients past the end of the store"));
         }
         self.queue(stream).run(move || parameters::store_gradients(src, &store, start, count, accumulate))
+    }
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
+        let store = store.clone();
+        let bytes = store.layout().spec().gradients.bytes() * count;
+        if start + count > store.layout().span() || bytes > src.bytes {
+            return Err(EngineError::internal("packed gradients past the end of the store or of their buffer"));
+        }
+        self.queue(stream).run(move || parameters::store_packed_gradients(src, &store, start, count))
     }
     fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
         // SAFETY: stream order.

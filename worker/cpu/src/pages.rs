@@ -9,6 +9,7 @@
 //! an update to the bit), so the sharing needs no plan and leaves no trace that recovery would have to know.
 
 use crate::adamw::adamw_page;
+use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater};
 use ramtorch_store::{PageId, SharedOwner, Update};
 use std::collections::VecDeque;
@@ -62,6 +63,19 @@ impl Queue {
 /// # Errors
 /// Those of the store and of the device. Pages that were published stay so; the others are at the old step.
 pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut dyn PageUpdater>) -> Result<PagesUpdated, EngineError> {
+    update_pages_recorded(owner, k, updater, &Recorder::default())
+}
+
+/// As [`update_pages`]; the CPU's part of the work is recorded.
+///
+/// # Errors
+/// Those of [`update_pages`].
+pub fn update_pages_recorded(
+    owner: &SharedOwner<'_>,
+    k: &AdamwStep,
+    updater: Option<&mut dyn PageUpdater>,
+    recorder: &Recorder,
+) -> Result<PagesUpdated, EngineError> {
     let begin = Instant::now();
     let layout = owner.store().layout();
     let queue = Queue::new(owner);
@@ -69,20 +83,20 @@ pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut
     let depth = updater.as_ref().map_or(0, |u| u.depth().min(spares.saturating_sub(1)));
     let (mut cpu, mut device) = (Ok(0), Ok(0));
     match updater.filter(|_| depth > 0) {
-        None => cpu = on_cpu(owner, k, &queue),
+        None => cpu = on_cpu(owner, k, &queue, recorder),
         Some(updater) => std::thread::scope(|scope| {
             let feeder = std::thread::Builder::new()
                 .name("optimizer-device".into())
                 .spawn_scoped(scope, || queue.watch(on_device(owner, k, &queue, updater, depth)));
             match feeder {
                 Ok(feeder) => {
-                    cpu = queue.watch(on_cpu(owner, k, &queue));
+                    cpu = queue.watch(on_cpu(owner, k, &queue, recorder));
                     device = feeder.join().unwrap_or_else(|_| Err(EngineError::internal("the device's part of the optimizer panicked")));
                 }
                 // It would only have helped.
                 Err(error) => {
                     tracing::warn!(%error, "no thread for the device's part of the optimizer: the CPU does all of it");
-                    cpu = on_cpu(owner, k, &queue);
+                    cpu = on_cpu(owner, k, &queue, recorder);
                 }
             }
         }),
@@ -90,11 +104,12 @@ pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut
     Ok(PagesUpdated { cpu: cpu?, device: device?, elapsed: begin.elapsed() })
 }
 
-fn on_cpu(owner: &SharedOwner<'_>, k: &AdamwStep, queue: &Queue) -> Result<u64, EngineError> {
+fn on_cpu(owner: &SharedOwner<'_>, k: &AdamwStep, queue: &Queue, recorder: &Recorder) -> Result<u64, EngineError> {
     let layout = owner.store().layout();
     let mut done = 0;
     while let Some(page) = queue.take() {
         let runs = DecayRun::of(layout, &layout.page_range(page));
+        let _span = recorder.scope(Row::OptimizerCpu, Label::work("adamw").step(k.step).page(page));
         done += u64::from(owner.update(page, k.step, |old, new, g| adamw_page(k, &runs, old, new, g))?);
     }
     Ok(done)

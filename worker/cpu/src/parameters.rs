@@ -62,3 +62,10 @@ pub(crate) fn store_gradients(src: DevBuf, store: &Arc<Store>, start: u64, count
     // SAFETY: stream order.
     put_gradients(unsafe { view::<f32>(src, count as usize) }, store, start, accumulate);
 }
+
+/// Copies gradients that are in the store's format. `start..start + count` lies in the store, the bytes in `src`.
+pub(crate) fn store_packed_gradients(src: DevBuf, store: &Arc<Store>, start: u64, count: u64) {
+    let bytes = (count * store.layout().spec().gradients.bytes()) as usize;
+    // SAFETY: stream order; the range is this rank's own (one writer a parameter) and as long as the source.
+    unsafe { std::slice::from_raw_parts_mut(store.gradient_ptr(start), bytes) }.copy_from_slice(unsafe { view::<u8>(src, bytes) });
+}

@@ -73,6 +73,11 @@ impl EventState {
         }
     }
 
+    /// Whether the latest recording was reached.
+    pub(crate) fn is_done(&self) -> bool {
+        *self.completed.lock().unwrap_or_else(PoisonError::into_inner) >= self.latest()
+    }
+
     pub(crate) fn wait_latest(&self) {
         self.wait_for(self.latest());
     }

@@ -2,6 +2,7 @@
 //! of pages is tested on any machine.
 
 use crate::adamw::adamw_page;
+use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater};
 use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView, Store, Update};
 use std::ops::Range;
@@ -9,6 +10,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 struct Work {
+    page: u32,
     k: AdamwStep,
     runs: Vec<DecayRun>,
     params: Range<u64>,
@@ -25,14 +27,17 @@ pub(crate) struct Updater {
 }
 
 impl Updater {
-    pub(crate) fn new(index: u32, store: &Arc<Store>) -> Result<Updater, EngineError> {
+    pub(crate) fn new(index: u32, store: &Arc<Store>, recorder: Arc<Recorder>) -> Result<Updater, EngineError> {
         let failed = |e: &dyn std::fmt::Display| EngineError::internal(format!("cpu:{index}: cannot start the page updater: {e}"));
         let (jobs, inbox) = mpsc::channel::<Work>();
         let (report, done) = mpsc::channel();
         let (mapping, pool) = (store.clone(), rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(|e| failed(&e))?);
         let run = move || {
             for work in inbox {
-                if report.send(pool.install(|| run(&mapping, &work))).is_err() {
+                let span = recorder.scope(Row::OptimizerKernel, Label::work("adamw").step(work.k.step).page(work.page));
+                let result = pool.install(|| run(&mapping, &work));
+                drop(span);
+                if report.send(result).is_err() {
                     return;
                 }
             }
@@ -90,6 +95,7 @@ impl PageUpdater for Updater {
 
     fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError> {
         let work = Work {
+            page: update.page(),
             k: *k,
             runs: runs.to_vec(),
             params: self.store.layout().page_range(update.page()),

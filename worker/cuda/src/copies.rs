@@ -107,6 +107,27 @@ pub(crate) fn load_parameters(
     Ok(())
 }
 
+/// Gradients in the store's format, in one copy.
+pub(crate) fn store_packed_gradients(
+    d: &CudaDevice,
+    stream: Stream,
+    src: DevBuf,
+    store: &Arc<Store>,
+    start: u64,
+    count: u64,
+) -> Result<(), EngineError> {
+    if start.checked_add(count).is_none_or(|end| end > store.layout().span()) {
+        return Err(EngineError::internal(format!("gradients {start}+{count}, past the end of the store's {}", store.layout().span())));
+    }
+    let bytes = count * store.layout().spec().gradients.bytes();
+    fits(src, bytes, "gradients")?;
+    if bytes == 0 {
+        return Ok(());
+    }
+    let host = store.gradient_ptr(start).cast::<c_void>();
+    cu!("gradients", cuMemcpyDtoHAsync_v2(host, src.ptr, bytes as usize, d.stream(stream).0))
+}
+
 pub(crate) fn store_gradients(
     d: &CudaDevice,
     stream: Stream,

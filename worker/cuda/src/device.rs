@@ -16,7 +16,9 @@ use crate::gemm::Products;
 use crate::kernels::Kernels;
 use crate::memory::Arena;
 use crate::staging::Ring;
+use crate::timing::Timing;
 use crate::{GpuInfo, copies, ops, updater};
+use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
 use ramtorch_store::Store;
 use std::cell::{Cell, RefCell};
@@ -51,6 +53,7 @@ pub struct CudaDevice {
     pub(crate) host_staging: [RefCell<Option<Pinned>>; 3],
     pub(crate) ring: RefCell<Ring>,
     events: Vec<RawEvent>,
+    pub(crate) timing: RefCell<Timing>,
     pub(crate) stores: Vec<Arc<copies::Registration>>,
     streams: [RawStream; 3],
     context: Context,
@@ -107,6 +110,7 @@ impl CudaDevice {
             host_staging: Default::default(),
             ring: RefCell::new(Ring::new(UPLOAD_RING_BYTES)?),
             events: Vec::new(),
+            timing: RefCell::new(Timing::new(None)),
             stores: Vec::new(),
             streams,
             context,
@@ -262,6 +266,10 @@ impl Device for CudaDevice {
         let event = self.handle(event)?;
         cu!("wait", cuStreamWaitEvent(self.stream(stream).0, event.0, 0)).map_err(|e| self.explain(e, "wait"))
     }
+    fn is_done(&self, event: Event) -> Result<bool, EngineError> {
+        self.enter()?;
+        Ok(self.handle(event)?.done())
+    }
     fn synchronize_event(&self, event: Event) -> Result<(), EngineError> {
         self.enter()?;
         self.handle(event)?.synchronize().map_err(|e| self.explain(e, "synchronize_event"))?;
@@ -271,6 +279,25 @@ impl Device for CudaDevice {
         self.enter()?;
         self.stream(stream).synchronize("stream").map_err(|e| self.explain(e, "synchronize"))?;
         self.check_host()
+    }
+    fn observe(&mut self, recorder: &Arc<Recorder>) {
+        self.timing.get_mut().observe(recorder);
+    }
+    fn anchor(&self) -> Result<(), EngineError> {
+        self.enter()?;
+        self.timing.borrow_mut().anchor(self.stream(Stream::CopyOut)).map_err(|e| self.explain(e, "anchor"))
+    }
+    fn begin(&self, stream: Stream, label: &Label) -> Result<Stretch, EngineError> {
+        self.enter()?;
+        self.timing.borrow_mut().begin(self.stream(stream), stream.row(), label).map_err(|e| self.explain(e, label.name))
+    }
+    fn end(&self, stream: Stream, stretch: Stretch) -> Result<(), EngineError> {
+        self.enter()?;
+        self.timing.borrow_mut().end(self.stream(stream), stretch).map_err(|e| self.explain(e, "end of a stretch"))
+    }
+    fn resolve(&self) -> Result<Waits, EngineError> {
+        self.enter()?;
+        self.timing.borrow_mut().resolve().map_err(|e| self.explain(e, "resolve"))
     }
 
     fn upload(&self, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError> {
@@ -308,6 +335,9 @@ impl Device for CudaDevice {
         accumulate: bool,
     ) -> Result<(), EngineError> {
         self.operation("store_gradients", stream, || copies::store_gradients(self, stream, src, store, start, count, accumulate))
+    }
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
+        self.operation("store_packed_gradients", stream, || copies::store_packed_gradients(self, stream, src, store, start, count))
     }
     fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
         self.operation("host_reduce", stream, || copies::host_reduce(self, stream, src, f))

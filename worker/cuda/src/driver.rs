@@ -6,6 +6,7 @@
 use cudarc::driver::sys;
 use ramtorch_device::{EngineError, ErrorKind};
 use std::ffi::{CStr, CString, c_void};
+use std::sync::OnceLock;
 
 /// Calls a driver function and names the operation in its error.
 macro_rules! cu {
@@ -146,6 +147,8 @@ pub(crate) struct RawEvent(pub(crate) sys::CUevent);
 
 // SAFETY: events may be used from any thread.
 unsafe impl Send for RawEvent {}
+// SAFETY: a handle that nothing here changes; the driver's functions on events may be called from several threads at once.
+unsafe impl Sync for RawEvent {}
 
 impl RawEvent {
     /// For order alone, without a clock: recording costs nearly nothing.
@@ -159,6 +162,12 @@ impl RawEvent {
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32 | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
         let mut event = std::ptr::null_mut();
         cu!("event", cuEventCreate(&mut event, flags))?;
+        Ok(RawEvent(event))
+    }
+    /// With a clock, for [`elapsed_ms`].
+    pub(crate) fn timed() -> Result<RawEvent, EngineError> {
+        let mut event = std::ptr::null_mut();
+        cu!("event", cuEventCreate(&mut event, sys::CUevent_flags::CU_EVENT_DEFAULT as u32))?;
         Ok(RawEvent(event))
     }
     pub(crate) fn record(&self, stream: &RawStream) -> Result<(), EngineError> {
@@ -178,6 +187,29 @@ impl Drop for RawEvent {
     fn drop(&mut self) {
         let _ = cu!("event", cuEventDestroy_v2(self.0));
     }
+}
+
+type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+
+/// The driver's function of CUDA 12.0. The headers of CUDA 13 know its successor alone, which drivers before 12.8 lack.
+fn elapsed_function() -> Option<Elapsed> {
+    static FUNCTION: OnceLock<Option<Elapsed>> = OnceLock::new();
+    *FUNCTION.get_or_init(|| {
+        let mut address: *mut c_void = std::ptr::null_mut();
+        let mut found = sys::CUdriverProcAddressQueryResult::CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+        cu!("events", cuGetProcAddress_v2(c"cuEventElapsedTime".as_ptr(), &mut address, 12000, 0, &mut found)).ok()?;
+        // SAFETY: the driver's address of the function of this name and version, whose signature `Elapsed` is.
+        (!address.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Elapsed>(address) })
+    })
+}
+
+/// Milliseconds from one event to a later one, both done and made by [`RawEvent::timed`].
+pub(crate) fn elapsed_ms(from: &RawEvent, to: &RawEvent) -> Result<f32, EngineError> {
+    let f = elapsed_function().ok_or_else(|| EngineError::internal("the CUDA driver has no cuEventElapsedTime"))?;
+    let mut ms = 0f32;
+    // SAFETY: a pointer to a live local, and two events that are alive.
+    check(unsafe { f(&mut ms, from.0, to.0) }, || "events: cuEventElapsedTime".to_owned())?;
+    Ok(ms)
 }
 
 /// Loaded machine code.

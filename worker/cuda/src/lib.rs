@@ -19,6 +19,7 @@ mod memory;
 mod nvrtc;
 mod ops;
 mod staging;
+mod timing;
 mod updater;
 
 pub use device::CudaDevice;

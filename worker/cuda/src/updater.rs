@@ -13,6 +13,8 @@ use crate::copies::Registration;
 use crate::device::CudaDevice;
 use crate::driver::{Context, Memory, RawEvent, RawStream, cu};
 use crate::kernels::{Kernels, Launch, launch};
+use crate::timing::Timing;
+use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater, STAGINGS, staged_parameters};
 use ramtorch_store::{GradientFormat, MomentFormat, Store, Update};
 use std::collections::VecDeque;
@@ -55,6 +57,9 @@ pub(crate) struct Updater {
     /// Whole pages on their way, oldest first, and events that are not in use.
     pages: VecDeque<RawEvent>,
     spare_events: Vec<RawEvent>,
+    timing: Timing,
+    /// Step that the clocks were tied together in, where a trace is on.
+    anchored: Option<u64>,
     up: RawStream,
     compute: RawStream,
     down: RawStream,
@@ -65,7 +70,12 @@ pub(crate) struct Updater {
 impl Updater {
     /// Takes [`ramtorch_device::staging_bytes`] of device memory, which the caller counts. `None`: the store has no
     /// moments or no gradients.
-    pub(crate) fn new(ordinal: u32, capability: (i32, i32), registration: Arc<Registration>) -> Result<Option<Updater>, EngineError> {
+    pub(crate) fn new(
+        ordinal: u32,
+        capability: (i32, i32),
+        registration: Arc<Registration>,
+        recorder: Option<Arc<Recorder>>,
+    ) -> Result<Option<Updater>, EngineError> {
         let store = registration.store();
         let spec = store.layout().spec();
         let kernel = match (spec.moments, spec.gradients) {
@@ -99,6 +109,8 @@ impl Updater {
             gradient_bytes,
             pages: VecDeque::new(),
             spare_events: Vec::new(),
+            timing: Timing::new(recorder),
+            anchored: None,
             up: RawStream::new(false)?,
             // Short kernels that copies wait for: first in line.
             compute: RawStream::new(true)?,
@@ -137,14 +149,23 @@ impl Updater {
             (place(live), place(spare))
         };
         let what = &self.name;
+        let tracing = self.timing.is_tracing();
+        let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(update.page());
         cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
+        let span =
+            if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", count * (4 + 2 * mb + gb)))?) } else { None };
         cu!(what, cuMemcpyHtoDAsync_v2(hi, old.0, n * 2, self.up.0))?;
         cu!(what, cuMemcpyHtoDAsync_v2(lo, old.1, n * 2, self.up.0))?;
         cu!(what, cuMemcpyHtoDAsync_v2(m, old.2, n * mb_, self.up.0))?;
         cu!(what, cuMemcpyHtoDAsync_v2(v, old.3, n * mb_, self.up.0))?;
         cu!(what, cuMemcpyHtoDAsync_v2(g, gradient.cast::<c_void>(), n * gb_, self.up.0))?;
+        if let Some(span) = span {
+            self.timing.end(&self.up, span)?;
+        }
         slot.loaded.record(&self.up)?;
         cu!(what, cuStreamWaitEvent(self.compute.0, slot.loaded.0, 0))?;
+        let work = Label::work("adamw").step(k.step).page(update.page());
+        let span = if tracing { Some(self.timing.begin(&self.compute, Row::OptimizerKernel, &work)?) } else { None };
         let factors = Factors {
             beta1: k.beta1,
             beta2: k.beta2,
@@ -167,12 +188,20 @@ impl Updater {
             let (first, step): (u64, u64) = (run.first, k.step);
             launch!(function, grid, &self.compute, what; hi, lo, m, v, g, len, first, step, keep, factors)?;
         }
+        if let Some(span) = span {
+            self.timing.end(&self.compute, span)?;
+        }
         slot.computed.record(&self.compute)?;
         cu!(what, cuStreamWaitEvent(self.down.0, slot.computed.0, 0))?;
+        let span =
+            if tracing { Some(self.timing.begin(&self.down, Row::OptimizerOut, &label("page out", count * (4 + 2 * mb)))?) } else { None };
         cu!(what, cuMemcpyDtoHAsync_v2(new.0, hi, n * 2, self.down.0))?;
         cu!(what, cuMemcpyDtoHAsync_v2(new.1, lo, n * 2, self.down.0))?;
         cu!(what, cuMemcpyDtoHAsync_v2(new.2, m, n * mb_, self.down.0))?;
         cu!(what, cuMemcpyDtoHAsync_v2(new.3, v, n * mb_, self.down.0))?;
+        if let Some(span) = span {
+            self.timing.end(&self.down, span)?;
+        }
         slot.free.record(&self.down)?;
         self.next_slot = (self.next_slot + 1) % self.slots.len();
         Ok(())
@@ -186,6 +215,12 @@ impl PageUpdater for Updater {
 
     fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError> {
         self.context.enter()?;
+        let tracing = self.timing.is_tracing().then_some(k.step);
+        if tracing != self.anchored {
+            // Once a step, and only while a trace is on, this waits for the parts on their way up.
+            self.timing.anchor(&self.up)?;
+            self.anchored = tracing;
+        }
         let params = self.registration.store().layout().page_range(update.page());
         let len = params.end - params.start;
         for offset in (0..len).step_by(self.part as usize) {
@@ -207,6 +242,7 @@ impl PageUpdater for Updater {
         };
         done.synchronize()?;
         self.spare_events.push(done);
+        self.timing.resolve()?;
         Ok(())
     }
 }
@@ -227,7 +263,7 @@ pub(crate) fn open(d: &mut CudaDevice, store: &Arc<Store>) -> Result<Option<Box<
     let registration = d.registration(store)?;
     let layout = store.layout();
     let bytes = ramtorch_device::staging_bytes(layout.spec(), u64::from(layout.page_parameters()));
-    match Updater::new(d.info.ordinal, d.info.compute_capability, registration)? {
+    match Updater::new(d.info.ordinal, d.info.compute_capability, registration, d.timing.get_mut().recorder())? {
         None => Ok(None),
         Some(updater) => {
             d.count(bytes, "optimizer staging")?;

@@ -25,6 +25,8 @@ pub use optimizer::{
     AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, random_bits, staged_parameters, staging_bytes, stochastic,
 };
 use ramtorch_store::Store;
+pub use ramtorch_trace as trace;
+use ramtorch_trace::{Label, Recorder, Row, Waits};
 use std::sync::Arc;
 
 /// Number format of activations and weights on a device.
@@ -80,7 +82,21 @@ pub enum Stream {
 impl Stream {
     /// All of them.
     pub const ALL: [Stream; 3] = [Stream::Compute, Stream::CopyIn, Stream::CopyOut];
+
+    /// Its line in a trace.
+    pub const fn row(self) -> Row {
+        match self {
+            Stream::Compute => Row::Compute,
+            Stream::CopyIn => Row::CopyIn,
+            Stream::CopyOut => Row::CopyOut,
+        }
+    }
 }
+
+/// A stretch of a stream that was begun and not ended ([`Device::begin`]); nothing, where nobody wants to know its time.
+#[must_use = "a stretch that is not ended is not measured"]
+#[derive(Debug)]
+pub struct Stretch(pub Option<u64>);
 
 /// A point in a stream that others can wait for. Created once, recorded again and again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -290,10 +306,35 @@ pub trait Device: Send {
     fn record(&self, event: Event, stream: Stream) -> Result<(), EngineError>;
     /// Later work on `stream` starts after the last recording of `event`.
     fn wait(&self, stream: Stream, event: Event) -> Result<(), EngineError>;
+    /// Whether the last recording of `event` is done (or there was none).
+    fn is_done(&self, event: Event) -> Result<bool, EngineError>;
     /// Blocks the caller until the last recording of `event` is done.
     fn synchronize_event(&self, event: Event) -> Result<(), EngineError>;
     /// Blocks the caller until `stream` is empty.
     fn synchronize(&self, stream: Stream) -> Result<(), EngineError>;
+
+    /// From now on, stretches of this device's streams are measured for `recorder`: those of its traces, and waits always.
+    /// To be called before [`Device::page_updater`], whose pages are recorded too.
+    fn observe(&mut self, recorder: &Arc<Recorder>);
+    /// A trace begins, or another step of it: ties the device's clock to the host's. Blocks until `CopyOut` is empty, so it
+    /// belongs between steps.
+    fn anchor(&self) -> Result<(), EngineError>;
+    /// A stretch of `stream` begins: a span of the trace that is on, and a wait to be measured where `label` is one. Enqueues
+    /// nothing where there is neither.
+    fn begin(&self, stream: Stream, label: &Label) -> Result<Stretch, EngineError>;
+    /// It ends, with all work now on `stream`.
+    fn end(&self, stream: Stream, stretch: Stretch) -> Result<(), EngineError>;
+    /// Reads the clocks of stretches that are over, without waiting for others; how long waits were, since the last call.
+    fn resolve(&self) -> Result<Waits, EngineError>;
+    /// [`Device::wait`], measured: how long `stream` stands still for it.
+    fn wait_measured(&self, stream: Stream, event: Event, label: &Label) -> Result<(), EngineError> {
+        if self.is_done(event)? {
+            return self.wait(stream, event);
+        }
+        let stretch = self.begin(stream, label)?;
+        self.wait(stream, event)?;
+        self.end(stream, stretch)
+    }
 
     /// Copies small host data (ids, targets, tables) into `dst`; the data is taken over before the call returns.
     fn upload(&self, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError>;
@@ -325,6 +366,9 @@ pub trait Device: Send {
         count: u64,
         accumulate: bool,
     ) -> Result<(), EngineError>;
+    /// Copies `count` gradients that are in the store's format already into its gradient array from parameter `start` on.
+    /// For devices that would otherwise convert on a copy stream, where a kernel waits for arithmetic to make room.
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError>;
     /// Runs `f` on `stream` as a host function: after earlier work, before later work. For collectives through
     /// shared memory; `src` is readable host memory during the call (the CPU device's own memory, or a staged copy).
     fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError>;

@@ -58,6 +58,10 @@ pub(crate) struct EnginePlan {
     pub slots: usize,
     /// Gradients stay on the device until the last group of a step.
     pub resident_gradients: bool,
+    /// The device rounds gradients to the store's format itself, between other arithmetic, before they leave; where they
+    /// are not added to what is in the segment.
+    #[serde(default)]
+    pub pack_gradients: bool,
     /// The device updates pages too, beside the CPU.
     #[serde(default)]
     pub optimizer_split: bool,
@@ -122,6 +126,11 @@ pub(crate) fn rank_share(batch: usize, rank: usize, world: usize) -> std::ops::R
 }
 
 impl EnginePlan {
+    /// Gradients leave rounded: nothing in the segment is added to.
+    pub fn packs(&self) -> bool {
+        self.pack_gradients && (self.resident_gradients || self.groups == 1)
+    }
+
     pub fn shape(&self) -> Shape {
         Shape { sequences: self.micro_batch, seq: self.seq, head_rows: self.head_rows }
     }
@@ -194,8 +203,13 @@ pub(crate) fn device_use(
     } else {
         let own = usize::from(model.tied()); // block 0 collects over the whole sweep
         let ring = (own..model.len()).map(gradient).max().unwrap_or(0) * GRADIENT_RING as u64;
+        let ring = if p.packs() { ring / GRADIENT_RING as u64 } else { ring };
         ring + if model.tied() { gradient(0) } else { 0 }
     };
+    if p.packs() && p.store.gradients != GradientFormat::None {
+        let largest = (0..model.len()).map(|b| rounded(model.places[b].1 * p.store.gradients.bytes())).max().unwrap_or(0);
+        u.gradients += largest * GRADIENT_RING as u64;
+    }
     if let Some(page) = p.store.page_parameters.filter(|_| p.optimizer_split) {
         u.optimizer = ramtorch_device::staging_bytes(&p.store, u64::from(page));
     }
@@ -442,6 +456,7 @@ pub(crate) fn inference(
         resident: vec![true; model.len()],
         slots: 0,
         resident_gradients: false,
+        pack_gradients: false,
         optimizer_split: false,
         uses: DeviceUse { libraries: library_bytes(kind, true), ..Default::default() },
     };

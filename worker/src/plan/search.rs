@@ -213,6 +213,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             resident: vec![false; s.model.len()],
             slots: slots_for(s.model),
             resident_gradients: false,
+            pack_gradients: s.world == 1 && s.store.gradients == GradientFormat::Bf16 && s.model.dtype == ramtorch_device::Dtype::Bf16,
             optimizer_split: s.optimizer_split,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic), ..Default::default() },
         };
