@@ -163,6 +163,8 @@ fn start_command(start: Start) -> Result<u8, (u8, String)> {
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
+        // To be followed by another daemon, of a newer version say.
+        let mut upgrade = signal(SignalKind::user_defined2()).map_err(failed)?;
         run::sweep_private();
         let daemon = Daemon::start(settings, Arc::new(LinkedEngine)).await.map_err(|e| (e.exit_code(), e.to_string()))?;
         let stopper = daemon.stopper();
@@ -179,6 +181,12 @@ fn start_command(start: Start) -> Result<u8, (u8, String)> {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
                 _ = hangup.recv() => {}
+                _ = upgrade.recv() => {
+                    notify("STOPPING=1");
+                    stopper.stop_keeping().await;
+                    last = Some(Instant::now());
+                    continue;
+                }
             }
             // timeout(1) and terminals signal a process and its group: that is one signal, not an impatient second.
             if last.replace(Instant::now()).is_none_or(|at| at.elapsed() > SAME_SIGNAL) {

@@ -58,6 +58,10 @@ pub struct Supervision {
     pub settle_seconds: f64,
     /// A stop (of a job or of the daemon) is complete after so long, by force where need be.
     pub stop_timeout_seconds: f64,
+    /// A rank that sends heartbeats but stays in one phase of one step counts as hung after so long, or after
+    /// twenty times the longest that its job has taken for that phase, whichever is more. In a phase that the job
+    /// has not completed yet, it has twelve times as long.
+    pub stall_timeout_seconds: f64,
     /// A process that outlives SIGKILL for so long is given up, its device quarantined.
     pub kill_timeout_seconds: f64,
 }
@@ -71,6 +75,7 @@ impl Default for Supervision {
             restart_backoff_seconds: 1.0,
             settle_seconds: 0.25,
             stop_timeout_seconds: 10.0,
+            stall_timeout_seconds: 300.0,
             kill_timeout_seconds: 30.0,
         }
     }
@@ -217,6 +222,7 @@ impl ConfigFile {
             ("supervision.restart_backoff_seconds", s.restart_backoff_seconds, 0.0),
             ("supervision.settle_seconds", s.settle_seconds, 0.0),
             ("supervision.stop_timeout_seconds", s.stop_timeout_seconds, 1.0),
+            ("supervision.stall_timeout_seconds", s.stall_timeout_seconds, 1.0),
             ("supervision.kill_timeout_seconds", s.kill_timeout_seconds, 1.0),
         ];
         for (key, value, least) in ranges {
@@ -317,6 +323,11 @@ impl Supervision {
     pub fn kill_timeout(&self) -> Duration {
         seconds(self.kill_timeout_seconds)
     }
+    /// How long a rank may stay in a phase that took `longest` at most, if it was ever completed.
+    pub fn stall_timeout(&self, longest: Option<Duration>) -> Duration {
+        let floor = seconds(self.stall_timeout_seconds);
+        longest.map_or(floor.saturating_mul(12), |longest| floor.max(longest.saturating_mul(20)))
+    }
     /// Pause before restart number `attempt` (from 1) in a row.
     pub fn backoff(&self, attempt: u32) -> Duration {
         match attempt {
@@ -372,6 +383,13 @@ mod tests {
             assert!(e.contains(what), "{text}: {e}");
         }
         assert!(matches!(ConfigFile::read(Path::new("/no/such/file")), Err(ConfigError::Read { .. })));
+    }
+
+    #[test]
+    fn a_phase_may_take_as_long_as_it_has_before_and_some() {
+        let s = Supervision { stall_timeout_seconds: 100.0, ..Default::default() };
+        let limits = [None, Some(1), Some(5), Some(60)].map(|t| s.stall_timeout(t.map(Duration::from_secs)).as_secs());
+        assert_eq!(limits, [1200, 100, 100, 1200]);
     }
 
     #[test]

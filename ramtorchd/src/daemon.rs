@@ -18,8 +18,9 @@ use ramtorch_proto::v1::node_server::NodeServer;
 use ramtorch_proto::v1::worker_server::WorkerServer;
 use ramtorch_store::{Registry, StoreError};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
@@ -32,6 +33,10 @@ use tonic::transport::Server;
 const DRAIN_LIMIT: Duration = Duration::from_millis(500);
 /// A survivor of an earlier daemon is looked for this often.
 const SURVIVOR_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Name of a folder for the workers' socket that lies outside of the state folder, and of the link to it.
+const SHORT_PREFIX: &str = "ramtorchd-";
+const SHORT_LINK: &str = "elsewhere";
 
 /// Why a daemon does not start.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +83,7 @@ pub struct Daemon {
     servers: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
     sockets: Vec<Socket>,
     registry: Registry,
-    keep_segments: bool,
+    keep_segments: Arc<AtomicBool>,
     // The last to go: the lock on the state folder.
     _state: StateDir,
     _short_run_dir: Option<tempfile::TempDir>,
@@ -122,7 +127,7 @@ impl Daemon {
             signals: HashMap::new(),
         };
         tracing::info!(socket = %settings.socket.display(), state = %settings.state_dir.display(), "{}", settings.devices_note);
-        let keep_segments = settings.jobs.keep_segments_on_stop;
+        let keep_segments = Arc::new(AtomicBool::new(settings.jobs.keep_segments_on_stop));
         let pool = DevicePool::new(settings.devices);
         let mut supervisor = Supervisor::new(settings.supervision, settings.jobs, pool, Box::new(world));
         for (identity, device) in found.survivors {
@@ -156,7 +161,7 @@ impl Daemon {
 
     /// A way to stop it. The first stop is orderly and bounded, the second kills.
     pub fn stopper(&self) -> Stopper {
-        Stopper { handle: self.handle.clone() }
+        Stopper { handle: self.handle.clone(), keep_segments: self.keep_segments.clone() }
     }
 
     /// Waits until it has stopped, and cleans up. Returns what could not be cleaned up.
@@ -179,7 +184,7 @@ impl Daemon {
             tasks.iter().for_each(JoinHandle::abort);
         }
         self.sockets.clear();
-        if !self.keep_segments {
+        if !self.keep_segments.load(Ordering::Relaxed) {
             let registry = self.registry.clone();
             let swept = tokio::task::spawn_blocking(move || registry.sweep(|_| false)).await;
             if let Ok(Err(e)) = swept {
@@ -194,6 +199,7 @@ impl Daemon {
 #[derive(Debug, Clone)]
 pub struct Stopper {
     handle: Handle,
+    keep_segments: Arc<AtomicBool>,
 }
 
 impl Stopper {
@@ -201,17 +207,38 @@ impl Stopper {
     pub async fn stop(&self) {
         self.handle.tell(Message::Stop).await;
     }
+
+    /// Stops it for a successor, on the same state folder and in the same boot: jobs that have not ended stay in memory.
+    pub async fn stop_keeping(&self) {
+        self.keep_segments.store(true, Ordering::Relaxed);
+        self.handle.tell(Message::StopKeeping).await;
+    }
 }
 
 /// The workers' socket lies in the state folder, unless its path would be too long for a socket.
 fn worker_socket_dir(state: &StateDir) -> std::io::Result<(PathBuf, Option<tempfile::TempDir>)> {
     let dir = state.run_dir();
+    // That of a daemon that was killed.
+    remove_short_dir(&dir);
     if dir.as_os_str().len() + "/worker.sock.1234567890".len() <= PATH_MAX_BYTES {
         return Ok((dir, None));
     }
     // Mode 0700 as well.
-    let short = tempfile::Builder::new().prefix("ramtorchd-").tempdir()?;
+    let short = tempfile::Builder::new().prefix(SHORT_PREFIX).tempdir()?;
+    std::os::unix::fs::symlink(short.path(), dir.join(SHORT_LINK))?;
     Ok((short.path().to_path_buf(), Some(short)))
+}
+
+/// Removes the folder that a killed daemon made for its workers' socket, outside of its state folder.
+pub(crate) fn remove_short_dir(run_dir: &Path) {
+    let link = run_dir.join(SHORT_LINK);
+    let Ok(target) = std::fs::read_link(&link) else { return };
+    // Only what a daemon makes: a folder of that name that holds the socket and nothing else.
+    if target.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(SHORT_PREFIX)) {
+        let _ = std::fs::remove_file(target.join("worker.sock"));
+        let _ = std::fs::remove_dir(&target);
+    }
+    let _ = std::fs::remove_file(link);
 }
 
 /// Connections; an error of accept (too many open files) passes, and must not end the service.

@@ -4,7 +4,8 @@
 //! memory that waiting takes is bounded, however slow the disk.
 
 use crate::supervisor::record::Record;
-use std::collections::{BTreeMap, HashMap};
+use ramtorch_failpoint::{Point, check, hit};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -22,6 +23,10 @@ struct Pending {
     deletions: Vec<String>,
     tidies: HashMap<String, u64>,
     files: Vec<PathBuf>,
+    /// Jobs whose records are being written.
+    writing: HashSet<String>,
+    /// Jobs whose newest record could not be written.
+    failed: HashSet<String>,
     busy: bool,
     closed: bool,
 }
@@ -100,21 +105,44 @@ impl Disk {
 
     /// Waits until everything is written, at most `limit`.
     pub fn flush(&self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        let mut pending = lock(&self.shared);
-        while pending.busy || !pending.is_empty() {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            pending = self.shared.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        self.shared.settled(limit, |p| p.busy || !p.is_empty())
+    }
+
+    /// For a thread that has to wait until a job's record is on the disk.
+    pub fn witness(&self) -> Witness {
+        Witness(self.shared.clone())
     }
 
     fn change(&self, f: impl FnOnce(&mut Pending)) {
         f(&mut lock(&self.shared));
         self.shared.changed.notify_all();
+    }
+}
+
+/// Sees when what was saved is on the disk.
+#[derive(Clone)]
+pub struct Witness(Arc<Shared>);
+
+impl Witness {
+    /// Waits until what was saved of a job before this call is durable, at most `limit`. `false`: it is not.
+    pub fn durable(&self, id: &str, limit: Duration) -> bool {
+        self.0.settled(limit, |p| p.records.contains_key(id) || p.writing.contains(id)) && !lock(&self.0).failed.contains(id)
+    }
+}
+
+impl Shared {
+    /// Waits until `owes` says no, at most `limit`.
+    fn settled(&self, limit: Duration, owes: impl Fn(&Pending) -> bool) -> bool {
+        let until = Instant::now() + limit;
+        let mut pending = lock(self);
+        while owes(&pending) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            pending = self.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
     }
 }
 
@@ -139,6 +167,7 @@ fn work(shared: &Shared) {
         let todo = {
             let mut pending = lock(shared);
             pending.busy = false;
+            pending.writing.clear();
             shared.changed.notify_all();
             while pending.is_empty() {
                 if pending.closed {
@@ -147,13 +176,15 @@ fn work(shared: &Shared) {
                 pending = shared.changed.wait(pending).unwrap_or_else(PoisonError::into_inner);
             }
             let closed = pending.closed;
-            std::mem::replace(&mut *pending, Pending { busy: true, closed, ..Default::default() })
+            let (writing, failed) = (pending.records.keys().cloned().collect(), std::mem::take(&mut pending.failed));
+            std::mem::replace(&mut *pending, Pending { busy: true, closed, writing, failed, ..Default::default() })
         };
-        write(todo, &shared.jobs);
+        write(todo, shared);
     }
 }
 
-fn write(todo: Pending, jobs: &Path) {
+fn write(todo: Pending, shared: &Shared) {
+    let jobs = &shared.jobs;
     for (id, lines) in todo.lines {
         let path = jobs.join(&id).join("metrics.jsonl");
         let text: String = lines.iter().flat_map(|l| [l.as_str(), "\n"]).collect();
@@ -164,7 +195,17 @@ fn write(todo: Pending, jobs: &Path) {
     }
     for (id, bytes) in todo.records {
         let dir = jobs.join(&id);
-        if let Err(e) = replace(&dir.join("job.json"), &bytes) {
+        let written = replace(&dir.join("job.json"), &bytes);
+        // Those who wait for this record wait for no other.
+        let mut pending = lock(shared);
+        pending.writing.remove(&id);
+        match &written {
+            Ok(()) => pending.failed.remove(&id),
+            Err(_) => pending.failed.insert(id.clone()),
+        };
+        drop(pending);
+        shared.changed.notify_all();
+        if let Err(e) = written {
             tracing::error!(
                 job = id,
                 "cannot write the job's record in {}: {e}; a restarted daemon would not know its state",
@@ -179,6 +220,7 @@ fn write(todo: Pending, jobs: &Path) {
         let _ = std::fs::remove_file(path);
     }
     for id in todo.deletions {
+        lock(shared).failed.remove(&id);
         if let Err(e) = std::fs::remove_dir_all(jobs.join(&id)) {
             tracing::warn!(job = id, "cannot remove the folder of a forgotten job: {e}");
         }
@@ -194,11 +236,16 @@ pub fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     std::fs::create_dir_all(dir)?;
     let first = path.with_extension("tmp");
     let written = (|| {
+        check(Point::RecordBegun)?;
         let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o640).open(&first)?;
         file.write_all(bytes)?;
         file.sync_all()?;
+        check(Point::RecordWritten)?;
         std::fs::rename(&first, path)?;
-        File::open(dir)?.sync_all()
+        hit(Point::RecordRenamed);
+        File::open(dir)?.sync_all()?;
+        hit(Point::RecordDurable);
+        Ok(())
     })();
     if written.is_err() {
         let _ = std::fs::remove_file(&first);
@@ -227,6 +274,27 @@ mod tests {
         replace(&path, b"two").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    fn record(id: &str) -> Record {
+        let toml = "name = \"x\"\n[model]\npath = \"m\"\n[data]\nformat = \"tokens\"\ntrain = \"t\"\n[train]\nsteps = 1\nbatch_size = 1\n";
+        Record::new(id.into(), &ramtorch_job::JobSpec::parse(toml, Path::new("/"), "x").unwrap(), 0, 0)
+    }
+
+    #[test]
+    fn a_witness_sees_that_a_record_is_on_the_disk_or_that_it_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::start(dir.path().into()).unwrap();
+        disk.save(&record("a"));
+        assert!(disk.witness().durable("a", Duration::from_secs(10)));
+        assert!(dir.path().join("a/job.json").exists());
+        // A file is in the way of the folder.
+        std::fs::write(dir.path().join("b"), "").unwrap();
+        disk.save(&record("b"));
+        assert!(!disk.witness().durable("b", Duration::from_secs(10)));
+        std::fs::remove_file(dir.path().join("b")).unwrap();
+        disk.save(&record("b"));
+        assert!(disk.witness().durable("b", Duration::from_secs(10)));
     }
 
     #[test]

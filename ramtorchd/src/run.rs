@@ -7,17 +7,21 @@
 //! is run again.
 
 use crate::config::{Settings, default_state_dir};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, remove_short_dir};
 use crate::statedir::{StateDir, StateDirError, make_dir};
 use crate::supervisor::outside::Engine;
 use ramtorch_client::ui::{FollowOptions, Format, Interrupt, follow};
 use ramtorch_client::{Client, ClientError, Endpoint, exit, trace, v1};
 use ramtorch_job::JobSpec;
 use ramtorch_store::Registry;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
+
+/// Name of a run's folder where the user's state folder cannot be written.
+const TEMPORARY_PREFIX: &str = "ramtorch-run-";
 
 /// A folder younger than this may belong to a run that has not locked it yet.
 const SWEEP_AGE: Duration = Duration::from_secs(60);
@@ -86,7 +90,7 @@ impl PrivateDir {
         let parent = private_parent().filter(|p| make_dir(p, 0o700).is_ok());
         let made = match parent.and_then(|p| builder().tempdir_in(p).ok()) {
             Some(made) => made,
-            None => builder().tempdir()?,
+            None => tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempdir()?,
         };
         Ok(PrivateDir { path: made.path().to_path_buf(), made: Some(made) })
     }
@@ -118,10 +122,15 @@ fn private_parent() -> Option<PathBuf> {
 
 /// Removes what runs left that were killed.
 pub fn sweep_private() {
-    let Some(parent) = private_parent() else { return };
-    for dir in std::fs::read_dir(parent).into_iter().flatten().flatten().map(|e| e.path()) {
+    let below = |parent: PathBuf| std::fs::read_dir(parent).into_iter().flatten().flatten().map(|e| e.path());
+    let mine = |dir: &PathBuf| std::fs::symlink_metadata(dir).is_ok_and(|m| m.is_dir() && m.uid() == nix::unistd::geteuid().as_raw());
+    let temporary = |dir: &PathBuf| dir.file_name().is_some_and(|n| n.to_string_lossy().starts_with(TEMPORARY_PREFIX));
+    let private = private_parent().into_iter().flat_map(below);
+    for dir in private.chain(below(std::env::temp_dir()).filter(temporary)).filter(mine) {
+        // One that was locked once is in use or dead, and the lock tells which. Others have to be old enough.
+        let locked_once = std::fs::read_to_string(dir.join("lock")).is_ok_and(|pid| pid.ends_with('\n'));
         let age = std::fs::metadata(&dir).and_then(|m| m.modified()).ok().and_then(|t| SystemTime::now().duration_since(t).ok());
-        if age.is_none_or(|a| a < SWEEP_AGE) {
+        if !locked_once && age.is_none_or(|a| a < SWEEP_AGE) {
             continue;
         }
         if let Err(e) = sweep(&dir) {
@@ -136,6 +145,7 @@ fn sweep(dir: &Path) -> Result<(), StateDirError> {
     match swept {
         Ok(_) => {
             tracing::info!("removed what a killed run left in {}", dir.display());
+            remove_short_dir(&held.run_dir());
             let _ = std::fs::remove_dir_all(dir);
         }
         Err(e) => tracing::warn!("a killed run left shared memory that cannot be removed: {e}"),

@@ -16,6 +16,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
+/// A job's record has so long to reach the disk.
+const RECORD_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// The real [`Outside`].
 pub struct World {
     /// Answers go here.
@@ -55,7 +58,7 @@ impl World {
 }
 
 impl Outside for World {
-    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf) {
+    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf, job: Option<&str>) {
         let (sender, signals) = mpsc::unbounded_channel();
         self.signals.insert(key, sender);
         let env = vec![
@@ -69,10 +72,25 @@ impl Outside for World {
             ("CUDA_DEVICE_MAX_CONNECTIONS", "32".into()),
         ];
         let request = SpawnRequest { key, exe: self.worker.exe.clone(), args: self.worker.args.clone(), env, log, signals };
-        if !self.spawner.spawn(request) {
-            let ended = process::Ended { status: process::Status::Unknown, tail: "the spawning thread is gone".into() };
-            let _ = self.answers.send(Message::Process(process::Event::Ended(key, ended)));
-        }
+        let (spawner, answers, witness) = (self.spawner.clone(), self.answers.clone(), self.disk.witness());
+        let not_started = move |tail: &str| {
+            let ended = process::Ended { status: process::Status::Unknown, tail: tail.into() };
+            let _ = answers.send(Message::Process(process::Event::Ended(key, ended)));
+        };
+        let Some(job) = job.map(str::to_string) else {
+            if !spawner.spawn(request) {
+                not_started("the spawning thread is gone");
+            }
+            return;
+        };
+        tokio::task::spawn_blocking(move || {
+            // What a gang does must not outrun what a later daemon would know of it: its segment and its generation.
+            if !witness.durable(&job, RECORD_LIMIT) {
+                not_started("the job's record could not be written to the state folder");
+            } else if !spawner.spawn(request) {
+                not_started("the spawning thread is gone");
+            }
+        });
     }
 
     fn signal(&mut self, key: ProcKey, signal: Signal) {
@@ -108,9 +126,14 @@ impl Outside for World {
         });
     }
 
-    fn remove_segment(&mut self, job: JobKey, name: String) {
-        let registry = self.registry.clone();
+    fn remove_segment(&mut self, job: JobKey, id: &str, name: String) {
+        let (registry, witness, id) = (self.registry.clone(), self.disk.witness(), id.to_string());
         self.in_background(move || {
+            // A daemon that finds the record without its end and without its segment would run the job again. On a disk
+            // that takes nothing more, the memory is worth more than that.
+            if !witness.durable(&id, RECORD_LIMIT) {
+                tracing::warn!(job = id, "the job's end is not on the disk; its parameter store is removed all the same");
+            }
             let outcome = Store::unlink(&name).and_then(|()| registry.forget(&name)).map_err(|e| e.to_string());
             Message::Removed { job, outcome }
         });

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap, shm_open, shm_unlink};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat};
+use ramtorch_failpoint::{Point, hit};
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
@@ -52,6 +53,7 @@ impl Mapping {
             Errno::EEXIST => StoreError::Exists(name.to_string()),
             e => StoreError::system(format!("create segment {name}"), e),
         })?;
+        hit(Point::SegmentCreated);
         let made = fchmod(&fd, mode)
             .and_then(|()| nix::unistd::ftruncate(&fd, len as i64))
             .map_err(|e| StoreError::system(format!("set the size of segment {name} to {len} bytes"), e))
@@ -60,6 +62,7 @@ impl Mapping {
         if made.is_err() {
             let _ = Mapping::unlink(name);
         }
+        hit(Point::SegmentReserved);
         made
     }
 
@@ -88,8 +91,12 @@ impl Mapping {
 
     /// Takes the name away; a missing one is fine.
     pub fn unlink(name: &SegmentName) -> Result<(), StoreError> {
+        hit(Point::SegmentUnlinking);
         match shm_unlink(name.as_str()) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Ok(()) | Err(Errno::ENOENT) => {
+                hit(Point::SegmentUnlinked);
+                Ok(())
+            }
             Err(e) => Err(StoreError::system(format!("unlink segment {name}"), e)),
         }
     }

@@ -17,6 +17,7 @@ use crate::spec::PageId;
 use crate::store::Store;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use ramtorch_failpoint::{Point, hit};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The right to update the pages of one rank. Ends when dropped.
@@ -184,7 +185,10 @@ impl Owner<'_> {
     /// # Errors
     /// [`StoreError::ForeignUpdate`] for an update that another owner began.
     pub fn publish(&mut self, update: Update) -> Result<(), StoreError> {
-        self.spares.publish(self.store.mapping(), update.ticket).map_err(|e| self.store.refusal(e, Some(self.spares.rank())))
+        hit(Point::PageWritten);
+        self.spares.publish(self.store.mapping(), update.ticket).map_err(|e| self.store.refusal(e, Some(self.spares.rank())))?;
+        hit(Point::PagePublished);
+        Ok(())
     }
 
     /// Leaves the page as it is and gives the spare back.
@@ -198,6 +202,9 @@ impl Owner<'_> {
     fn start(&mut self, page: PageId, step: u64, expect: Expect) -> Result<Option<Update>, StoreError> {
         let begun = self.spares.begin(self.store.mapping(), page, step, expect);
         let ticket = begun.map_err(|e| self.store.refusal(e, Some(self.spares.rank())))?;
+        if ticket.is_some() {
+            hit(Point::PageBegun);
+        }
         Ok(ticket.map(|ticket| Update { ticket, step }))
     }
 }

@@ -13,6 +13,7 @@ use crate::error::StoreError;
 use crate::mapping::Mapping;
 use crate::name::SegmentName;
 use crate::process::ProcessIdentity;
+use ramtorch_failpoint::{Point, check, hit};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -67,11 +68,16 @@ impl Registry {
         // The leading dot keeps a file that was never finished out of the list.
         let unfinished = self.folder.join(format!(".{}.{}.{EXTENSION}", name.stem(), std::process::id()));
         let write = || -> io::Result<()> {
+            check(Point::RegistryBegun)?;
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
             file.write_all(&serde_json::to_vec_pretty(&registration)?)?;
             file.sync_all()?;
+            check(Point::RegistryWritten)?;
             fs::rename(&unfinished, &path)?;
-            sync_folder(&self.folder)
+            hit(Point::RegistryRenamed);
+            sync_folder(&self.folder)?;
+            hit(Point::RegistryDurable);
+            Ok(())
         };
         write().map_err(|e| {
             let _ = fs::remove_file(&unfinished);
@@ -85,11 +91,13 @@ impl Registry {
     /// A name that is none, or a file that cannot be removed.
     pub fn forget(&self, name: &str) -> Result<(), StoreError> {
         let path = self.path(&SegmentName::new(name)?);
+        hit(Point::RegistryForgetting);
         let removed = match fs::remove_file(&path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
             Err(e) => Err(e),
             Ok(()) => sync_folder(&self.folder),
         };
+        hit(Point::RegistryForgotten);
         removed.map_err(|e| StoreError::system(format!("remove the registration {}", path.display()), e))
     }
 
@@ -118,12 +126,27 @@ impl Registry {
         Ok(registrations)
     }
 
+    /// Removes what writers left that died before they could rename it.
+    fn remove_unfinished(&self) {
+        for item in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let name = item.file_name();
+            // .STEM.PID.segment.json
+            let stem = name.to_str().and_then(|n| n.strip_prefix('.')).and_then(|n| n.strip_suffix(&format!(".{EXTENSION}")));
+            let Some(pid) = stem.and_then(|s| s.rsplit_once('.')).and_then(|(_, pid)| pid.parse::<u32>().ok()) else { continue };
+            // A writer that lives, or another process that got its pid: left for the next sweep.
+            if matches!(ProcessIdentity::of(pid), Ok(None)) {
+                let _ = fs::remove_file(item.path());
+            }
+        }
+    }
+
     /// Unlinks and forgets every segment for which `keep` says no; as a rule that is `|r| r.owner.is_alive()`, but for
     /// those that the caller takes over. Returns what was removed. Goes on after a failure, and returns the first.
     ///
     /// # Errors
     /// A folder that cannot be read, a segment that cannot be unlinked, a file that cannot be removed.
     pub fn sweep(&self, mut keep: impl FnMut(&Registration) -> bool) -> Result<Vec<Registration>, StoreError> {
+        self.remove_unfinished();
         let (mut removed, mut failure) = (Vec::new(), None);
         for registration in self.list()? {
             if keep(&registration) {
@@ -221,6 +244,19 @@ mod tests {
         assert_eq!(registry.list().unwrap().iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["/good"]);
         assert_eq!(registry.sweep(|_| false).unwrap().len(), 1);
         assert_eq!(fs::read_dir(&registry.folder).unwrap().count(), 4);
+    }
+
+    #[test]
+    fn a_sweep_removes_what_a_dead_writer_left() {
+        let (_folder, registry) = registry();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        let left = registry.folder.join(format!(".a.b.{}.segment.json", child.id()));
+        let live = registry.folder.join(format!(".a.b.{}.segment.json", std::process::id()));
+        fs::write(&left, b"half").unwrap();
+        fs::write(&live, b"half").unwrap();
+        registry.sweep(|_| true).unwrap();
+        assert!(!left.exists() && live.exists());
     }
 
     #[test]

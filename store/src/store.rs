@@ -9,6 +9,7 @@ use crate::name::SegmentName;
 use crate::page::PagePtrs;
 use crate::record::{GENERATION, RECORD, StepPhase, StepRecord};
 use crate::spec::{MomentFormat, PageId, StoreSpec};
+use ramtorch_failpoint::{Point, hit};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -54,8 +55,10 @@ impl Store {
         write_bytes(&mapping, layout.sections().manifest.start, &manifest);
         let header = format::header(&layout, &manifest);
         (1..HEADER_WORDS).for_each(|i| mapping.write(i, header[i]));
+        hit(Point::SegmentDescribed);
         // The magic number comes last: whoever sees it sees the rest.
         mapping.publish(0, header[0]);
+        hit(Point::SegmentWhole);
         tracing::info!(segment = %name, bytes = layout.bytes(), parameters = layout.parameters(), pages = layout.page_count(),
             seconds = started.elapsed().as_secs_f64(), "parameter store made");
         Ok(Store::new(name, layout, table, mapping))

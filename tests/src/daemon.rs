@@ -38,11 +38,53 @@ impl<'a> Daemon<'a> {
         daemon
     }
 
-    /// Starts a daemon on this one's socket without waiting for it: for tests of a second one.
-    pub fn spawn(&self, devices: &str, more: &[&str]) -> Process {
+    /// Starts one with these variables in its environment. `None`: it died before it answered.
+    ///
+    /// # Panics
+    /// It ended by itself, and not by a signal.
+    #[track_caller]
+    pub fn try_start(sandbox: &'a Sandbox, devices: &str, more: &[&str], environment: &[(String, String)]) -> Option<Daemon<'a>> {
+        let socket = sandbox.path("run/test.sock");
+        let mut daemon = Daemon { sandbox, process: None, socket };
+        let mut command = daemon.command(devices, more);
+        command.envs(environment.iter().map(|(k, v)| (k, v)));
+        let mut process = sandbox.start(command);
+        let end = Instant::now() + START_LIMIT;
+        // A stale socket refuses at once; a listening one has a daemon behind it that has recovered.
+        while !daemon.answers() {
+            if process.has_ended() {
+                let finished = process.wait(Duration::from_secs(1));
+                assert!(finished.code > 128, "the daemon ended with code {}\n{}", finished.code, finished.stderr);
+                return None;
+            }
+            assert!(Instant::now() < end, "the daemon does not answer:\n{}", process.stderr());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        daemon.process = Some(process);
+        Some(daemon)
+    }
+
+    fn answers(&self) -> bool {
+        std::os::unix::net::UnixStream::connect(&self.socket).is_ok()
+    }
+
+    fn command(&self, devices: &str, more: &[&str]) -> std::process::Command {
         let mut command = self.sandbox.command(Binary::Daemon);
         command.args(["start", "--devices", devices, "--socket"]).arg(&self.socket).arg("--state-dir").arg(self.state_dir()).args(more);
-        self.sandbox.start(command)
+        command
+    }
+
+    /// As [`Daemon::ask`]; `None` where there is no answer.
+    pub fn try_ask<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Option<Value> {
+        let arguments: Vec<_> = arguments.into_iter().map(|a| a.as_ref().to_owned()).collect();
+        let all = ["--output", "json"].iter().map(|a| OsStr::new(*a).to_owned()).chain(arguments);
+        let finished = self.client(all);
+        (finished.code == crate::exit::OK).then(|| serde_json::from_str(&finished.stdout).ok())?
+    }
+
+    /// Starts a daemon on this one's socket without waiting for it: for tests of a second one.
+    pub fn spawn(&self, devices: &str, more: &[&str]) -> Process {
+        self.sandbox.start(self.command(devices, more))
     }
 
     /// Its socket.
@@ -119,6 +161,11 @@ impl<'a> Daemon<'a> {
         let job = self.wait_for(id, state, |j| j["state"] == state || ended(j));
         assert_eq!(job["state"], state, "{job:#}");
         job
+    }
+
+    /// Its process, to wait for its end.
+    pub fn into_process(mut self) -> Process {
+        self.process.take().expect("the daemon was started")
     }
 
     /// Ends it with SIGTERM; it must end in time, with success, and leave nothing.

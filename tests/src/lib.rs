@@ -14,6 +14,7 @@
 
 mod binaries;
 mod daemon;
+pub mod disturbed;
 mod fixture;
 mod job;
 mod leaks;
@@ -26,6 +27,7 @@ pub use binaries::{Binary, binary};
 pub use daemon::Daemon;
 pub use fixture::{FinalTensor, Fixture, Inference, fixture_path, inference};
 pub use job::{JobFile, Literal};
+pub use leaks::settle as settled;
 pub use metrics::{MetricsLine, StepBits, bits, losses, read_metrics, relative_difference, worst_relative_difference};
 pub use process::{Finished, Process};
 pub use sandbox::Sandbox;

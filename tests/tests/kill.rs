@@ -3,6 +3,8 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use ramtorch_tests::disturbed::names;
+use ramtorch_tests::{Binary, Process, settled};
 use ramtorch_tests::{Daemon, Fixture, JobFile, MetricsLine, Sandbox, Tensor, assert_same_tensors, bits, read_metrics, read_tensors};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -57,14 +59,80 @@ fn a_killed_daemon_is_followed_by_one_that_goes_on() {
     wait_for_step(&daemon, &id, 30);
     daemon.process().signal(Signal::SIGKILL);
     drop(daemon);
+    let killed = std::time::Instant::now();
     let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while !sandbox.processes().is_empty() {
         assert!(std::time::Instant::now() < end, "workers outlive their daemon: {:?}", sandbox.processes());
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    let daemon = sandbox.start_daemon("cpu:2", &[]);
-    daemon.wait_for_state(&id, "succeeded");
+    let before = read_metrics(&sandbox.path("metrics.jsonl")).len();
+    let mut daemon = sandbox.start_daemon("cpu:2", &[]);
+    while read_metrics_so_far(&sandbox) <= before {
+        assert!(killed.elapsed() < std::time::Duration::from_secs(20), "no new step");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    eprintln!("from the daemon's death to the first new step: {:.2} s", killed.elapsed().as_secs_f64());
+    let job = daemon.wait_for_state(&id, "succeeded");
+    assert_eq!(job["restarts"], 0, "{job:#}");
+    // From memory and not from disk: nothing is prepared or loaded again, and the daemon says where it goes on.
+    let said = daemon.process().stderr();
+    assert!(said.contains("the job goes on from its parameter store"), "{said}");
+    let logs = sandbox.path(&format!("state/jobs/{id}/logs"));
+    assert_eq!(names(&logs), ["prepare.g1.log", "rank-0.g1.log", "rank-0.g2.log", "rank-1.g1.log", "rank-1.g2.log"]);
     assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&whole));
     assert_same_tensors(&read_tensors(&sandbox.path("model")), &weights, "after the daemon's death");
     daemon.stop();
+}
+
+/// Whole lines so far; the file is being written.
+fn read_metrics_so_far(sandbox: &Sandbox) -> usize {
+    std::fs::read_to_string(sandbox.path("metrics.jsonl")).unwrap_or_default().matches('\n').count()
+}
+
+/// `ramtorchd run` that is killed can clean up nothing; the next one does, wherever the first had its folders.
+#[test]
+fn what_a_killed_run_left_is_removed_by_the_next() {
+    let deep = format!("{}/deep", "d".repeat(90));
+    for state_home in ["home/state", deep.as_str(), "file/not-a-folder"] {
+        let sandbox = Sandbox::new();
+        sandbox.file("file", "");
+        let start = |name: &str, job: &JobFile| -> Process {
+            let path = sandbox.write_job(name, job);
+            let mut command = sandbox.command(Binary::Daemon);
+            command.env("XDG_STATE_HOME", sandbox.path(state_home)).arg("run").arg(path).args(["--devices", "cpu:2"]);
+            sandbox.start(command)
+        };
+        let endless = job().set("train.steps", 1_000_000).set("output.metrics", "endless.jsonl").set("output.path", "endless");
+        let killed = start("endless", &endless);
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while std::fs::read_to_string(sandbox.path("endless.jsonl")).unwrap_or_default().lines().count() < 3 {
+            assert!(std::time::Instant::now() < end, "no steps:\n{}", killed.stderr());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let segments = segments_of(&sandbox);
+        assert_eq!(segments.len(), 1, "{segments:?}");
+        killed.signal(Signal::SIGKILL);
+        killed.wait(std::time::Duration::from_secs(10)).expect_code(137);
+        assert!(settled(|| sandbox.processes()).is_empty(), "its workers die with it");
+        assert!(segments[0].exists(), "nobody is left to remove it");
+        let short = job().set("train.steps", 20);
+        start("short", &short).wait(std::time::Duration::from_secs(60)).expect_success();
+        assert!(!segments[0].exists(), "{state_home}: the next run removes the segment");
+        let private = sandbox.path(state_home).join("ramtorch/private");
+        assert_eq!(names(&private), Vec::<String>::new(), "{state_home}: and the folder");
+        // The sandbox looks for sockets and temporary files.
+        sandbox.assert_clean();
+    }
+}
+
+/// Segments that a process of this sandbox has mapped.
+fn segments_of(sandbox: &Sandbox) -> Vec<std::path::PathBuf> {
+    let maps = sandbox.processes().into_iter().filter_map(|(pid, _)| std::fs::read_to_string(format!("/proc/{pid}/maps")).ok());
+    let mut found: Vec<std::path::PathBuf> = maps
+        .flat_map(|m| m.lines().filter_map(|l| Some(l.split_whitespace().nth(5)?.into())).collect::<Vec<std::path::PathBuf>>())
+        .filter(|p| p.starts_with("/dev/shm/"))
+        .collect();
+    found.sort();
+    found.dedup();
+    found
 }

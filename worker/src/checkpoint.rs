@@ -3,6 +3,7 @@
 use crate::api::*;
 use crate::errors;
 use ramtorch_cpu::{Channel, Collectives};
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::{JobSpec, Precision};
 use ramtorch_modelio::{Architecture, Dtype, ExportOptions, StoreWeights, WeightSource, export_hf, fill_page, open_weights, resolve};
 use ramtorch_modelio::{Checkpoint, CheckpointMeta, CheckpointWriter, FindOptions, checkpoint_folder_name, find_sound};
@@ -71,6 +72,7 @@ pub(crate) fn write(
     };
     let other = || EngineError::new(ErrorKind::Output, "another rank could not write its part");
     let begun = if leader { Some(CheckpointWriter::begin(folder, step).map_err(errors::model)) } else { None };
+    hit(Point::CheckpointBegun);
     let mut failure: Option<EngineError> = None;
     let mut writer = None;
     match begun {
@@ -92,6 +94,7 @@ pub(crate) fn write(
             failure = Some(errors::model(e));
         }
     }
+    hit(Point::CheckpointShard);
     if !agree(failure.is_none())? {
         return Err(failure.unwrap_or_else(other)); // dropping the leader's writer removes what was written
     }

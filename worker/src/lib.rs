@@ -67,7 +67,11 @@ pub fn run(assignment: &Assignment, control: &dyn Control) -> Result<serde_json:
         serde_json::to_value(x).map_err(EngineError::internal)
     }
     match &assignment.task {
-        Task::Prepare { spec, cache_dir } => value(prepare::run(assignment, spec, cache_dir, control)?),
+        Task::Prepare { spec, cache_dir } => {
+            let prepared = prepare::run(assignment, spec, cache_dir, control)?;
+            ramtorch_failpoint::hit(ramtorch_failpoint::Point::Prepared);
+            value(prepared)
+        }
         Task::Train { spec, prepared, plan, segment } => value(train::run(assignment, spec, prepared, plan, segment, control)?),
         Task::Generate { source, request } => value(generate::run(assignment, source, request, control)?),
         Task::Eval { source, request } => value(evaluate::run(assignment, source, request, control)?),

@@ -26,6 +26,7 @@ use crate::trace::Tracing;
 use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradients, update_pages_recorded};
 use ramtorch_data::{Dataset, Order};
 use ramtorch_device::PageUpdater;
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
 use ramtorch_modelio::Architecture;
@@ -72,6 +73,8 @@ pub(crate) fn run(
 ) -> Result<TrainOutcome, EngineError> {
     control.heartbeat(0, "attaching");
     let store = Arc::new(Store::attach(segment).map_err(EngineError::internal)?);
+    // Before the first collective: a daemon that starts on this segment takes a larger one, whatever its records say.
+    store.set_generation(assignment.generation);
     let plan = EnginePlan::of(plan)?;
     let architecture: Architecture = serde_json::from_value(prepared.architecture.clone()).map_err(EngineError::internal)?;
     let comm = Arc::new(Collectives::new(store.clone(), assignment.rank, assignment.world_size, assignment.generation));
@@ -106,12 +109,14 @@ impl Rank<'_> {
             if self.store.entry(*page).step == NEVER {
                 source.fill(owner, self.store.layout(), *page, step)?;
             }
+            hit(Point::LoadPage);
             if self.leader() && i % 16 == 0 {
                 self.control.progress("loading weights", i as u64, pages.len() as u64);
             }
             self.control.heartbeat(step, "loading");
         }
         tracing::info!("{} pages of weights loaded in {:.1} s", pages.len(), begin.elapsed().as_secs_f64());
+        hit(Point::LoadFilled);
         self.comm.barrier(Channel::Step)?;
         if self.leader() {
             let numbers = StepNumbers {
@@ -122,6 +127,7 @@ impl Rank<'_> {
                 ..Default::default()
             };
             self.set_record(&numbers, StepPhase::Committed)?;
+            hit(Point::LoadRecorded);
         }
         self.comm.barrier(Channel::Step)?;
         Ok(())
@@ -134,14 +140,17 @@ impl Rank<'_> {
             return Ok(());
         }
         self.control.heartbeat(record.step, "recovering");
+        hit(Point::RecoverBegun);
         let mut numbers = StepNumbers::from_record(&record);
         // On the CPU alone: the device is not open yet, and the bits are the same.
         let done = self.update_pages(owner, &numbers, None)?;
         numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
+        hit(Point::RecoverUpdated);
         self.comm.barrier(Channel::Optimizer)?;
         if self.leader() {
             self.set_record(&numbers, StepPhase::Committed)?;
+            hit(Point::RecoverRecorded);
             self.control.event(
                 Level::Info,
                 &format!("step {} was interrupted after its gradients were complete; finished it from the segment", numbers.step),
@@ -168,16 +177,19 @@ impl Rank<'_> {
         mut job: OptimizerJob,
         metrics: &mut MetricsFile,
     ) -> Result<Committed, EngineError> {
+        hit(Point::OptimizerBegun);
         let step = job.numbers.step;
         let span = self.recorder.scope(Row::Optimizer, Label::work("update pages").step(step));
         let done = self.update_pages(owner, &job.numbers, updater)?;
         drop(span);
+        hit(Point::OptimizerUpdated);
         job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         job.numbers.optimizer_pages_cpu = done.cpu;
         job.numbers.optimizer_pages_device = done.device;
         let span = self.recorder.scope(Row::Optimizer, Label::collective("barrier: pages").step(step));
         self.comm.barrier(Channel::Optimizer)?;
         drop(span);
+        hit(Point::OptimizerAgreed);
         let at = Instant::now();
         job.numbers.seconds = (at - job.begun).as_secs_f64();
         if job.numbers.seconds > 0.0 {
@@ -187,6 +199,7 @@ impl Rank<'_> {
             let span = self.recorder.scope(Row::Optimizer, Label::work("commit").step(step));
             self.set_record(&job.numbers, StepPhase::Committed)?;
             drop(span);
+            hit(Point::StepCommitted);
             if !job.line_later {
                 let _span = self.recorder.scope(Row::Optimizer, Label::work("write metrics").step(step));
                 self.report(metrics, &job.numbers)?;
@@ -201,6 +214,7 @@ impl Rank<'_> {
     fn report(&self, metrics: &mut MetricsFile, n: &StepNumbers) -> Result<(), EngineError> {
         let m = n.metrics();
         let line = metrics.write(&m)?;
+        hit(Point::StepReported);
         self.control.metrics(&m, &line);
         Ok(())
     }
@@ -264,6 +278,7 @@ impl Rank<'_> {
                 self.report(&mut metrics, &n)?;
             }
         }
+        state.owed_checkpoint()?;
         let (to_optimizer, jobs) = mpsc::channel::<OptimizerJob>();
         let (done, from_optimizer) = mpsc::channel::<Result<Committed, EngineError>>();
         let metrics = std::sync::Mutex::new(metrics);
@@ -317,6 +332,7 @@ impl Rank<'_> {
         if let Some(path) = &self.spec.output.path {
             self.control.heartbeat(step, "exporting");
             checkpoint::export_store(&self.store, self.spec, &self.architecture, path)?;
+            hit(Point::ExportDone);
             outcome.output = Some(path.clone());
         }
         if let Some(sample) = &self.spec.sample {
@@ -383,6 +399,37 @@ impl Loop<'_> {
             && (step == 0 || step == self.rank.prepared.steps || (every > 0 && step.is_multiple_of(every)))
     }
 
+    /// Whether the job file asks for a checkpoint of this step.
+    fn checkpoint_due(&self, step: u64) -> bool {
+        let spec = &self.rank.spec.checkpoint;
+        step > 0 && ((spec.every_steps > 0 && step.is_multiple_of(spec.every_steps)) || (spec.at_end && step == self.rank.prepared.steps))
+    }
+
+    /// Writes the checkpoint of the committed step if the gang before this one died before it was whole, and removes what
+    /// that one left unfinished.
+    fn owed_checkpoint(&mut self) -> Result<(), EngineError> {
+        let r = self.rank;
+        let (step, spec) = (self.committed.step, &r.spec.checkpoint);
+        let Some(folder) = spec.path.as_deref() else { return Ok(()) };
+        let mut owed = false;
+        if r.leader() {
+            match ramtorch_modelio::tidy_checkpoints(folder, step, &r.spec.name, spec.keep) {
+                Ok(there) => {
+                    owed = self.checkpoint_due(step) && there.is_none();
+                    self.newest_checkpoint = there;
+                }
+                Err(e) => r.control.event(Level::Warn, &format!("unfinished checkpoints were not looked for: {e}")),
+            }
+        }
+        if r.comm.gather(Channel::Step, [f64::from(u8::from(owed)), 0.0, 0.0, 0.0])?[0][0] > 0.0 {
+            if r.leader() {
+                r.control.event(Level::Info, &format!("the checkpoint of step {step} was interrupted; it is written now"));
+            }
+            self.checkpoint(step, 0)?;
+        }
+        Ok(())
+    }
+
     /// Runs to the last step; true when told to stop before it.
     fn run(
         &mut self,
@@ -414,6 +461,7 @@ impl Loop<'_> {
                 // The optimizer's answer for step - 1 is taken inside the sweep, before the first gradient leaves.
                 let mut committed = None;
                 let numbers = self.sweep(step, &mut wishes, || {
+                    hit(Point::StepForward);
                     if pending {
                         let _span = r.recorder.scope(Row::Loop, Label::blocked("wait for the last step's commit"));
                         let c: Committed = from_optimizer.recv().map_err(|_| gone())??;
@@ -434,14 +482,14 @@ impl Loop<'_> {
             }
             if r.leader() {
                 r.set_record(&numbers, StepPhase::GradientsComplete)?;
+                hit(Point::StepRecorded);
             }
             let span = r.recorder.scope(Row::Loop, Label::collective("barrier: gradients complete"));
             r.comm.barrier(Channel::Step)?;
             drop(span);
             drop(whole);
-            let spec = &r.spec.checkpoint;
-            let checkpoint_due =
-                (spec.every_steps > 0 && step.is_multiple_of(spec.every_steps)) || (spec.at_end && step == steps) || wishes.checkpoint > 0;
+            hit(Point::StepAnnounced);
+            let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0;
             let validation_due = self.validation_due(step);
             r.control.heartbeat(step, "optimizing");
             to_optimizer.send(OptimizerJob { numbers, line_later: validation_due, begun }).map_err(|_| gone())?;
@@ -452,6 +500,7 @@ impl Loop<'_> {
                 pending = false;
                 if validation_due {
                     self.committed.validation_loss = self.validate(step)?;
+                    hit(Point::ValidationDone);
                     if r.leader() {
                         let mut file = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                         r.report(&mut file, &self.committed)?;
@@ -535,12 +584,14 @@ impl Loop<'_> {
         let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the gradients"));
         self.session.finish_gradients()?;
         drop(span);
+        hit(Point::StepSwept);
         // Everything of the step has run: nothing is waited for.
         let waits = self.session.dev.resolve()?;
         // All ranks' parts of this rank's pages have to be in before they are read.
         let span = r.recorder.scope(Row::Loop, Label::collective("barrier: gradients"));
         r.comm.barrier(Channel::Step)?;
         drop(span);
+        hit(Point::StepReduced);
         if r.comm.world() > 1 {
             let owned = (r.assignment.rank as u32..r.store.layout().page_count()).step_by(r.assignment.world_size);
             owned.for_each(|page| squares[page as usize] = square(page));
@@ -551,6 +602,7 @@ impl Loop<'_> {
         let span = r.recorder.scope(Row::Loop, Label::collective("gather"));
         let gathered = r.comm.gather(Channel::Step, [loss, squares, flags, checkpoint])?;
         drop(span);
+        hit(Point::StepAgreed);
         *wishes = Wishes::decode(&gathered);
         self.agree_on_traces(wishes, step)?;
         let loss = gathered.iter().map(|v| v[0]).sum::<f64>() / divisor;
@@ -610,6 +662,7 @@ impl Loop<'_> {
             return Ok(());
         };
         let result = checkpoint::write(folder, step, self.committed.tokens_total, r.spec, &r.architecture, &r.store, &r.comm);
+        hit(Point::CheckpointDone);
         if r.leader() {
             match &result {
                 Ok((path, warnings)) => {

@@ -10,6 +10,7 @@
 use super::Identity;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+use ramtorch_failpoint::{Point, hit};
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::{Read, Seek, SeekFrom};
@@ -126,7 +127,9 @@ fn start(request: &SpawnRequest, boot_id: &str) -> std::io::Result<(tokio::proce
     let mut command = tokio::process::Command::new(&request.exe);
     command.args(&request.args).envs(request.env.iter().map(|(k, v)| (k, v)));
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+    hit(Point::WorkerSpawning);
     let child = command.spawn()?;
+    hit(Point::WorkerSpawned);
     let pid = child.id().and_then(|id| i32::try_from(id).ok()).ok_or_else(|| std::io::Error::other("the child has no pid"))?;
     // Not reaped yet, so the pid is surely its own. Without /proc there is no start time; 0 matches nobody later.
     let identity = Identity::of(pid, boot_id).unwrap_or(Identity { pid, start_ticks: 0, boot_id: boot_id.into() });

@@ -50,6 +50,7 @@ impl Supervisor {
         let key = JobKey(self.fresh());
         tracing::info!(job = record.id, name = record.name, uid = record.uid, "submitted");
         self.jobs.insert(key, Job::new(key, record, spec));
+        ramtorch_failpoint::hit(ramtorch_failpoint::Point::JobSubmitted);
         self.schedule(now);
         self.view(key).ok_or_else(|| Refusal::new(RefusalKind::NotFound, "the job is gone already"))
     }

@@ -6,6 +6,7 @@ use super::message::{Commands, JobKey, Refusal, RefusalKind};
 use super::proc::{Cause, Outcome, Proc, Role};
 use super::record::{State, WorkerRecord, history_line, push_history};
 use crate::process::{Identity, ProcKey};
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::worker_report::Report;
 use ramtorch_worker::{EngineError, ErrorKind, Level, Task, TrainOutcome};
@@ -43,7 +44,11 @@ impl Supervisor {
         proc.device_name = assignment.device.to_string();
         self.procs.insert(key, proc);
         self.tokens.insert(token.clone(), key);
-        self.out.spawn(key, &token, log);
+        let job = match role {
+            Role::Rank { job, .. } | Role::Prepare { job } => self.jobs.get(&job),
+            Role::OneOff { .. } | Role::GivenUp => None,
+        };
+        self.out.spawn(key, &token, log, job.map(|j| j.record.id.as_str()));
         Ok(key)
     }
 
@@ -70,6 +75,8 @@ impl Supervisor {
         }
         let leases = job.leases.clone();
         let world_size = devices.len();
+        // Before anybody is started: no two gangs may have the same generation, and no gang a segment that nobody knows.
+        self.out.save(&job.record);
         for (rank, device) in devices.into_iter().enumerate() {
             let assignment = ramtorch_worker::Assignment { job_id: id.clone(), generation, rank, world_size, device, task: task.clone() };
             let log = self.out.log_dir(&id).join(format!("rank-{rank}.g{generation}.log"));
@@ -167,11 +174,16 @@ impl Supervisor {
         let role = proc.role;
         // Everything that a worker says is a sign of life, its heartbeat only the most regular one.
         proc.heard(now, unix_ms);
+        if !matches!(report, Report::Heartbeat(_)) {
+            proc.works(now);
+        }
         match report {
             Report::Heartbeat(h) => {
-                proc.step = h.step;
-                proc.phase = h.phase;
+                let left = proc.moves(h.step, h.phase, now);
                 if let Role::Rank { job, .. } = role {
+                    if let (Some((phase, took)), Some(job)) = (left, self.jobs.get_mut(&job)) {
+                        job.learn(phase, took);
+                    }
                     self.look_at_phases(job);
                 }
             }
@@ -185,7 +197,15 @@ impl Supervisor {
             }
             Report::Metrics(metrics) => {
                 if let Role::Rank { job, rank: 0 } = role {
-                    self.step_committed(job, metrics);
+                    match self.disbelief(key, job, metrics.step) {
+                        None => self.step_committed(job, metrics),
+                        Some(text) => {
+                            if let Some(proc) = self.procs.get_mut(&key) {
+                                proc.disbelieved = true;
+                            }
+                            self.blame(key, job, 0, text, now);
+                        }
+                    }
                 }
             }
             Report::Event(event) => {
@@ -223,6 +243,60 @@ impl Supervisor {
         }
     }
 
+    /// Why a step that a rank says is committed cannot be. Steps come one after the other, and end.
+    fn disbelief(&mut self, key: ProcKey, job: JobKey, step: u64) -> Option<String> {
+        let steps = self.jobs.get(&job).map_or(0, |j| j.record.steps);
+        let proc = self.procs.get_mut(&key)?;
+        if proc.disbelieved {
+            return Some(format!("{} goes on to report steps", proc.who()));
+        }
+        let before = proc.told.replace(step);
+        let who = proc.who();
+        if steps > 0 && step > steps {
+            return Some(format!("{who} says that step {step} is committed, and the job has {steps}"));
+        }
+        before.filter(|b| step != b + 1).map(|b| format!("{who} says that step {step} is committed, right after step {b}"))
+    }
+
+    /// Something is wrong with a rank that does not know it.
+    fn blame(&mut self, key: ProcKey, job: JobKey, rank: usize, text: String, now: Instant) {
+        let cause = Cause { at: now, kind: ErrorKind::Internal, text, tail: String::new() };
+        if let Some(proc) = self.procs.get_mut(&key) {
+            proc.cause.get_or_insert_with(|| cause.clone());
+        }
+        self.sign(job, rank, cause, now);
+    }
+
+    /// A rank that sends heartbeats may still hang: in a collective, in a driver, in a loop. When one has stayed in a
+    /// phase for too long, the one that is furthest behind is named.
+    pub(super) fn look_for_stalls(&mut self, key: ProcKey, now: Instant) {
+        let Some(proc) = self.procs.get(&key) else { return };
+        let (Role::Rank { job: job_key, .. }, Some(still)) = (proc.role, proc.still(now)) else { return };
+        let Some(job) = self.jobs.get(&job_key).filter(|j| matches!(j.phase, Phase::Starting | Phase::Running)) else { return };
+        if still <= self.limits.stall_timeout(job.longest.get(&proc.phase).copied()) {
+            return;
+        }
+        let gang: Vec<(usize, &Proc)> = job.ranks.iter().enumerate().filter_map(|(i, r)| Some((i, self.procs.get(&r.key)?))).collect();
+        let suspects = gang.iter().filter(|(_, p)| p.still(now).is_some());
+        let Some((rank, suspect)) = suspects.min_by_key(|(_, p)| p.suspicion()).copied() else { return };
+        let known = match job.longest.get(&suspect.phase) {
+            Some(longest) => format!("this job took {:.1} s at most before", longest.as_secs_f64()),
+            None => "this job has not completed that phase before".into(),
+        };
+        let others: Vec<String> =
+            gang.iter().filter(|(r, _)| *r != rank).map(|(r, p)| format!("rank {r} is in {} of step {}", p.phase, p.step)).collect();
+        let others = if others.is_empty() { String::new() } else { format!("; {}", others.join(", ")) };
+        let text = format!(
+            "{} has been in phase {} of step {} for {:.1} s, and {known}{others}",
+            suspect.who(),
+            suspect.phase,
+            suspect.step,
+            suspect.still(now).unwrap_or_default().as_secs_f64()
+        );
+        let key = suspect.key;
+        self.blame(key, job_key, rank, text, now);
+    }
+
     /// A gang runs once every rank has left the phases of starting up.
     fn look_at_phases(&mut self, key: JobKey) {
         let Some(job) = self.jobs.get(&key).filter(|j| matches!(j.phase, Phase::Starting) && j.stop.is_none()) else { return };
@@ -245,6 +319,7 @@ impl Supervisor {
             job.first_cause = None;
         }
         job.record.step = metrics.step;
+        hit(Point::JobStep);
         self.out.append_metrics(&job.record.id, history_line(&metrics));
         job.tell(pb::watch_event::Event::Metrics(metrics.clone()));
         push_history(&mut job.history, metrics, limit);
@@ -285,6 +360,7 @@ impl Supervisor {
                 job.phase = Phase::Failing { judge_at, ended: false, causes: vec![cause] };
                 self.drop_checkpoint_waiters(key, "a worker failed and the gang is started again; ask again");
                 self.give_up_trace(key, "a worker failed and the gang is started again; ask again");
+                hit(Point::JobFailing);
                 self.changed(key);
             }
             Phase::Failing { causes, .. } => causes.push(cause),
@@ -386,6 +462,7 @@ impl Supervisor {
         let pause = self.limits.backoff(job.failures);
         job.phase = Phase::Backoff(now + pause);
         job.record.message = format!("restart {} of {budget} without a new step: {text}", job.failures);
+        hit(Point::JobBackoff);
         let message = format!("{text}\nstarted again ({} of {budget} without a new step)", job.failures);
         self.note(key, Level::Error, &message, None);
         self.changed(key);

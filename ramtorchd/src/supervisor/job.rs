@@ -8,13 +8,16 @@ use crate::process::ProcKey;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker::Level;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, watch};
 
 /// Events that a watcher may be behind before it is dropped.
 const WATCH_BACKLOG: usize = 4096;
+
+/// Phases whose times are kept.
+const PHASES_MAX: usize = 64;
 
 /// Where a job is in its life; the diagram is at the top of `supervisor`.
 #[derive(Debug)]
@@ -116,6 +119,8 @@ pub struct Job {
     pub checkpoints: Vec<(u64, Reply<pb::CheckpointResponse>)>,
     /// The trace that is being recorded, or waits for the gang.
     pub trace: Option<Tracing>,
+    /// The longest that a rank has spent in each phase of a step.
+    pub longest: HashMap<String, Duration>,
     /// When progress was last told to watchers.
     pub progress_at: Option<Instant>,
 }
@@ -139,7 +144,17 @@ impl Job {
             over: watch::channel(ended).0,
             checkpoints: Vec::new(),
             trace: None,
+            longest: HashMap::new(),
             progress_at: None,
+        }
+    }
+
+    /// A rank has left a phase after so long.
+    pub fn learn(&mut self, phase: String, took: Duration) {
+        // The engine's phases are a dozen; whoever invents more is not listened to.
+        if self.longest.len() < PHASES_MAX || self.longest.contains_key(&phase) {
+            let longest = self.longest.entry(phase).or_default();
+            *longest = took.max(*longest);
         }
     }
 

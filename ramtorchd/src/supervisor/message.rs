@@ -77,6 +77,8 @@ pub enum Message {
     Survivor { pid: i32 },
     /// End the daemon. The second one does not wait any more.
     Stop,
+    /// The daemon has to end, and the segments of jobs that have not ended stay for the next one.
+    StopKeeping,
 }
 
 /// What planning found.

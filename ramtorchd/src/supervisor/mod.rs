@@ -33,8 +33,8 @@
 //! other, so that no path forgets the segment.
 //!
 //! What can fail, and what follows:
-//! - a worker exits, crashes, never calls, falls silent, or reports an error: the *first* sign by time is the root
-//!   cause. The gang is ended and a new one attaches the same segment (generation + 1). Three restarts in a row
+//! - a worker exits, crashes, never calls, falls silent, stays in a phase for far longer than it ever took, tells of
+//!   steps that cannot be, or reports an error: the *first* sign by time is the root cause. The gang is ended and a new one attaches the same segment (generation + 1). Three restarts in a row
 //!   without a newly committed step, or an error that a restart cannot mend (job file, input, memory, output), fail
 //!   the job with the first cause.
 //! - a worker outlives SIGKILL (it hangs in the kernel): it is given up, its device quarantined until it is gone.
@@ -208,6 +208,11 @@ impl Supervisor {
                 }
             }
             Message::Stop => self.stop_daemon(now),
+            Message::StopKeeping => {
+                // Workers that were told to stop for good have written checkpoints already.
+                self.job_limits.keep_segments_on_stop |= self.stopping.is_none();
+                self.stop_daemon(now);
+            }
         }
     }
 
@@ -283,6 +288,7 @@ impl Supervisor {
                 _ => proc.end(now, kill_timeout),
             }
         }
+        self.look_for_stalls(key, now);
         let Some(proc) = self.procs.get_mut(&key) else { return };
         if proc.lingers(now) && !proc.is_ending() {
             tracing::warn!("{} has done its work and does not exit; it is killed", proc.who());

@@ -11,8 +11,9 @@ use std::path::PathBuf;
 /// The world, as far as the state task acts on it. A trait so that its decisions are tested without processes,
 /// files or time.
 pub trait Outside: Send {
-    /// Starts a worker with this secret. Events of the process follow.
-    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf);
+    /// Starts a worker with this secret, once what was saved of its job (if it is for one) is durable. Events of the
+    /// process follow.
+    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf, job: Option<&str>);
     /// Signals a started worker.
     fn signal(&mut self, key: ProcKey, signal: Signal);
     /// The process is gone: nothing will be done with it any more.
@@ -24,8 +25,9 @@ pub trait Outside: Send {
     fn plan(&mut self, job: JobKey, request: PlanRequest, alone_bytes: u64);
     /// Registers a segment durably, then creates it; answered by `Message::Created`.
     fn create_segment(&mut self, job: JobKey, segment: NewSegment);
-    /// Unlinks a segment, then forgets its registration; answered by `Message::Removed`.
-    fn remove_segment(&mut self, job: JobKey, name: String);
+    /// Unlinks a segment, once what was saved of its job is durable, then forgets its registration; answered by
+    /// `Message::Removed`.
+    fn remove_segment(&mut self, job: JobKey, id: &str, name: String);
     /// Makes a record durable, soon.
     fn save(&mut self, record: &Record);
     /// Adds a line to a job's metrics, soon.

@@ -3,6 +3,7 @@
 //! ```text
 //!  spawned ──Register──► registered ──Control──► heard every 0.5 s ──WorkerResult──► done ──exit──► gone
 //!     │ no call in time        │ silent too long      │ stream ends, no result   │ does not exit
+//!     │                        │ or stays in a phase   │                          │
 //!     └────────────────────────┴──────── cause ───────┴──────────────────────────┘
 //!                                          │ end()
 //!                                  SIGTERM ─► SIGKILL ─► given up: device quarantined, the daemon goes on
@@ -24,6 +25,9 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 const EXIT_GRACE: Duration = Duration::from_secs(5);
 /// Between SIGTERM and SIGKILL.
 const TERM_GRACE: Duration = Duration::from_secs(2);
+
+/// Phase in which a rank waits for all others.
+const WAITS: &str = "reducing";
 
 /// What a process is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,14 +144,20 @@ pub struct Proc {
     pub step: u64,
     /// Phase of it.
     pub phase: String,
+    /// Last step of which it told the metrics.
+    pub told: Option<u64>,
     /// Time of it, milliseconds since 1970.
     pub heard_unix_ms: i64,
     /// What it said at its end.
     pub result: Option<pb::WorkerResult>,
+    /// It said what cannot be: nothing that it says counts any more, success least of all.
+    pub disbelieved: bool,
     /// First sign that something is wrong.
     pub cause: Option<Cause>,
     spawned: Instant,
     heard: Instant,
+    /// When it last told something new of its work.
+    moved: Instant,
     closed: Option<Instant>,
     ended: Option<(Instant, Ended)>,
     result_at: Option<Instant>,
@@ -170,8 +180,11 @@ impl Proc {
             commands: None,
             step: 0,
             phase: String::new(),
+            told: None,
             heard_unix_ms: 0,
+            moved: now,
             result: None,
+            disbelieved: false,
             cause: None,
             spawned: now,
             heard: now,
@@ -186,6 +199,37 @@ impl Proc {
     pub fn heard(&mut self, now: Instant, unix_ms: i64) {
         self.heard = now;
         self.heard_unix_ms = unix_ms;
+    }
+
+    /// It tells where it is. Returns the phase that it has left, and how long it was in it.
+    pub fn moves(&mut self, step: u64, phase: String, now: Instant) -> Option<(String, Duration)> {
+        if self.step == step && self.phase == phase {
+            return None;
+        }
+        let took = now.saturating_duration_since(std::mem::replace(&mut self.moved, now));
+        self.step = step;
+        let left = std::mem::replace(&mut self.phase, phase);
+        (!left.is_empty()).then_some((left, took))
+    }
+
+    /// It tells of its work by other means than a heartbeat.
+    pub fn works(&mut self, now: Instant) {
+        self.moved = now;
+    }
+
+    /// Whether nothing is known to be wrong with it, and it is expected to work.
+    fn is_expected(&self) -> bool {
+        self.registered && self.ended.is_none() && self.cause.is_none() && self.ending.is_none() && self.result_at.is_none()
+    }
+
+    /// How long it has been in the same phase of the same step; `None` for one that owes no progress.
+    pub fn still(&self, now: Instant) -> Option<Duration> {
+        self.is_expected().then(|| now.saturating_duration_since(self.moved))
+    }
+
+    /// How suspicious it is when a gang does not get on: those behind first, those who only wait for others last.
+    pub fn suspicion(&self) -> (u64, bool, Instant) {
+        (self.step, self.phase == WAITS, self.moved)
     }
 
     /// Its control stream has ended.
@@ -233,6 +277,7 @@ impl Proc {
     /// The daemon itself was held up for `pause`: nobody else is to blame for that.
     pub fn forgive(&mut self, pause: Duration) {
         self.heard += pause;
+        self.moved += pause;
         self.spawned += pause;
         for at in [&mut self.closed, &mut self.result_at].into_iter().flatten() {
             *at += pause;
@@ -324,7 +369,7 @@ impl Proc {
 
     /// What came of it, once gone.
     pub fn outcome(&self, now: Instant) -> Outcome {
-        if let Some(result) = self.result.as_ref().filter(|r| r.ok) {
+        if let Some(result) = self.result.as_ref().filter(|r| r.ok && !self.disbelieved) {
             return Outcome::Done { json: result.json.clone(), stopped: result.stopped };
         }
         let (at, status, tail) = match &self.ended {
@@ -333,7 +378,7 @@ impl Proc {
         };
         if let Some(cause) = &self.cause {
             // An error that the worker reported itself says all; a hang is better understood with its last lines.
-            let tail = if self.result.is_some() { String::new() } else { tail };
+            let tail = if self.result.is_some() && !self.disbelieved { String::new() } else { tail };
             return Outcome::Failed(Cause { tail, ..cause.clone() });
         }
         let (kind, text) = match status {

@@ -8,6 +8,7 @@ use super::message::{JobKey, Planned};
 use super::outside::NewSegment;
 use super::proc::{Outcome, Role};
 use super::record::{SegmentRecord, State};
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_worker::{DeviceSpec, EngineError, ErrorKind, Plan, PlanRequest, Prepared, Task};
 use std::time::Instant;
 
@@ -229,6 +230,13 @@ impl Supervisor {
     /// Puts a job into a phase and tells everyone.
     pub(super) fn enter(&mut self, key: JobKey, phase: Phase, message: String) {
         let Some(job) = self.jobs.get_mut(&key) else { return };
+        hit(match &phase {
+            Phase::Preparing(_) => Point::JobPreparing,
+            Phase::Planning => Point::JobPlanning,
+            Phase::Reserving => Point::JobReserving,
+            Phase::Starting => Point::JobStarting,
+            _ => Point::JobRunning,
+        });
         job.phase = phase;
         job.record.message = message;
         self.changed(key);
@@ -277,8 +285,17 @@ impl Supervisor {
         let Some(job) = self.jobs.get_mut(&key) else { return };
         match job.record.segment.as_ref().filter(|_| !keep).map(|s| s.name.clone()) {
             Some(name) => {
+                // The end is durable before the segment goes: otherwise a daemon that starts in between would find an
+                // unfinished job without its segment, and run it again from its newest checkpoint or from the start.
+                if let End::Final { state, code, message } = &end {
+                    let at = self.out.unix_ms();
+                    settle(&mut job.record, *state, *code, message, at);
+                    self.out.save(&job.record);
+                }
+                let id = job.record.id.clone();
                 job.phase = Phase::Removing(end);
-                self.out.remove_segment(key, name);
+                hit(Point::JobRemoving);
+                self.out.remove_segment(key, &id, name);
             }
             None => self.finish(key, end, now),
         }
@@ -304,12 +321,12 @@ impl Supervisor {
             End::Final { state, code, message } => {
                 let id = job.record.id.as_str();
                 tracing::info!(job = id, "{state:?} with exit code {code}: {message}");
-                job.record.state = state;
-                job.record.exit_code = code;
-                job.record.message = message;
-                job.record.ended_unix_ms = at;
+                if job.record.state == State::Active {
+                    settle(&mut job.record, state, code, &message, at);
+                }
                 job.record.prepared = None;
                 job.phase = Phase::Ended;
+                hit(Point::JobEnded);
                 self.changed(key);
                 let Some(job) = self.jobs.get_mut(&key) else { return };
                 job.stop = None;
@@ -325,6 +342,7 @@ impl Supervisor {
                 }
                 job.phase = Phase::Queued { retry_at: None };
                 job.record.message = message;
+                hit(Point::JobRequeued);
                 self.changed(key);
                 // Watchers are told that nothing more comes from this daemon.
                 if let Some(job) = self.jobs.get_mut(&key) {
@@ -355,4 +373,12 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// Writes the end of a job into its record.
+fn settle(record: &mut super::record::Record, state: State, code: u8, message: &str, at: i64) {
+    record.state = state;
+    record.exit_code = code;
+    record.message = message.to_string();
+    record.ended_unix_ms = at;
 }

@@ -45,7 +45,7 @@ impl Fake {
 }
 
 impl Outside for Fake {
-    fn spawn(&mut self, key: ProcKey, token: &str, _log: PathBuf) {
+    fn spawn(&mut self, key: ProcKey, token: &str, _log: PathBuf, _job: Option<&str>) {
         self.with(|a| a.procs.push((key, token.into())));
     }
     fn signal(&mut self, key: ProcKey, signal: Signal) {
@@ -63,7 +63,7 @@ impl Outside for Fake {
     fn create_segment(&mut self, job: JobKey, segment: NewSegment) {
         self.with(|a| a.creations.push((job, segment.name)));
     }
-    fn remove_segment(&mut self, job: JobKey, name: String) {
+    fn remove_segment(&mut self, job: JobKey, _id: &str, name: String) {
         self.with(|a| a.removals.push((job, name)));
     }
     fn save(&mut self, record: &Record) {
@@ -277,7 +277,7 @@ fn prepared() -> Prepared {
         train_sequences: 1,
         validation_sequences: 0,
         sequence_length: 1,
-        steps: 5,
+        steps: 100,
         dataset: serde_json::Value::Null,
         rates: Default::default(),
     }

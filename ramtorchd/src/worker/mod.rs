@@ -12,6 +12,7 @@ mod link;
 pub use link::{Link, LinkError};
 
 use crate::process;
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_worker::{Assignment, Control, EngineError, Task, TrainOutcome};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,9 +53,14 @@ pub fn run(engine: Engine) -> ExitCode {
 
 fn serve(engine: Engine) -> Result<u8, String> {
     die_with_parent()?;
+    hit(Point::RankBorn);
     let socket = PathBuf::from(variable(process::SOCKET_VARIABLE)?);
     let (link, assignment) = Link::connect(socket, variable(process::TOKEN_VARIABLE)?).map_err(|e| e.to_string())?;
     keep_panics();
+    let rank_of_gang = matches!(assignment.task, Task::Train { .. });
+    if rank_of_gang {
+        hit(Point::RankRegistered);
+    }
     let Assignment { job_id, generation, rank, world_size, device, task } = &assignment;
     tracing::info!("{} for job {job_id}: rank {rank} of {world_size} on {device}, generation {generation}", task_name(task));
     let begun = Instant::now();
@@ -69,6 +75,9 @@ fn serve(engine: Engine) -> Result<u8, String> {
     };
     if !link.finish(result, FLUSH_LIMIT) {
         eprintln!("ramtorchd worker: the daemon did not take the result within {} s", FLUSH_LIMIT.as_secs());
+    }
+    if rank_of_gang {
+        hit(Point::RankDone);
     }
     Ok(code)
 }

@@ -41,6 +41,7 @@ pub fn settings(dir: &Path, devices: u32) -> Settings {
             restart_backoff_seconds: 0.05,
             settle_seconds: 0.1,
             stop_timeout_seconds: 3.0,
+            stall_timeout_seconds: 60.0,
             kill_timeout_seconds: 5.0,
         },
         jobs: JobLimits::default(),

@@ -65,6 +65,8 @@ pub enum Act {
     Fail(ErrorKind),
     /// Goes on for ever, heartbeats included.
     Linger,
+    /// Says that this step is committed, and does nothing more.
+    Claim(u64),
 }
 
 impl Script {
@@ -133,7 +135,7 @@ fn act(act: &Act) -> Result<(), EngineError> {
         Act::Signal(number) => raise(Signal::try_from(*number).unwrap()).unwrap(),
         Act::Panic => panic!("as the script says"),
         Act::Fail(kind) => return Err(EngineError::new(*kind, format!("{kind:?} as the script says"))),
-        Act::Linger => loop {
+        Act::Linger | Act::Claim(_) => loop {
             std::thread::sleep(Duration::from_secs(60));
         },
     }
@@ -152,6 +154,9 @@ impl Worker<'_> {
         for fault in &self.script.faults {
             let here = fault.at == at && fault.rank.is_none_or(|r| r == a.rank) && fault.generation.is_none_or(|g| g == a.generation);
             if here {
+                if let Act::Claim(step) = fault.act {
+                    self.control.metrics(&metrics(step), &format!("{{\"step\":{step}}}"));
+                }
                 act(&fault.act)?;
             }
         }
@@ -267,6 +272,7 @@ impl Worker<'_> {
             self.sleep(self.script.step_ms.max(1));
             let mine = (self.assignment.generation << 32) + step;
             segment.set(1 + rank, mine)?;
+            self.control.heartbeat(step, "reducing");
             let done = || -> Result<bool, EngineError> {
                 match rank {
                     0 => (1..world).map(|r| segment.get(1 + r)).try_fold(true, |all, at| Ok(all && at? >= mine)),

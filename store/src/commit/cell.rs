@@ -7,6 +7,7 @@
 //! Death before the publication leaves the old value, with scraps of the new one in the slot that nobody reads.
 
 use super::Memory;
+use ramtorch_failpoint::{Point, hit};
 
 /// Where the selector and the two slots lie, in words.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +19,7 @@ pub(crate) struct Cell<const WORDS: usize> {
 impl<const WORDS: usize> Cell<WORDS> {
     /// Replaces the value. One writer at a time.
     pub fn write(&self, memory: &impl Memory, value: &[u64; WORDS]) {
+        hit(Point::StepRecordBegun);
         let next = memory.load(self.selector).wrapping_add(1);
         // A reader that is still copying this slot, from the time when it was the live one, must notice.
         memory.order_writes();
@@ -25,7 +27,9 @@ impl<const WORDS: usize> Cell<WORDS> {
         for (i, word) in value.iter().enumerate() {
             memory.write(slot + i, *word);
         }
+        hit(Point::StepRecordFilled);
         memory.publish(self.selector, next);
+        hit(Point::StepRecordPublished);
     }
 
     /// The value. Tried again for as long as a writer replaces it twice during one copy.

@@ -22,6 +22,9 @@ pub const MAX_RANKS: usize = 64;
 const VALUES: usize = 4;
 const VALUES_AT: usize = 1024;
 
+/// Above the count of a word.
+const GENERATION_SHIFT: u32 = 40;
+
 /// Independent sequences of collectives: one for each thread that takes part in some.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Channel {
@@ -108,12 +111,21 @@ impl Collectives {
         if self.world == 1 {
             return Ok(());
         }
-        let mine = (self.generation << 40) | count;
+        let mine = (self.generation << GENERATION_SHIFT) | count;
         let words = &self.store.control()[channel as usize * MAX_RANKS..][..self.world];
         words[self.rank].store(mine, Ordering::Release);
         for word in words {
             let mut tries = 0u32;
-            while word.load(Ordering::Acquire) < mine {
+            loop {
+                let theirs = word.load(Ordering::Acquire);
+                if theirs >> GENERATION_SHIFT > self.generation {
+                    // This process should have been dead before they started; it must not take their word for its peer's.
+                    self.abort();
+                    return Err(EngineError::internal("a newer gang works on this parameter store"));
+                }
+                if theirs >= mine {
+                    break;
+                }
                 tries += 1;
                 match tries {
                     0..64 => std::hint::spin_loop(),
@@ -196,5 +208,69 @@ pub fn read_gradients<R>(store: &Store, page: u32, f: impl FnOnce(Gradients<'_>)
         GradientFormat::F32 => f(Gradients::F32(unsafe { std::slice::from_raw_parts(p.cast(), n) })),
         // SAFETY: as above.
         GradientFormat::Bf16 => f(Gradients::Bf16(unsafe { std::slice::from_raw_parts(p.cast(), n) })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ramtorch_store::{BlockSpec, MomentFormat, StoreSpec, TensorSpec};
+
+    fn store(tag: &str) -> Arc<Store> {
+        let tensor = TensorSpec { name: "w".into(), shape: vec![64], joined: false, decay: true };
+        let spec = StoreSpec {
+            blocks: vec![BlockSpec { name: "b".into(), tensors: vec![tensor] }],
+            world_size: 2,
+            moments: MomentFormat::F32,
+            gradients: GradientFormat::F32,
+            page_parameters: Some(1024),
+            spare_pages_per_rank: 1,
+            exchange_bytes: 4096,
+            metadata: String::new(),
+        };
+        let name = format!("/ramtorch-collectives-{tag}-{}", std::process::id());
+        let _ = Store::unlink(&name);
+        let store = Store::create(&name, &spec).unwrap();
+        Store::unlink(&name).unwrap();
+        Arc::new(store)
+    }
+
+    /// A rank that outlives its gang must not take the word of its successor's gang for its peer's.
+    #[test]
+    fn a_rank_that_outlives_its_gang_stops_at_the_next_barrier() {
+        let store = store("fence");
+        let late = Collectives::new(store.clone(), 0, 2, 3);
+        let new = Collectives::new(store, 1, 2, 4);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| new.barrier(Channel::Step));
+            let mut refused = late.barrier(Channel::Step);
+            // Until the other thread has arrived, the late rank waits for its dead peer.
+            while refused.is_ok() {
+                refused = late.barrier(Channel::Step);
+            }
+            assert!(refused.unwrap_err().message.contains("newer gang"));
+            assert!(late.barrier(Channel::Optimizer).is_err(), "it has given up for good");
+            new.abort();
+            assert!(waits.join().unwrap().is_err(), "the new gang's peer has not come");
+        });
+    }
+
+    #[test]
+    fn what_a_killed_gang_left_counts_for_nobody() {
+        let store = store("left");
+        let old: Vec<_> = (0..2).map(|r| Collectives::new(store.clone(), r, 2, 1)).collect();
+        std::thread::scope(|scope| {
+            for rank in &old {
+                scope.spawn(|| (0..9).for_each(|_| rank.barrier(Channel::Step).unwrap()));
+            }
+        });
+        let alone = Collectives::new(store, 0, 2, 2);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| alone.barrier(Channel::Step));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!waits.is_finished());
+            alone.abort();
+            assert!(waits.join().unwrap().is_err());
+        });
     }
 }

@@ -55,10 +55,13 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     file.finish()
 }
 
+/// Suffix of a file that is to replace another.
+pub(crate) const ASIDE: &str = ".new";
+
 /// Replace a small file: written aside, made durable, renamed over the old one.
 pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     let mut aside = path.as_os_str().to_owned();
-    aside.push(".new");
+    aside.push(ASIDE);
     let aside = PathBuf::from(aside);
     remove_file(&aside)?;
     write_file(&aside, bytes)?;
@@ -183,7 +186,7 @@ pub(crate) fn parent(path: &Path) -> &Path {
 
 #[cfg(not(test))]
 fn step() -> std::io::Result<()> {
-    Ok(())
+    ramtorch_failpoint::check(ramtorch_failpoint::Point::FileChange)
 }
 
 #[cfg(test)]

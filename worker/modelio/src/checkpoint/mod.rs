@@ -23,7 +23,7 @@ pub use find::{FindOptions, Search, Skipped, find_sound};
 pub use format::{CheckpointMeta, ShardInfo, TensorChecksums, VERSION};
 pub use partition::partition;
 pub use read::Checkpoint;
-pub use write::{CheckpointWriter, Committed, check_folder};
+pub use write::{CheckpointWriter, Committed, check_folder, tidy};
 
 /// Name of the file that describes a checkpoint.
 pub const MANIFEST_FILE: &str = "checkpoint.json";

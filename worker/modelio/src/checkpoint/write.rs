@@ -10,6 +10,7 @@ use crate::files::{plain_name, read_limited};
 use crate::source::StoreWeights;
 use crate::stream::{PIECE_ELEMENTS, Stream};
 use crate::tensorfile::{PlannedTensor, StreamWriter};
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_store::{MomentFormat, Part, Store};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -167,6 +168,7 @@ impl CheckpointWriter {
         let path = self.root.join(folder_name(self.step));
         let replaced = durable::put_folder(&self.partial, &path, &self.root.join(format!("{}{REPLACED}", folder_name(self.step))))?;
         self.committed = true;
+        hit(Point::CheckpointNamed);
         durable::sync_folder(&self.root)?;
 
         // The checkpoint is safe from here on: what fails below is told, but does not undo it.
@@ -182,8 +184,9 @@ impl CheckpointWriter {
             warn(durable::remove_folder(&self.partial));
         }
         if warn(durable::replace_file(&self.root.join(LATEST_FILE), format!("{}\n", folder_name(self.step)).as_bytes())) {
+            hit(Point::CheckpointLatest);
             for old in superseded(&self.root, keep, self.step, &meta.run) {
-                if warn(durable::remove_folder(&old)) {
+                if warn(remove(&old)) {
                     done.removed.push(old);
                 }
             }
@@ -289,6 +292,43 @@ fn identity() -> String {
     format!("{}-{}-{}", std::process::id(), now.as_nanos(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// Put a checkpoint folder in order after a death: what was left unfinished is removed, `latest` moved on, and older ones
+/// than the `keep` newest of `run` go. Returns the folder of step `step`, if `run` has a whole one. Does nothing while
+/// another process writes there, and nothing to a folder that is not there.
+///
+/// # Errors
+/// The folder cannot be read or written.
+pub fn tidy(root: &Path, step: u64, run: &str, keep: usize) -> Result<Option<PathBuf>, ModelError> {
+    if !root.is_dir() {
+        return Ok(None);
+    }
+    let path = root.join(folder_name(step));
+    let whole = super::Checkpoint::open(&path).is_ok_and(|c| c.step() == step && c.meta().run == run);
+    if let Some(_lock) = FolderLock::take(root)? {
+        clean(root)?;
+        let latest = root.join(LATEST_FILE);
+        let named = read_limited(&latest, 4096).ok().and_then(|t| step_of(String::from_utf8_lossy(&t).trim()));
+        if whole && named.is_none_or(|named| named < step) {
+            durable::replace_file(&latest, format!("{}\n", folder_name(step)).as_bytes())?;
+        }
+        if whole {
+            for old in superseded(root, keep, step, run) {
+                remove(&old)?;
+            }
+        }
+    }
+    Ok(whole.then_some(path))
+}
+
+/// Remove a checkpoint. It loses its name first: one that is only half there would count as damaged, and for ever.
+fn remove(path: &Path) -> Result<(), ModelError> {
+    let mut gone = path.as_os_str().to_owned();
+    gone.push(PARTIAL);
+    let gone = PathBuf::from(gone);
+    durable::rename(path, &gone)?;
+    durable::remove_folder(&gone)
+}
+
 /// Remove what dead writers left, and undo a replacement that was cut off.
 fn clean(root: &Path) -> Result<(), ModelError> {
     let entries = std::fs::read_dir(root).map_err(|e| ModelError::read(root, e))?;
@@ -303,6 +343,8 @@ fn clean(root: &Path) -> Result<(), ModelError> {
         let Ok(name) = entry.file_name().into_string() else { continue };
         if name.strip_suffix(PARTIAL).is_some_and(|n| step_of(n).is_some()) {
             durable::remove_folder(&entry.path())?;
+        } else if name.strip_suffix(durable::ASIDE) == Some(LATEST_FILE) {
+            durable::remove_file(&entry.path())?;
         }
     }
     Ok(())

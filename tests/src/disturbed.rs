@@ -1,0 +1,182 @@
+//! A run that is disturbed, and the proof that it cannot be told from one that was not.
+
+use crate::sandbox::Sandbox;
+use crate::{Daemon, Fixture, JobFile, MetricsLine, StepBits, Tensor, assert_same_tensors, bits, read_metrics, read_tensors};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Settings of a daemon that starts a gang again at once, however often.
+pub const PATIENT: &str = "
+[supervision]
+heartbeat_timeout_seconds = 2
+restart_budget = 1000000
+restart_backoff_seconds = 0.01
+settle_seconds = 0.02
+";
+
+/// What a run leaves: every deterministic number of every step, the trained model, the names of its checkpoints.
+#[derive(Debug)]
+pub struct Outcome {
+    metrics: Vec<StepBits>,
+    weights: BTreeMap<String, Tensor>,
+    checkpoints: Vec<String>,
+}
+
+/// A run of a tiny model on two ranks that passes through everything: loading, training with several sequences a step,
+/// validation, checkpoints of which one is kept, export.
+pub fn everything(steps: usize) -> JobFile {
+    Fixture::load("llama")
+        .job("disturbed")
+        .set("train.steps", steps)
+        .set("train.batch_size", 4)
+        .set("train.micro_batch_size", 1)
+        .set("train.validate_every", 5)
+        .set("schedule.warmup_steps", 2)
+        .set("data.validation_fraction", 0.1)
+        .set("data.shuffle", true)
+        .set("checkpoint.path", "checkpoints")
+        .set("checkpoint.every_steps", 4)
+        .set("checkpoint.keep", 1)
+        .set("checkpoint.at_end", true)
+        .set("output.path", "model")
+}
+
+impl Outcome {
+    /// What lies in a sandbox after the run.
+    #[track_caller]
+    pub fn read(sandbox: &Sandbox) -> Outcome {
+        let lines: Vec<MetricsLine> = read_metrics(&sandbox.path("metrics.jsonl"));
+        Outcome { metrics: bits(&lines), weights: read_tensors(&sandbox.path("model")), checkpoints: names(&sandbox.path("checkpoints")) }
+    }
+
+    /// The same job, undisturbed.
+    #[track_caller]
+    pub fn undisturbed(job: &JobFile) -> Outcome {
+        let sandbox = Sandbox::new();
+        sandbox.run_job("whole", job, "cpu:2").expect_success();
+        Outcome::read(&sandbox)
+    }
+
+    /// Compares to the bit, and checks that nothing unfinished lies about.
+    #[track_caller]
+    pub fn assert_same(&self, undisturbed: &Outcome, what: &str) {
+        let different = self.metrics.iter().zip(&undisturbed.metrics).find(|(a, b)| a != b);
+        assert_eq!(different, None, "{what}: the first step that differs");
+        assert_eq!(self.metrics.len(), undisturbed.metrics.len(), "{what}: steps");
+        assert_same_tensors(&self.weights, &undisturbed.weights, what);
+        assert_eq!(self.checkpoints, undisturbed.checkpoints, "{what}: checkpoints");
+    }
+}
+
+/// Checks that a daemon that has stopped left nothing unfinished in its state folder, and a job nothing beside its results.
+#[track_caller]
+pub fn assert_tidy(sandbox: &Sandbox, daemon_state: &Path) {
+    assert_eq!(names(&daemon_state.join("segments")), Vec::<String>::new(), "registrations left");
+    let job_files: Vec<String> = std::fs::read_dir(daemon_state.join("jobs"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .flat_map(|job| names(&job.path()))
+        .filter(|name| !["job.json", "metrics.jsonl", "logs"].contains(&name.as_str()))
+        .collect();
+    assert_eq!(job_files, Vec::<String>::new(), "unfinished files in the folders of jobs");
+    let unfinished: Vec<String> = names(sandbox.root()).into_iter().filter(|n| n.contains(".partial") || n.contains(".replaced")).collect();
+    assert_eq!(unfinished, Vec::<String>::new(), "unfinished results");
+}
+
+/// Names in a folder, sorted; none where it is not there.
+pub fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// A daemon that may die at any time; its successors are started on the same state folder as often as that is needed.
+pub struct Immortal<'a> {
+    sandbox: &'a Sandbox,
+    environment: Vec<(String, String)>,
+    config: std::path::PathBuf,
+    daemon: Option<Daemon<'a>>,
+    /// Daemons that were started.
+    pub lives: usize,
+}
+
+impl<'a> Immortal<'a> {
+    /// Starts the first one, with these variables in its environment and that of its workers.
+    #[track_caller]
+    pub fn start(sandbox: &'a Sandbox, environment: &[(&str, &str)]) -> Immortal<'a> {
+        let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let config = sandbox.file("ramtorchd.toml", PATIENT);
+        let mut immortal = Immortal { sandbox, environment, config, daemon: None, lives: 0 };
+        immortal.alive();
+        immortal
+    }
+
+    /// The daemon, a new one if the last has died.
+    #[track_caller]
+    pub fn alive(&mut self) -> &mut Daemon<'a> {
+        if self.daemon.as_mut().is_some_and(|d| d.process().has_ended()) {
+            self.daemon = None;
+        }
+        let mut lives = 0;
+        while self.daemon.is_none() {
+            lives += 1;
+            assert!(lives < 100, "daemons die faster than they start");
+            let config = self.config.to_str().expect("a path of a sandbox");
+            let more = ["--config", config];
+            self.daemon = Daemon::try_start(self.sandbox, "cpu:2", &more, &self.environment);
+            self.lives += 1;
+        }
+        self.daemon.as_mut().expect("just started")
+    }
+
+    /// Submits the job, again if the daemon died before it answered; returns its id.
+    #[track_caller]
+    pub fn submit(&mut self, job: &JobFile) -> String {
+        let path = self.sandbox.write_job("job", job);
+        loop {
+            let daemon = self.alive();
+            // A daemon that died after the job was durable and before it answered has the job.
+            if let Some(id) = daemon.try_ask(["list", "--all"]).and_then(|l| l["jobs"][0]["id"].as_str().map(str::to_owned)) {
+                return id;
+            }
+            daemon.try_ask(["submit", path.to_str().expect("a path of a sandbox")]);
+        }
+    }
+
+    /// Waits for the end of a daemon that was asked to stop, or that dies.
+    #[track_caller]
+    pub fn ended(&mut self, limit: std::time::Duration) -> crate::Finished {
+        self.daemon.take().expect("a daemon that was seen alive").into_process().wait(limit)
+    }
+
+    /// Waits until the job has ended; `between` is called again and again until then.
+    #[track_caller]
+    pub fn wait(&mut self, id: &str, limit: std::time::Duration, mut between: impl FnMut(&mut Daemon<'a>)) -> serde_json::Value {
+        let end = std::time::Instant::now() + limit;
+        let mut look = std::time::Instant::now();
+        loop {
+            let daemon = self.alive();
+            if look <= std::time::Instant::now() {
+                let job = daemon.try_ask(["describe", id]).unwrap_or_default();
+                if matches!(job["state"].as_str(), Some("succeeded" | "failed" | "cancelled")) {
+                    return job;
+                }
+                assert!(std::time::Instant::now() < end, "the job did not end within {limit:?}: {job:#}\n{}", daemon.process().stderr());
+                look = std::time::Instant::now() + std::time::Duration::from_millis(100);
+            }
+            between(daemon);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    /// Stops it in order, a new one first if the last has died. Nothing may be left.
+    #[track_caller]
+    pub fn stop(mut self) {
+        let state = self.alive().state_dir();
+        let daemon = self.daemon.take().expect("just seen alive");
+        daemon.stop();
+        assert_tidy(self.sandbox, &state);
+    }
+}

@@ -1,0 +1,193 @@
+//! Random processes of the tree are killed or stopped at random times, and the run cannot be told from an undisturbed one.
+//!
+//! ```text
+//! RAMTORCH_CHAOS_KILLS=500 RAMTORCH_CHAOS_SEED=7 cargo test -p ramtorch-tests --test chaos -- --nocapture
+//! ```
+//! The seed decides who gets which signal after which pause; the machine decides what they were doing then.
+//! `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_SUMMARY` a file for the summary.
+#![allow(clippy::unwrap_used)]
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use ramtorch_tests::disturbed::{Immortal, Outcome, everything};
+use ramtorch_tests::{Daemon, Sandbox};
+use std::collections::BTreeMap;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// splitmix64
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    fn pause(&mut self, most_ms: u64) -> Duration {
+        Duration::from_micros(self.below(most_ms * 1000))
+    }
+}
+
+/// A death whose end is waited for.
+struct Death {
+    of: &'static str,
+    at: Instant,
+    /// Workers of that time.
+    gang: Vec<Pid>,
+    /// Length of the metrics file once all of them were gone.
+    bytes: Option<u64>,
+}
+
+#[derive(Default)]
+struct Tally {
+    /// Signals sent, by kind.
+    sent: BTreeMap<&'static str, u64>,
+    /// Seconds from a death to the first new step, by who died.
+    recovered: BTreeMap<&'static str, Vec<f64>>,
+    kills: u64,
+    daemons: usize,
+}
+
+struct Chaos<'a> {
+    random: &'a mut Random,
+    tally: &'a mut Tally,
+    metrics: PathBuf,
+    next: Instant,
+    death: Option<Death>,
+}
+
+impl Chaos<'_> {
+    /// Called every few milliseconds.
+    fn turn(&mut self, sandbox: &Sandbox, daemon: &mut Daemon<'_>) {
+        let now = Instant::now();
+        let workers = || -> Vec<Pid> {
+            let running = sandbox.processes();
+            running.iter().filter(|(_, line)| line.trim_end().ends_with(" worker")).map(|(pid, _)| Pid::from_raw(*pid)).collect()
+        };
+        let length = || std::fs::metadata(&self.metrics).map_or(0, |m| m.len());
+        if let Some(death) = self.death.as_mut().filter(|d| d.bytes.is_none()) {
+            let now = workers();
+            if !death.gang.iter().any(|pid| now.contains(pid)) {
+                death.bytes = Some(length());
+            }
+        }
+        // What was written before that may be the old gang's.
+        if let Some(death) = self.death.take_if(|d| d.bytes.is_some_and(|bytes| lines_from(&self.metrics, bytes) > 0)) {
+            self.tally.recovered.entry(death.of).or_default().push(death.at.elapsed().as_secs_f64());
+            self.next = now + self.random.pause(150);
+        }
+        // Mostly it may recover first; sometimes the next death comes while it does.
+        let patience = if self.random.below(400) == 0 { Duration::ZERO } else { Duration::from_secs(3) };
+        if now < self.next || self.death.as_ref().is_some_and(|d| d.at.elapsed() < patience) {
+            return;
+        }
+        let supervisor = daemon.process().pid();
+        let workers = workers();
+        let strike_supervisor = workers.is_empty() || self.random.below(3) == 0;
+        let victim = if strike_supervisor { supervisor } else { workers[self.random.below(workers.len() as u64) as usize] };
+        if self.random.below(8) == 0 {
+            // It may be dead already: then this was no fault.
+            if kill(victim, Signal::SIGSTOP).is_ok() {
+                let pause = self.random.pause(1500);
+                std::thread::spawn(move || {
+                    std::thread::sleep(pause);
+                    let _ = kill(victim, Signal::SIGCONT);
+                });
+                *self.tally.sent.entry(if strike_supervisor { "supervisor stopped" } else { "worker stopped" }).or_default() += 1;
+            }
+            self.next = now + self.random.pause(600);
+            return;
+        }
+        if kill(victim, Signal::SIGKILL).is_ok() {
+            let of = if strike_supervisor { "supervisor killed" } else { "worker killed" };
+            *self.tally.sent.entry(of).or_default() += 1;
+            self.tally.kills += 1;
+            self.death = Some(Death { of, at: Instant::now(), gang: workers, bytes: None });
+        }
+        self.next = now + self.random.pause(150);
+    }
+}
+
+/// Whole lines of a file from an offset.
+fn lines_from(path: &Path, offset: u64) -> usize {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(path)?;
+        file.seek(SeekFrom::Start(offset))?;
+        let mut bytes = Vec::new();
+        file.take(1 << 16).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().unwrap_or_default().iter().filter(|b| **b == b'\n').count()
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")),
+        Err(_) => default,
+    }
+}
+
+fn summary(seed: u64, steps: u64, runs: u64, tally: &Tally, elapsed: Duration) -> String {
+    let mut text = format!(
+        "chaos: seed {seed}, {} kills in {:.0} s over {runs} runs of {steps} steps on 2 ranks, {} daemons\n",
+        tally.kills,
+        elapsed.as_secs_f64(),
+        tally.daemons
+    );
+    for (kind, count) in &tally.sent {
+        text += &format!("  {kind}: {count}\n");
+    }
+    for (kind, times) in &tally.recovered {
+        let mut times = times.clone();
+        times.sort_by(f64::total_cmp);
+        let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
+        text += &format!(
+            "  {kind}, to the first new step: median {:.2} s, 95 % {:.2} s, most {:.2} s ({} measured)\n",
+            at(0.5),
+            at(0.95),
+            at(1.0),
+            times.len()
+        );
+    }
+    text + &format!("  steps compared: {}, lost: 0; bytes lost: 0; processes, segments, files left: 0\n", steps * runs)
+}
+
+#[test]
+fn random_deaths_leave_no_trace() {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let (seed, kills) = (setting("RAMTORCH_CHAOS_SEED", clock), setting("RAMTORCH_CHAOS_KILLS", 12));
+    let steps = setting("RAMTORCH_CHAOS_STEPS", 600);
+    // Shown when the test fails, too.
+    eprintln!("RAMTORCH_CHAOS_SEED={seed} RAMTORCH_CHAOS_KILLS={kills} RAMTORCH_CHAOS_STEPS={steps}");
+    let job = everything(steps as usize).set("checkpoint.every_steps", 150u64).set("train.validate_every", 100u64);
+    let whole = Outcome::undisturbed(&job);
+    let (mut random, mut tally, mut runs) = (Random(seed), Tally::default(), 0);
+    let begun = Instant::now();
+    while tally.kills < kills {
+        let sandbox = Sandbox::new();
+        let mut daemon = Immortal::start(&sandbox, &[]);
+        let id = daemon.submit(&job);
+        let first = Instant::now() + random.pause(300);
+        let metrics = sandbox.path("metrics.jsonl");
+        let mut chaos = Chaos { random: &mut random, tally: &mut tally, metrics, next: first, death: None };
+        let end = daemon.wait(&id, Duration::from_secs(600), |d| chaos.turn(&sandbox, d));
+        assert_eq!(end["state"], "succeeded", "{end:#}");
+        tally.daemons += daemon.lives;
+        daemon.stop();
+        Outcome::read(&sandbox).assert_same(&whole, &format!("run {runs} of seed {seed}"));
+        runs += 1;
+        eprintln!("run {runs}: {} kills so far", tally.kills);
+    }
+    let text = summary(seed, steps, runs, &tally, begun.elapsed());
+    eprint!("{text}");
+    if let Some(path) = std::env::var_os("RAMTORCH_CHAOS_SUMMARY") {
+        std::fs::write(path, text).unwrap();
+    }
+}

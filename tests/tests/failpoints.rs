@@ -1,0 +1,208 @@
+//! Processes die, stop or fail at every named point of the store, the step, the checkpoint writer and the supervisor; the
+//! run cannot be told from one that was not disturbed, and nothing is left. Which points there are is in one list in the
+//! code: one that no group below names, or that is never reached, fails a test.
+#![allow(clippy::unwrap_used)]
+
+use nix::sys::signal::Signal;
+use ramtorch_failpoint::{MARKS_VARIABLE, Point, VARIABLE};
+use ramtorch_tests::Sandbox;
+use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+const STEPS: usize = 16;
+const LIMIT: Duration = Duration::from_secs(150);
+
+/// Groups of points that are armed in one run each; an entry fires once in a run, in whichever process comes first.
+macro_rules! groups {
+    ($($name:ident: [$($entry:literal),+ $(,)?])+) => {
+        const GROUPS: &[&[&str]] = &[$(&[$($entry),+]),+];
+        $(
+            #[test]
+            #[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+            fn $name() {
+                survives(stringify!($name), &[$($entry),+]);
+            }
+        )+
+    };
+}
+
+groups! {
+    deaths_while_a_gang_starts: ["prepare.done=kill", "rank.born=kill", "rank.registered=kill", "load.page=kill",
+        "load.filled=kill", "load.recorded=kill"]
+    deaths_in_a_sweep: ["step.forward=2*off->kill", "step.swept=2*off->kill", "step.reduced=1*off->kill", "step.agreed=2*off->kill",
+        "step.agreed=3*off->kill", "step.swept=3*off->kill"]
+    deaths_around_the_record: ["step.recorded=1*off->kill", "step.announced=1*off->kill", "step-record.begun=3*off->kill",
+        "step-record.filled=4*off->kill", "step-record.published=5*off->kill", "step-record.filled=1*off->kill"]
+    deaths_in_the_optimizer: ["optimizer.begun=2*off->kill", "page.begun=9*off->kill", "page.written=10*off->kill",
+        "page.published=11*off->kill", "optimizer.updated=1*off->kill", "optimizer.agreed=1*off->kill"]
+    deaths_around_the_line: ["step.committed=1*off->kill", "step.reported=2*off->kill", "validation.done=kill",
+        "step.committed=4*off->kill", "validation.done=1*off->kill"]
+    deaths_in_recovery: ["optimizer.begun=2*off->kill,recover.begun=kill", "optimizer.updated=4*off->kill,recover.updated=kill",
+        "page.written=20*off->kill,recover.recorded=kill"]
+    deaths_in_a_checkpoint: ["checkpoint.begun=kill", "checkpoint.shard=kill", "checkpoint.named=kill", "checkpoint.latest=1*off->kill",
+        "checkpoint.done=kill"]
+    deaths_at_changes_of_files: ["file.change=kill", "file.change=6*off->kill", "file.change=13*off->kill", "file.change=20*off->kill",
+        "file.change=27*off->kill", "file.change=34*off->kill", "file.change=41*off->kill"]
+    deaths_at_the_end: ["export.done=kill", "rank.done=kill", "export.done=kill", "checkpoint.done=3*off->kill"]
+
+    supervisor_deaths_around_a_segment: ["registry.begun=kill", "registry.written=kill", "registry.renamed=kill", "registry.durable=kill",
+        "segment.created=kill", "segment.reserved=kill", "segment.described=kill", "segment.whole=kill"]
+    supervisor_deaths_as_a_job_starts: ["job.submitted=kill", "job.preparing=kill", "job.planning=kill", "job.reserving=kill",
+        "worker.spawning=kill", "worker.spawned=1*off->kill", "job.starting=kill", "job.running=kill"]
+    supervisor_deaths_around_records: ["record.begun=kill", "record.written=kill", "record.renamed=kill", "record.durable=kill",
+        "record.begun=2*off->kill", "record.written=3*off->kill", "record.renamed=4*off->kill", "record.durable=4*off->kill",
+        "record.begun=5*off->kill", "record.durable=6*off->kill"]
+    supervisor_deaths_in_training: ["job.step=2*off->kill", "job.step=1*off->kill,recovery.read=kill,recovery.ended=kill,recovery.swept=kill",
+        "step.swept=1*off->kill,job.failing=kill", "step.agreed=1*off->kill,job.backoff=kill",
+        "job.ended=kill"]
+    supervisor_deaths_at_the_end: ["job.removing=kill", "segment.unlinking=kill", "segment.unlinked=kill", "registry.forgetting=kill",
+        "registry.forgotten=kill"]
+
+    stopped_processes_are_replaced: ["step.swept=2*off->stop", "page.written=30*off->stop"]
+    errors_and_panics: ["step.agreed=2*off->panic", "file.change=5*off->error", "optimizer.updated=2*off->panic",
+        "record.written=3*off->error", "step.forward=3*off->sleep(300)"]
+}
+
+/// Points that [`a_successor_goes_on_where_the_daemon_was_asked_to_stop`] passes.
+const OF_A_STOP: &[&str] = &["job.requeued"];
+
+fn undisturbed() -> &'static Outcome {
+    static WHOLE: OnceLock<Outcome> = OnceLock::new();
+    WHOLE.get_or_init(|| Outcome::undisturbed(&everything(STEPS)))
+}
+
+#[track_caller]
+fn survives(what: &str, entries: &[&str]) {
+    let whole = undisturbed();
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let armed = entries.join(";");
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let id = daemon.submit(&everything(STEPS));
+    let begun = std::time::Instant::now();
+    let job = daemon.wait(&id, LIMIT, |_| {});
+    eprintln!("{what}: {} lives, {:.1} s", daemon.lives, begun.elapsed().as_secs_f64());
+    let fired = names(&marks);
+    assert_eq!(job["state"], "succeeded", "{what}: after {fired:?}: {job:#}");
+    let wanted: usize = entries.iter().map(|e| e.split(',').count()).sum();
+    // The last daemon may have died after it told the end.
+    let lives = daemon.lives;
+    daemon.stop();
+    let fired_at_all = names(&marks);
+    assert_eq!(fired_at_all.len(), wanted, "{what}: only {fired_at_all:?} of {entries:?} were reached, in {lives} daemon(s)");
+    Outcome::read(&sandbox).assert_same(whole, what);
+}
+
+#[test]
+fn every_point_is_in_a_group() {
+    let named: Vec<&str> =
+        GROUPS.iter().flat_map(|g| g.iter()).flat_map(|e| e.split(',')).filter_map(|e| Some(e.split_once('=')?.0)).collect();
+    let missing: Vec<&str> =
+        Point::ALL.iter().map(|p| p.name()).filter(|name| !named.contains(name) && !OF_A_STOP.contains(name)).collect();
+    assert!(missing.is_empty(), "no test lets a process die at {missing:?}");
+}
+
+/// The way in which an operator puts a new version under a running job; the first of the stops dies half-way.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_successor_goes_on_where_the_daemon_was_asked_to_stop() {
+    let whole = Outcome::undisturbed(&everything(400));
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, "job.requeued=kill"), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let id = daemon.submit(&everything(400));
+    let mut segment = String::new();
+    for stop in 1..=3u64 {
+        let running = daemon.alive().wait_for(&id, "steps", |j| j["state"] == "running" && j["step"].as_u64() >= Some(stop * 60));
+        let name = running["segment"].as_str().unwrap().to_owned();
+        assert!(segment.is_empty() || segment == name, "the job goes on in the same segment");
+        segment = name;
+        daemon.alive().process().signal(Signal::SIGUSR2);
+        let finished = daemon.ended(Duration::from_secs(20));
+        assert_eq!(finished.code, if stop == 1 { 137 } else { 0 }, "{}", finished.stderr);
+        assert!(std::path::Path::new("/dev/shm").join(segment.trim_start_matches('/')).exists(), "the segment is kept");
+        assert!(ramtorch_tests::settled(|| sandbox.processes()).is_empty(), "no process is left between two daemons");
+    }
+    let job = daemon.wait(&id, LIMIT, |_| {});
+    assert_eq!(job["state"], "succeeded", "{job:#}");
+    assert_eq!(names(&marks), ["0-job.requeued"]);
+    assert_eq!(job["restarts"], 0, "a stop is no failure");
+    let prepared = names(&sandbox.path(&format!("state/jobs/{id}/logs"))).iter().filter(|n| n.starts_with("prepare")).count();
+    assert_eq!(prepared, 1, "nothing is read from disk again");
+    daemon.stop();
+    Outcome::read(&sandbox).assert_same(&whole, "three daemons");
+}
+
+/// A job that runs into one armed entry; returns its folder, and how many gangs there were.
+#[track_caller]
+fn disturbed_once(job: &ramtorch_tests::JobFile, armed: &str) -> (Sandbox, usize) {
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let id = daemon.submit(job);
+    let end = daemon.wait(&id, LIMIT, |_| {});
+    assert_eq!(end["state"], "succeeded", "{end:#}");
+    assert_eq!(names(&marks).len(), armed.split(['\n', ',', ';']).count(), "{armed}");
+    let gangs = names(&sandbox.path(&format!("state/jobs/{id}/logs"))).iter().filter(|n| n.starts_with("rank-0.")).count();
+    daemon.stop();
+    (sandbox, gangs)
+}
+
+/// The segment goes last. A daemon that died between its end and that of the job used to leave a job without a segment
+/// that looked unfinished, and was run again.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_job_that_has_ended_is_not_run_again() {
+    let job =
+        everything(STEPS).unset("checkpoint.path").unset("checkpoint.every_steps").unset("checkpoint.at_end").unset("checkpoint.keep");
+    for point in ["segment.unlinking", "segment.unlinked", "registry.forgotten", "job.ended"] {
+        let (_sandbox, gangs) = disturbed_once(&job, &format!("{point}=kill"));
+        assert_eq!(gangs, 1, "{point}");
+    }
+}
+
+/// A gang used to be started before the record with its segment and generation was on the disk. On a slow disk, a daemon
+/// that died then lost the segment, with every step in it.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_gang_waits_until_its_record_is_on_the_disk() {
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let slow: Vec<String> = (0..10).map(|n| format!("record.begun={n}*off->sleep(400)")).collect();
+    let armed = format!("job.step=kill;{}", slow.join(";"));
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let id = daemon.submit(&everything(STEPS));
+    let job = daemon.wait(&id, LIMIT, |_| {});
+    assert_eq!((job["state"].as_str(), daemon.lives), (Some("succeeded"), 2), "{job:#}");
+    let logs = names(&sandbox.path(&format!("state/jobs/{id}/logs")));
+    assert_eq!(logs.iter().filter(|n| n.starts_with("prepare")).count(), 1, "the second daemon knows the segment: {logs:?}");
+    assert!(logs.contains(&"rank-0.g2.log".to_owned()), "and the generation: {logs:?}");
+    daemon.stop();
+    Outcome::read(&sandbox).assert_same(undisturbed(), "on a slow disk");
+}
+
+/// The checkpoint of a step whose gang died after the commit and before the checkpoint was whole used to be left out.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn an_interrupted_checkpoint_is_written_by_the_next_gang() {
+    let job = everything(STEPS).unset("checkpoint.every_steps");
+    for point in ["optimizer.agreed=15*off", "checkpoint.begun", "checkpoint.shard", "checkpoint.named"] {
+        let armed = if point.contains('=') { format!("{point}->kill") } else { format!("{point}=kill") };
+        let (sandbox, gangs) = disturbed_once(&job, &armed);
+        assert_eq!((names(&sandbox.path("checkpoints")), gangs), (vec!["latest".to_owned(), "step-00000016".to_owned()], 2), "{point}");
+    }
+}
+
+/// A folder that a submission left that was never answered used to stay for ever, and to be warned of at each start.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_submission_that_was_never_answered_leaves_nothing() {
+    let job = everything(STEPS);
+    let (sandbox, _) = disturbed_once(&job, "record.written=kill");
+    assert_eq!(names(&sandbox.path("state/jobs")).len(), 1);
+}
