@@ -362,41 +362,41 @@ impl Session {
             return Ok(());
         }
         let buffer = &g.buffers[i];
-        self.bytes_out += len * self.store.layout().spec().gradients.bytes();
-        if let Some(packed) = g.packed.get(g.next_packed) {
-            let bytes = len * self.store.layout().spec().gradients.bytes();
-            dev.wait_measured(Stream::Compute, packed.free, &Label::wait(Wait::Gradients).block(b))?;
-            let out = packed.buf.slice(0, bytes);
-            dev.from_f32(buffer.buf.slice(0, len * 4), len as usize, out)?;
-            dev.record(buffer.free, Stream::Compute)?;
-            dev.record(packed.full, Stream::Compute)?;
-            dev.wait(Stream::CopyOut, packed.full)?;
-            let stretch = dev.begin(Stream::CopyOut, &Label::copy("store gradients", bytes).block(b))?;
-            dev.store_packed_gradients(Stream::CopyOut, out, &self.store, start, len)?;
-            dev.end(Stream::CopyOut, stretch)?;
-            dev.record(packed.free, Stream::CopyOut)?;
-            dev.record(self.outs[b], Stream::CopyOut)?;
-            g.next_packed = (g.next_packed + 1) % g.packed.len();
-            g.advance(b);
-            return Ok(());
-        }
         let accumulate = group > 0 && !resident;
-        dev.record(buffer.full, Stream::Compute)?;
-        dev.wait(Stream::CopyOut, buffer.full)?;
-        let src = buffer.buf.slice(0, len * 4);
         let bytes = len * self.store.layout().spec().gradients.bytes();
+        self.bytes_out += bytes;
+        let sum = buffer.buf.slice(0, len * 4);
+        let packed = g.packed.get(g.next_packed);
+        // What leaves: the sum itself, or the sum rounded into a buffer of its own, which frees the sum's at once.
+        let (leaving, src) = match packed {
+            Some(packed) => {
+                dev.wait_measured(Stream::Compute, packed.free, &Label::wait(Wait::Gradients).block(b))?;
+                let out = packed.buf.slice(0, bytes);
+                dev.from_f32(sum, len as usize, out)?;
+                dev.record(buffer.free, Stream::Compute)?;
+                (packed, out)
+            }
+            None => (buffer, sum),
+        };
+        dev.record(leaving.full, Stream::Compute)?;
+        dev.wait(Stream::CopyOut, leaving.full)?;
         let label =
             if comm.world() == 1 { Label::copy("store gradients", bytes) } else { Label::collective("reduce gradients").bytes(len * 4) };
         let stretch = dev.begin(Stream::CopyOut, &label.block(b))?;
-        if comm.world() == 1 {
+        if packed.is_some() {
+            dev.store_packed_gradients(Stream::CopyOut, src, &self.store, start, len)?;
+        } else if comm.world() == 1 {
             dev.store_gradients(Stream::CopyOut, src, &self.store, start, len, accumulate)?;
         } else {
             let comm = comm.clone();
             dev.host_reduce(Stream::CopyOut, src, Box::new(move |sum| comm.reduce_gradients(sum, start, accumulate)))?;
         }
         dev.end(Stream::CopyOut, stretch)?;
-        dev.record(buffer.free, Stream::CopyOut)?;
+        dev.record(leaving.free, Stream::CopyOut)?;
         dev.record(self.outs[b], Stream::CopyOut)?;
+        if !g.packed.is_empty() {
+            g.next_packed = (g.next_packed + 1) % g.packed.len();
+        }
         g.advance(b);
         Ok(())
     }

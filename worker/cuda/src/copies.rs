@@ -107,6 +107,14 @@ pub(crate) fn load_parameters(
     Ok(())
 }
 
+/// Gradients `start..start + count` are the store's.
+fn inside(store: &Store, start: u64, count: u64) -> Result<(), EngineError> {
+    if start.checked_add(count).is_none_or(|end| end > store.layout().span()) {
+        return Err(EngineError::internal(format!("gradients {start}+{count}, past the end of the store's {}", store.layout().span())));
+    }
+    Ok(())
+}
+
 /// Gradients in the store's format, in one copy.
 pub(crate) fn store_packed_gradients(
     d: &CudaDevice,
@@ -116,9 +124,7 @@ pub(crate) fn store_packed_gradients(
     start: u64,
     count: u64,
 ) -> Result<(), EngineError> {
-    if start.checked_add(count).is_none_or(|end| end > store.layout().span()) {
-        return Err(EngineError::internal(format!("gradients {start}+{count}, past the end of the store's {}", store.layout().span())));
-    }
+    inside(store, start, count)?;
     let bytes = count * store.layout().spec().gradients.bytes();
     fits(src, bytes, "gradients")?;
     if bytes == 0 {
@@ -137,9 +143,7 @@ pub(crate) fn store_gradients(
     count: u64,
     accumulate: bool,
 ) -> Result<(), EngineError> {
-    if start.checked_add(count).is_none_or(|end| end > store.layout().span()) {
-        return Err(EngineError::internal(format!("gradients {start}+{count}, past the end of the store's {}", store.layout().span())));
-    }
+    inside(store, start, count)?;
     fits(src, count * 4, "gradients")?;
     let (size, kernel) = match store.layout().spec().gradients {
         GradientFormat::None => return Err(EngineError::internal("the store keeps no gradients")),

@@ -13,7 +13,8 @@ use crate::source::WeightSource;
 use crate::stream::Stream;
 use crate::tensorfile::{PlannedTensor, StreamWriter};
 use serde_json::{Map, Value, json};
-use std::path::Path;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 /// Describes a plain stack in its folder, as config.json does a language model.
 pub const STACK_FILE: &str = "ramtorch.json";
@@ -53,14 +54,10 @@ pub fn export_hf(
     source: &dyn WeightSource,
     options: &ExportOptions,
 ) -> Result<u64, ModelError> {
-    // A link is followed, so that the folder behind it is replaced and not the link.
-    let target = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
-    let Some(name) = target.file_name() else {
-        return Err(ModelError::Exists { path: target, message: "is not a name for a new folder".into() });
-    };
+    let (target, name) = target(folder)?;
     check_target(&target, options.overwrite)?;
     let beside = |suffix: &str| {
-        let mut name = name.to_owned();
+        let mut name = name.clone();
         name.push(suffix);
         target.with_file_name(name)
     };
@@ -91,12 +88,19 @@ pub fn export_hf(
 /// # Errors
 /// What [`export_hf`] with `overwrite` would say, but for a disk that is full.
 pub fn check_export_folder(folder: &Path) -> Result<(), ModelError> {
-    let target = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
-    if target.file_name().is_none() {
-        return Err(ModelError::Exists { path: target, message: "is not a name for a new folder".into() });
-    }
+    let (target, _) = target(folder)?;
     check_target(&target, true)?;
     durable::check_writable(durable::parent(&target))
+}
+
+/// The folder that is written or replaced, and its name. A link is followed, so that the folder behind it is replaced and not
+/// the link.
+fn target(folder: &Path) -> Result<(PathBuf, OsString), ModelError> {
+    let target = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    match target.file_name().map(ToOwned::to_owned) {
+        Some(name) => Ok((target, name)),
+        None => Err(ModelError::Exists { path: target, message: "is not a name for a new folder".into() }),
+    }
 }
 
 /// Make the temporary folder this export's own.
