@@ -70,6 +70,8 @@ impl Outside for World {
             // With the default of 8, a worker's streams share queues to the device, and arithmetic that is ready waits for
             // copies it has nothing to do with.
             ("CUDA_DEVICE_MAX_CONNECTIONS", "32".into()),
+            // Sums that switches make (NVLink multicast) come in no fixed order.
+            ("NCCL_NVLS_ENABLE", "0".into()),
         ];
         let request = SpawnRequest { key, exe: self.worker.exe.clone(), args: self.worker.args.clone(), env, log, signals };
         let (spawner, answers, witness) = (self.spawner.clone(), self.answers.clone(), self.disk.witness());

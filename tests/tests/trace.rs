@@ -49,7 +49,7 @@ const ROUNDING: f64 = 0.01;
 
 fn check(spans: &[Span], rows: &BTreeSet<(u64, String)>, first: u64, last: u64) {
     for rank in 0..2 {
-        for row in ["step loop", "compute", "copy in", "copy out", "optimizer", "optimizer CPU"] {
+        for row in ["step loop", "compute", "copy in", "copy out", "peers", "optimizer", "optimizer CPU"] {
             assert!(rows.contains(&(rank, row.to_owned())), "rank {rank} has no row {row}: {rows:?}");
         }
         let mine: Vec<&Span> = spans.iter().filter(|s| s.rank == rank).collect();
@@ -68,7 +68,7 @@ fn check(spans: &[Span], rows: &BTreeSet<(u64, String)>, first: u64, last: u64) 
             assert_eq!(count("head"), 3, "micro-batches of a rank");
             let copies =
                 |row: u64, what: &str| mine.iter().filter(|s| s.row == row && s.step == step.step && s.name.starts_with(what)).count();
-            assert!(copies(2, "load weights") > 0 && copies(3, "reduce gradients") > 0);
+            assert!(copies(2, "load weights") > 0 && copies(3, "store gradients") > 0 && copies(4, "reduce gradients") > 0);
         }
         // The optimizer of the step before, which works beside the first step, and that of the last one.
         let updated: BTreeSet<u64> = mine.iter().filter(|s| s.name.starts_with("adamw")).map(|s| s.step).collect();

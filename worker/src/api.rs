@@ -252,6 +252,8 @@ pub struct Rates {
     pub norm_parameters: f64,
     /// The GPU's, where the job runs on one.
     pub gpu: Option<GpuRates>,
+    /// Every GPU of the node can reach every other's memory; nothing where there is only one, or nobody asked.
+    pub peer_access: Option<bool>,
 }
 
 /// What a GPU does with this job's layers.
@@ -282,6 +284,8 @@ pub struct GpuRates {
     pub from_device: f64,
     /// Both at once.
     pub both: [f64; 2],
+    /// Gathers and reductions between devices, bytes a second that a rank receives; 0 where nothing was measured.
+    pub peers: f64,
 }
 
 /// Seconds of visits of one decoder layer with one micro-batch.

@@ -59,7 +59,7 @@ pub(crate) fn run(a: &Assignment, source: &Source, request: &EvalRequest, contro
     for (i, some) in all.chunks(micro_batch).enumerate() {
         control.heartbeat(i as u64, "evaluating");
         control.progress("evaluating", (i * micro_batch) as u64, sequences);
-        sum += session.evaluate(&reader, Part::Train, some, 1, 0)?;
+        sum += session.evaluate(&reader, Part::Train, some, some.len(), 1, 0)?;
         weight += reader.weight(Part::Train, some)?;
     }
     let loss = sum / weight.max(1.0);

@@ -17,7 +17,7 @@ use crate::prepare::tokenizer_source;
 use crate::session::rope_table;
 use crate::weights::WeightCache;
 use ramtorch_data::{TextStream, Tokenizer, TokenizerSource};
-use ramtorch_device::{DevBuf, Device, Dtype, Stream, TokenIndex};
+use ramtorch_device::{DevBuf, Device, Dtype, Ranks, Stream, TokenIndex};
 use ramtorch_job::{JobSpec, Precision, SampleSpec};
 use ramtorch_modelio::{Architecture, TransformerConfig};
 use ramtorch_store::Store;
@@ -212,7 +212,7 @@ impl Runner {
         let size = |b: usize| rounded(model.places[b].1 * dtype.size());
         let largest = (0..model.len()).map(size).max().unwrap_or(0);
         let total: u64 = (0..model.len()).map(size).sum();
-        let budget = spec.memory_bytes.saturating_sub(crate::plan::library_bytes(spec.kind, true));
+        let budget = spec.memory_bytes.saturating_sub(crate::plan::library_bytes(spec.kind, true, 1));
         let mut resident = vec![true; model.len()];
         let mut slots = 0;
         let mut need = fixed + total;
@@ -237,7 +237,7 @@ impl Runner {
         let mut dev = crate::device::open(spec, dtype, need, true)?;
         let d = dev.as_mut();
         d.register_store(store)?;
-        let weights = WeightCache::new(d, store.clone(), &model, &resident, slots)?;
+        let weights = WeightCache::new(d, store.clone(), &model, &resident, slots, Ranks::ALONE)?;
         let tables = Tables { rope: rope_table(d, architecture, capacity)? };
         let caches = (0..model.len())
             .map(|b| Ok((d.alloc(cache(b), "key cache")?, d.alloc(cache(b), "value cache")?)))

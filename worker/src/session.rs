@@ -14,7 +14,7 @@ use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
 use ramtorch_device::trace::{Label, Wait};
-use ramtorch_device::{AttentionShape, DevBuf, Device, Event, Stream};
+use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, Event, Gang, Ranks, Stream};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::Store;
 use std::sync::Arc;
@@ -61,6 +61,7 @@ pub(crate) struct Session {
     /// After the last copy of each block's gradients.
     outs: Vec<Event>,
     pub bytes_out: u64,
+    ranks: Ranks,
 }
 
 /// Sequences of one step on one rank, cut up.
@@ -81,7 +82,8 @@ impl StepBatches {
 }
 
 impl Session {
-    /// Opens buffers for `plan`. Without `train` there are none for gradients, and activations are not kept.
+    /// Opens buffers for `plan`. Without `train` there are none for gradients, and activations are not kept. Where the plan
+    /// has several ranks, [`Session::join`] comes before the first sweep.
     pub fn new(mut dev: Box<dyn Device>, model: Model, store: Arc<Store>, plan: &EnginePlan, train: bool) -> Result<Session, EngineError> {
         let d = dev.as_mut();
         let begin = std::time::Instant::now();
@@ -97,7 +99,7 @@ impl Session {
             model.scratch_bytes(shape, &|s| plan.attention_workspace(s, &ask))?
         };
         let scratch = d.alloc(needed.max(plan.uses.scratch), "scratch")?;
-        let weights = WeightCache::new(d, store.clone(), &model, &plan.resident, plan.slots)?;
+        let weights = WeightCache::new(d, store.clone(), &model, &plan.resident, plan.slots, plan.loading_ranks())?;
         let last = model.len() - 1;
         let group = plan.group_len;
         let gradients = if train { Some(GradientBuffers::new(d, &model, plan)?) } else { None };
@@ -138,7 +140,22 @@ impl Session {
             gradients,
             outs,
             bytes_out: 0,
+            ranks: plan.ranks(),
         })
+    }
+
+    /// Connects the device with those of the other ranks; all ranks come here together.
+    pub fn join(&mut self, comm: &Arc<Collectives>) -> Result<(), EngineError> {
+        self.weights.join(comm);
+        self.ranks = comm.ranks();
+        if comm.world() == 1 {
+            return Ok(());
+        }
+        let begin = std::time::Instant::now();
+        let gang: Arc<dyn Gang> = comm.clone();
+        self.dev.join_gang(&gang)?;
+        tracing::info!("{} joined a gang of {} ranks in {:.2} s", self.dev.name(), comm.world(), begin.elapsed().as_secs_f64());
+        Ok(())
     }
 
     fn saved(&self, b: usize, m: usize) -> Result<DevBuf, EngineError> {
@@ -225,7 +242,6 @@ impl Session {
         reader: &Reader,
         batches: &StepBatches,
         scale: f32,
-        comm: &Arc<Collectives>,
         groups: usize,
         mut before_gradients: impl FnMut() -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
@@ -246,8 +262,10 @@ impl Session {
             if !ready {
                 before_gradients()?;
                 ready = true;
+                // The step before is committed: every page is published, and all gathers come before the first reduction.
+                self.weights.settle(self.dev.as_ref(), None)?;
             }
-            self.close_gradient(last, g, final_group, comm)?;
+            self.close_gradient(last, g, final_group)?;
             for b in (0..last).rev() {
                 let needs: Vec<usize> = if self.model.backward_needs(b) { vec![b] } else { vec![] };
                 let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
@@ -268,7 +286,7 @@ impl Session {
                     self.dev.end(Stream::Compute, stretch)?;
                 }
                 self.weights.release(self.dev.as_ref(), &needs)?;
-                self.close_gradient(b, g, final_group, comm)?;
+                self.close_gradient(b, g, final_group)?;
             }
         }
         Ok(())
@@ -294,6 +312,20 @@ impl Session {
         Ok(())
     }
 
+    /// Calls `f` with the parameters of every block whose gradients this rank sends out, last block first, as soon as they lie
+    /// in the store; of a step that is enqueued whole. The backward pass goes on meanwhile.
+    pub fn complete_shares(&self, mut f: impl FnMut(std::ops::Range<u64>)) -> Result<(), EngineError> {
+        for b in (0..self.model.len()).rev() {
+            let (start, len) = self.model.places[b];
+            let own = self.ranks.own(len);
+            self.dev.synchronize_event(self.outs[b])?;
+            if !own.is_empty() {
+                f(start + own.start..start + own.end);
+            }
+        }
+        Ok(())
+    }
+
     /// Blocks until every gradient of the step is where it belongs.
     pub fn finish_gradients(&self) -> Result<(), EngineError> {
         self.dev.synchronize(Stream::CopyOut)
@@ -312,21 +344,27 @@ impl Session {
         Ok(sum)
     }
 
-    /// Σ of weighted losses over the sequences `indices`, forward only.
+    /// Σ of weighted losses over the sequences `indices`, forward only. `most` is how many the rank with most of them has: all
+    /// make the same visits, since they may load weights together.
     pub fn evaluate(
         &mut self,
         reader: &Reader,
         part: Part,
         indices: &[u64],
+        most: usize,
         micro_batches: usize,
         version: u64,
     ) -> Result<f64, EngineError> {
         let mut total = 0f64;
         let mut host = HostBatch::default();
-        for some in indices.chunks((self.shape.sequences * micro_batches).max(1)) {
+        let at_once = (self.shape.sequences * micro_batches).max(1);
+        for at in (0..most.max(indices.len())).step_by(at_once) {
+            let some = &indices[at.min(indices.len())..(at + at_once).min(indices.len())];
+            let groups = (most.max(indices.len()) - at).min(at_once).div_ceil(self.shape.sequences).div_ceil(self.inputs.len());
             let batches = StepBatches::new(some, self.shape.sequences, self.inputs.len());
-            self.weights.plan_visits(self.visits(batches.groups.len(), false), version);
-            for range in batches.groups.clone() {
+            self.weights.plan_visits(self.visits(groups, false), version);
+            for g in 0..groups {
+                let range = batches.groups.get(g).cloned().unwrap_or(0..0);
                 let mbs = self.upload(reader, part, &batches, range, &mut host)?;
                 self.forward(&mbs)?;
                 self.last(&mbs, None, None)?;
@@ -352,9 +390,10 @@ impl Session {
     }
 
     /// The sum in block `b`'s buffer is complete for this group: send it out where it is due.
-    fn close_gradient(&mut self, b: usize, group: usize, final_group: bool, comm: &Arc<Collectives>) -> Result<(), EngineError> {
+    fn close_gradient(&mut self, b: usize, group: usize, final_group: bool) -> Result<(), EngineError> {
         let (start, len) = self.model.places[b];
-        let dev = self.dev.as_ref();
+        let (dev, ranks) = (self.dev.as_ref(), self.ranks);
+        let own = ranks.own(len);
         let g = self.gradients.as_mut().ok_or_else(|| EngineError::internal("this session does not train"))?;
         let i = g.buffer_of(b);
         let resident = g.resident();
@@ -363,33 +402,40 @@ impl Session {
         }
         let buffer = &g.buffers[i];
         let accumulate = group > 0 && !resident;
-        let bytes = len * self.store.layout().spec().gradients.bytes();
-        self.bytes_out += bytes;
-        let sum = buffer.buf.slice(0, len * 4);
+        let size = self.store.layout().spec().gradients.bytes();
+        let sum = buffer.buf.slice(0, ranks.padded(len) * 4);
         let packed = g.packed.get(g.next_packed);
         // What leaves: the sum itself, or the sum rounded into a buffer of its own, which frees the sum's at once.
         let (leaving, src) = match packed {
             Some(packed) => {
                 dev.wait_measured(Stream::Compute, packed.free, &Label::wait(Wait::Gradients).block(b))?;
-                let out = packed.buf.slice(0, bytes);
+                let out = packed.buf.slice(0, ranks.padded(len) * size);
                 dev.from_f32(sum, len as usize, out)?;
                 dev.record(buffer.free, Stream::Compute)?;
                 (packed, out)
             }
             None => (buffer, sum),
         };
+        let (dtype, width) = if packed.is_some() { (Dtype::Bf16, size) } else { (Dtype::F32, 4) };
         dev.record(leaving.full, Stream::Compute)?;
+        if ranks.world > 1 {
+            dev.wait(Stream::Peers, leaving.full)?;
+            let stretch = dev.begin(Stream::Peers, &Label::collective("reduce gradients").bytes(src.bytes).block(b))?;
+            dev.reduce_scatter(src, dtype)?;
+            dev.end(Stream::Peers, stretch)?;
+            dev.record(leaving.full, Stream::Peers)?;
+        }
         dev.wait(Stream::CopyOut, leaving.full)?;
-        let label =
-            if comm.world() == 1 { Label::copy("store gradients", bytes) } else { Label::collective("reduce gradients").bytes(len * 4) };
-        let stretch = dev.begin(Stream::CopyOut, &label.block(b))?;
-        if packed.is_some() {
-            dev.store_packed_gradients(Stream::CopyOut, src, &self.store, start, len)?;
-        } else if comm.world() == 1 {
-            dev.store_gradients(Stream::CopyOut, src, &self.store, start, len, accumulate)?;
+        let (count, bytes) = (own.end - own.start, (own.end - own.start) * size);
+        self.bytes_out += bytes;
+        let stretch = dev.begin(Stream::CopyOut, &Label::copy("store gradients", bytes).block(b))?;
+        let src = src.slice(own.start * width, count * width);
+        if own.is_empty() {
+            // A short block: its last shares are nobody's.
+        } else if packed.is_some() {
+            dev.store_packed_gradients(Stream::CopyOut, src, &self.store, start + own.start, count)?;
         } else {
-            let comm = comm.clone();
-            dev.host_reduce(Stream::CopyOut, src, Box::new(move |sum| comm.reduce_gradients(sum, start, accumulate)))?;
+            dev.store_gradients(Stream::CopyOut, src, &self.store, start + own.start, count, accumulate)?;
         }
         dev.end(Stream::CopyOut, stretch)?;
         dev.record(leaving.free, Stream::CopyOut)?;
@@ -410,7 +456,8 @@ impl GradientBuffers {
         let buffer = |dev: &mut dyn Device, bytes: u64| -> Result<GradientBuffer, EngineError> {
             Ok(GradientBuffer { buf: dev.alloc(bytes, "gradients")?, free: dev.event()?, full: dev.event()? })
         };
-        let new = |dev: &mut dyn Device, len: u64| buffer(dev, len * 4);
+        let ranks = plan.ranks();
+        let new = |dev: &mut dyn Device, len: u64| buffer(dev, ranks.padded(len) * 4);
         for b in 0..model.len() {
             if resident || (b == 0 && model.tied()) {
                 g.buffers.push(new(dev, model.places[b].1)?);
@@ -426,7 +473,7 @@ impl GradientBuffers {
             g.ring = first..g.buffers.len();
         }
         if packs {
-            let largest = model.places.iter().map(|p| p.1).max().unwrap_or(0) * plan.store.gradients.bytes();
+            let largest = model.places.iter().map(|p| ranks.padded(p.1)).max().unwrap_or(0) * plan.store.gradients.bytes();
             g.packed = (0..GRADIENT_RING).map(|_| buffer(dev, largest)).collect::<Result<_, _>>()?;
         }
         Ok(g)

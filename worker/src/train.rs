@@ -23,7 +23,7 @@ use crate::plan::{EnginePlan, rank_share};
 use crate::record::StepNumbers;
 use crate::session::{Session, StepBatches};
 use crate::trace::Tracing;
-use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradients, update_pages_recorded};
+use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded};
 use ramtorch_data::{Dataset, Order};
 use ramtorch_device::PageUpdater;
 use ramtorch_failpoint::{Point, hit};
@@ -231,7 +231,7 @@ impl Rank<'_> {
         let device = dev.name();
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
-        session.weights.comm = Some(self.comm.clone());
+        session.join(&self.comm)?;
         let committed = self.store.record().step;
         let (mut metrics, last_line) = if self.leader() {
             MetricsFile::open(self.spec.output.metrics.as_deref(), committed)?
@@ -566,17 +566,10 @@ impl Loop<'_> {
         let visits = self.session.visits(plan.groups, true);
         self.session.weights.plan_visits(visits, step - 1);
         let span = r.recorder.scope(Row::Loop, Label::work("enqueue the sweeps"));
-        self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, &r.comm, plan.groups, before_gradients)?;
-        // All is enqueued: a rank that is alone squares the gradients of each page while the backward pass works on the next.
-        let mut squares = vec![0f64; r.store.layout().page_count() as usize];
+        self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, plan.groups, before_gradients)?;
         drop(span);
-        let square = |page: u32| {
-            let _span = r.recorder.scope(Row::Loop, Label::work("square gradients").page(page));
-            self.pool.install(|| read_gradients(&r.store, page, sum_of_squares))
-        };
-        if r.comm.world() == 1 {
-            self.session.complete_pages(|page| squares[page as usize] = square(page))?;
-        }
+        // All is enqueued: gradients are squared as they come, while the backward pass works on the next ones.
+        let squares = self.square_gradients()?;
         let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the losses"));
         let loss = self.session.sum_losses(&batches)?;
         drop(span);
@@ -587,17 +580,11 @@ impl Loop<'_> {
         hit(Point::StepSwept);
         // Everything of the step has run: nothing is waited for.
         let waits = self.session.dev.resolve()?;
-        // All ranks' parts of this rank's pages have to be in before they are read.
+        // All ranks' parts of this rank's pages have to be in before it updates them.
         let span = r.recorder.scope(Row::Loop, Label::collective("barrier: gradients"));
         r.comm.barrier(Channel::Step)?;
         drop(span);
         hit(Point::StepReduced);
-        if r.comm.world() > 1 {
-            let owned = (r.assignment.rank as u32..r.store.layout().page_count()).step_by(r.assignment.world_size);
-            owned.for_each(|page| squares[page as usize] = square(page));
-        }
-        // In the order of pages, whoever was complete first.
-        let squares: f64 = squares.iter().sum();
         let [flags, checkpoint] = self.listen(wishes);
         let span = r.recorder.scope(Row::Loop, Label::collective("gather"));
         let gathered = r.comm.gather(Channel::Step, [loss, squares, flags, checkpoint])?;
@@ -635,6 +622,26 @@ impl Loop<'_> {
         })
     }
 
+    /// Σ of squares of the gradients that this rank is the one to square, in one order whoever was complete first: by page
+    /// where it is alone, otherwise by block the part that it sends out itself.
+    fn square_gradients(&self) -> Result<f64, EngineError> {
+        let r = self.rank;
+        if r.comm.world() == 1 {
+            let mut squares = vec![0f64; r.store.layout().page_count() as usize];
+            self.session.complete_pages(|page| {
+                let _span = r.recorder.scope(Row::Loop, Label::work("square gradients").page(page));
+                squares[page as usize] = self.pool.install(|| read_gradients(&r.store, page, sum_of_squares));
+            })?;
+            return Ok(squares.iter().sum());
+        }
+        let mut sum = 0f64;
+        self.session.complete_shares(|range| {
+            let _span = r.recorder.scope(Row::Loop, Label::work("square gradients"));
+            sum += self.pool.install(|| read_gradient_range(&r.store, range, sum_of_squares));
+        })?;
+        Ok(sum)
+    }
+
     /// Mean loss over the validation sequences, with the weights of step `step`; the same on every rank.
     fn validate(&mut self, step: u64) -> Result<f64, EngineError> {
         let r = self.rank;
@@ -643,8 +650,9 @@ impl Loop<'_> {
         let n = if limit > 0 { limit.min(r.prepared.validation_sequences) } else { r.prepared.validation_sequences };
         let all: Vec<u64> = (0..n).collect();
         let mine = &all[rank_share(all.len(), r.assignment.rank, r.assignment.world_size)];
+        let most = all.len().div_ceil(r.assignment.world_size);
         let weight = self.reader.weight(Part::Validation, mine)? * self.session.model.loss_divisor();
-        let sum = self.session.evaluate(&self.reader, Part::Validation, mine, r.plan.micro_batches, step)?;
+        let sum = self.session.evaluate(&self.reader, Part::Validation, mine, most, r.plan.micro_batches, step)?;
         let gathered = r.comm.gather(Channel::Step, [sum, weight, 0.0, 0.0])?;
         let (sum, weight) = gathered.iter().fold((0.0, 0.0), |(s, w), v| (s + v[0], w + v[1]));
         Ok(sum / weight.max(1.0))

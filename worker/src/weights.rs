@@ -4,15 +4,18 @@
 //!   schedule: the blocks that coming visits need, in order
 //!   load(b):  host waits until the pages of b are published ─► CopyIn waits until the buffer is free ─► copies ─► ready
 //!   acquire:  Compute waits for ready        release: records free on Compute
+//!   shared:   load(b) is decided ─► begun once this rank's share of b is published, in the order of decisions:
+//!             CopyIn copies the share ─► Peers gathers the others' ─► ready
 //! ```
 //! Slots are filled ahead of use; the victim is the slot whose block is needed last. A block that stays is loaded again
-//! once its pages are at a newer step.
+//! once its pages are at a newer step. Where ranks share the loads out, all of them gather in one order: what is loaded, and
+//! where to, is decided as if every page were published, so that it does not depend on time.
 
 use crate::api::EngineError;
 use crate::model::{Model, Weights};
 use ramtorch_cpu::Collectives;
 use ramtorch_device::trace::{Label, Wait};
-use ramtorch_device::{DevBuf, Device, Dtype, Event, Stream};
+use ramtorch_device::{DevBuf, Device, Dtype, Event, Gang, Ranks, Stream};
 use ramtorch_store::Store;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -39,15 +42,26 @@ pub(crate) struct WeightCache {
     schedule: VecDeque<usize>,
     version: u64,
     /// The gang, where there is one: waiting ends when it gives up.
-    pub comm: Option<Arc<Collectives>>,
+    comm: Option<Arc<Collectives>>,
     /// Bytes copied to the device since they were last taken.
     pub bytes: u64,
+    /// Ranks that share the loads out.
+    ranks: Ranks,
+    /// Loads that are decided and not begun: block and buffer.
+    decided: VecDeque<(usize, usize)>,
 }
 
 impl WeightCache {
-    /// Allocates buffers: one for each `resident` block, and `slots` for the others.
-    pub fn new(dev: &mut dyn Device, store: Arc<Store>, model: &Model, resident: &[bool], slots: usize) -> Result<Self, EngineError> {
-        let size = |b: usize| model.places[b].1 * model.dtype.size();
+    /// Allocates buffers: one for each `resident` block, and `slots` for the others. `ranks` share the loads out.
+    pub fn new(
+        dev: &mut dyn Device,
+        store: Arc<Store>,
+        model: &Model,
+        resident: &[bool],
+        slots: usize,
+        ranks: Ranks,
+    ) -> Result<Self, EngineError> {
+        let size = |b: usize| ranks.padded(model.places[b].1) * model.dtype.size();
         let mut buffers = Vec::new();
         let mut own = vec![None; model.len()];
         let mut add = |dev: &mut dyn Device, bytes: u64, what: &str| -> Result<usize, EngineError> {
@@ -78,7 +92,17 @@ impl WeightCache {
             version: 0,
             comm: None,
             bytes: 0,
+            ranks,
+            decided: VecDeque::new(),
         })
+    }
+
+    /// This rank's gang.
+    pub fn join(&mut self, comm: &Arc<Collectives>) {
+        if self.ranks.world > 1 {
+            self.ranks = comm.ranks();
+        }
+        self.comm = Some(comm.clone());
     }
 
     /// Announces the blocks that come, in the order in which they are acquired, with weights as of step `version`.
@@ -113,9 +137,15 @@ impl WeightCache {
         (need(best) > at).then_some(best)
     }
 
-    fn published(&self, b: usize) -> bool {
+    /// Parameters of block `b` that this rank copies.
+    fn own_part(&self, b: usize) -> std::ops::Range<u64> {
         let (start, len) = self.places[b];
-        self.store.layout().pages_of(start..start + len).all(|p| self.store.entry(p).step == self.version)
+        let own = self.ranks.own(len);
+        start + own.start..start + own.end
+    }
+
+    fn published(&self, b: usize) -> bool {
+        self.store.layout().pages_of(self.own_part(b)).all(|p| self.store.entry(p).step == self.version)
     }
 
     /// Waits until block `b` is published at the version wanted. Pages of other ranks come when their owners are done. What
@@ -141,26 +171,67 @@ impl WeightCache {
     }
 
     fn load(&mut self, dev: &dyn Device, b: usize, into: usize) -> Result<(), EngineError> {
-        let (start, len) = self.places[b];
-        let buffer = &mut self.buffers[into];
-        buffer.holds = Some((b, self.version));
+        self.buffers[into].holds = Some((b, self.version));
+        if self.ranks.world == 1 {
+            return self.begin_load(dev, b, into);
+        }
+        self.decided.push_back((b, into));
+        self.begin_loads(dev)
+    }
+
+    /// Begins decided loads as far as pages are published.
+    fn begin_loads(&mut self, dev: &dyn Device) -> Result<(), EngineError> {
+        while let Some(&(b, into)) = self.decided.front().filter(|d| self.published(d.0)) {
+            self.decided.pop_front();
+            self.begin_load(dev, b, into)?;
+        }
+        Ok(())
+    }
+
+    /// Begins decided loads up to that of block `b`, of all blocks without one; waits for their pages.
+    pub fn settle(&mut self, dev: &dyn Device, b: Option<usize>) -> Result<(), EngineError> {
+        while let Some(&(first, _)) = self.decided.front().filter(|_| b.is_none_or(|b| self.decided.iter().any(|d| d.0 == b))) {
+            self.await_published(dev, first)?;
+            self.begin_loads(dev)?;
+        }
+        Ok(())
+    }
+
+    fn begin_load(&mut self, dev: &dyn Device, b: usize, into: usize) -> Result<(), EngineError> {
+        let (start, part) = (self.places[b].0, self.own_part(b));
+        let buffer = &self.buffers[into];
+        let shared = self.ranks.world > 1;
         dev.wait(Stream::CopyIn, buffer.free)?;
-        let bytes = len * self.dtype.size();
+        if shared {
+            // What was gathered into it last may never have been used.
+            dev.wait(Stream::CopyIn, buffer.ready)?;
+        }
+        let bytes = (part.end - part.start) * self.dtype.size();
         let stretch = dev.begin(Stream::CopyIn, &Label::copy("load weights", bytes).block(b))?;
         let layout = self.store.layout();
-        for page in layout.pages_of(start..start + len) {
+        for page in layout.pages_of(part.clone()) {
             let range = layout.page_range(page);
-            let (from, to) = (range.start.max(start), range.end.min(start + len));
+            let (from, to) = (range.start.max(part.start), range.end.min(part.end));
             let dst = buffer.buf.slice((from - start) * self.dtype.size(), (to - from) * self.dtype.size());
             dev.load_parameters(Stream::CopyIn, dst, &self.store, self.store.entry(page).physical, from - range.start, to - from)?;
         }
         self.bytes += bytes;
         dev.end(Stream::CopyIn, stretch)?;
-        dev.record(buffer.ready, Stream::CopyIn)
+        dev.record(buffer.ready, Stream::CopyIn)?;
+        if !shared {
+            return Ok(());
+        }
+        let whole = buffer.buf.slice(0, self.ranks.padded(self.places[b].1) * self.dtype.size());
+        dev.wait(Stream::Peers, buffer.ready)?;
+        let stretch = dev.begin(Stream::Peers, &Label::collective("gather weights").bytes(whole.bytes).block(b))?;
+        dev.all_gather(whole)?;
+        dev.end(Stream::Peers, stretch)?;
+        dev.record(buffer.ready, Stream::Peers)
     }
 
     /// Starts loads for coming visits as far as buffers are free and pages published.
     pub fn prefetch(&mut self, dev: &dyn Device) -> Result<(), EngineError> {
+        self.begin_loads(dev)?;
         // Every block's next visit is looked at once: a step of many groups has thousands of visits.
         let mut seen = vec![false; self.places.len()];
         let mut left = seen.len();
@@ -182,7 +253,7 @@ impl WeightCache {
                 }
                 return Ok(());
             };
-            if !self.published(b) {
+            if self.ranks.world == 1 && !self.published(b) {
                 return Ok(());
             }
             self.load(dev, b, i)?;
@@ -200,7 +271,9 @@ impl WeightCache {
             let i = match self.find(b) {
                 Some(i) => i,
                 None => {
-                    self.await_published(dev, b)?;
+                    if self.ranks.world == 1 {
+                        self.await_published(dev, b)?;
+                    }
                     let i = self
                         .victim(b, 0)
                         .or_else(|| self.any_free())
@@ -209,6 +282,7 @@ impl WeightCache {
                     i
                 }
             };
+            self.settle(dev, Some(b))?;
             self.buffers[i].in_use = true;
             dev.wait_measured(Stream::Compute, self.buffers[i].ready, &Label::wait(Wait::Weights).block(b))?;
             held.push(i);

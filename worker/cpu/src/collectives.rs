@@ -4,15 +4,17 @@
 //!   barrier:  every rank writes (generation, count) into its own word, then waits for all words to reach it.
 //!             Words only grow, and a gang's generation is larger than its predecessor's: what a killed gang left
 //!             behind never counts, and nothing needs to be reset.
-//!   reduce:   chunk by chunk, alternating between two halves of the exchange area:
-//!             copy own chunk in ── barrier ── owners add the chunks of all ranks, in rank order
+//!   gather, reduce:  piece by piece, alternating between two halves of the exchange area:
+//!             copy own piece in ── barrier ── copy the pieces of the others, or add them up in rank order
 //! ```
-//! One barrier a chunk is enough: a half is written again two chunks later, after a barrier that its readers pass
+//! One barrier a piece is enough: a half is written again two pieces later, after a barrier that its readers pass
 //! only when they are done.
 
-use crate::parameters::{add_scratch, put_gradients};
-use ramtorch_device::EngineError;
+use crate::memory::{Bf16, Elem};
+use crate::parameters::add_scratch;
+use ramtorch_device::{EngineError, Gang, Ranks};
 use ramtorch_store::{GradientFormat, Gradients, Store};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -30,8 +32,8 @@ const GENERATION_SHIFT: u32 = 40;
 pub enum Channel {
     /// The step loop.
     Step = 0,
-    /// Gradient reduction (the copy-out stream).
-    Reduce = 1,
+    /// Collectives of CPU devices (their stream to peers).
+    Peers = 1,
     /// The optimizer.
     Optimizer = 2,
     /// Checkpoints.
@@ -157,54 +159,142 @@ impl Collectives {
         Ok((0..self.world).map(|r| std::array::from_fn(|i| f64::from_bits(words[r * VALUES + i].load(Ordering::Relaxed)))).collect())
     }
 
-    /// Sums `gradients` (parameters `start..`) over ranks; each owner's part goes to the store's gradient array.
-    pub fn reduce_gradients(&self, gradients: &[f32], start: u64, accumulate: bool) {
-        let layout = self.store.layout();
-        assert!(start + gradients.len() as u64 <= layout.span(), "gradients past the end of the store");
+    /// This half of `rank`'s part of the exchange area.
+    fn area(&self, rank: usize) -> *mut f32 {
+        let parity = (self.counts[Channel::Peers as usize].load(Ordering::Relaxed) & 1) as usize;
+        (self.exchange + ((parity * self.world + rank) * self.half) * 4) as *mut f32
+    }
+
+    /// Elements of size `size` that each of `parts` parts of a piece has.
+    fn piece(&self, size: usize, parts: usize) -> Result<usize, EngineError> {
+        match self.half * 4 / size / parts {
+            0 => Err(EngineError::internal(format!("{} ranks have an exchange area of {} elements each", self.world, self.half))),
+            n => Ok(n),
+        }
+    }
+
+    /// Sums this rank's share of `buf` over ranks, in rank order; `add` adds a piece to a sum, `put` makes an element of one.
+    fn scatter<T: Copy>(
+        &self,
+        buf: &mut [T],
+        add: impl Fn(&[T], &mut Vec<f32>, bool),
+        put: impl Fn(&[f32], &mut [T]),
+    ) -> Result<(), EngineError> {
         if self.world == 1 {
-            put_gradients(gradients, &self.store, start, accumulate);
-            return;
+            return Ok(());
         }
-        let chunk = self.half.max(1);
+        let share = buf.len() / self.world;
+        let piece = self.piece(size_of::<T>(), self.world)?;
         let mut sum = Vec::new();
-        for (i, part) in gradients.chunks(chunk).enumerate() {
-            let parity = (self.counts[Channel::Reduce as usize].load(Ordering::Relaxed) & 1) as usize;
-            let area = |rank: usize| self.exchange + ((parity * self.world + rank) * self.half) * 4;
-            // SAFETY: this half of this rank's part of the exchange area is written by this rank alone, and its
-            // readers of two chunks ago have passed a barrier since (module text). In bounds by `half`.
-            unsafe { std::slice::from_raw_parts_mut(area(self.rank) as *mut f32, part.len()) }.copy_from_slice(part);
-            if self.arrive(Channel::Reduce).is_err() {
-                return; // the step is given up; its gradients are never used
+        for at in (0..share).step_by(piece) {
+            let n = piece.min(share - at);
+            let areas: Vec<*mut T> = (0..self.world).map(|r| self.area(r).cast()).collect();
+            for to in 0..self.world {
+                // SAFETY: this half of this rank's part of the exchange area is written by this rank alone, and its
+                // readers of two pieces ago have passed a barrier since (module text). In bounds by `piece`.
+                unsafe { std::slice::from_raw_parts_mut(areas[self.rank].add(to * piece), n) }
+                    .copy_from_slice(&buf[to * share + at..][..n]);
             }
-            let first = start + (i * chunk) as u64;
-            let here = first..first + part.len() as u64;
-            for page in layout.pages_of(here.clone()) {
-                if layout.page_owner(page) as usize != self.rank {
-                    continue;
-                }
-                let range = layout.page_range(page);
-                let (a, b) = (range.start.max(here.start), range.end.min(here.end));
-                let (at, n) = ((a - here.start) as usize, (b - a) as usize);
-                sum.clear();
-                for rank in 0..self.world {
-                    // SAFETY: written before the barrier, not again before the next one.
-                    let theirs = unsafe { std::slice::from_raw_parts((area(rank) as *const f32).add(at), n) };
-                    if rank == 0 { sum.extend_from_slice(theirs) } else { add_scratch(theirs, &mut sum) }
-                }
-                put_gradients(&sum, &self.store, a, accumulate);
+            self.arrive(Channel::Peers)?;
+            for (rank, area) in areas.iter().enumerate() {
+                // SAFETY: written before the barrier, not again before the next one.
+                add(unsafe { std::slice::from_raw_parts(area.add(self.rank * piece), n) }, &mut sum, rank == 0);
             }
+            put(&sum, &mut buf[self.rank * share + at..][..n]);
         }
+        Ok(())
     }
 }
 
-/// Reads the reduced gradients of page `page`. Only its owner calls this, after the reduction of the whole step.
+impl Gang for Collectives {
+    fn ranks(&self) -> Ranks {
+        Ranks { rank: self.rank, world: self.world }
+    }
+
+    fn broadcast(&self, bytes: &mut [u8]) -> Result<(), EngineError> {
+        // Values are floats: four bytes are exact in each.
+        for part in bytes.chunks_mut(4 * VALUES) {
+            let mut values = [0f64; VALUES];
+            for (v, four) in values.iter_mut().zip(part.chunks(4)) {
+                *v = four.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)).into();
+            }
+            let first = self.gather(Channel::Step, values)?[0];
+            for (v, four) in first.iter().zip(part.chunks_mut(4)) {
+                let n = four.len();
+                four.copy_from_slice(&(*v as u32).to_be_bytes()[4 - n..]);
+            }
+        }
+        Ok(())
+    }
+
+    fn aborted(&self) -> bool {
+        Collectives::aborted(self)
+    }
+
+    fn abort(&self) {
+        Collectives::abort(self);
+    }
+
+    fn all_gather(&self, buf: &mut [u8]) -> Result<(), EngineError> {
+        if self.world == 1 {
+            return Ok(());
+        }
+        let share = buf.len() / self.world;
+        let piece = self.piece(1, 1)?;
+        for at in (0..share).step_by(piece) {
+            let n = piece.min(share - at);
+            let areas: Vec<*mut u8> = (0..self.world).map(|r| self.area(r).cast()).collect();
+            // SAFETY: as in `scatter`.
+            unsafe { std::slice::from_raw_parts_mut(areas[self.rank], n) }.copy_from_slice(&buf[self.rank * share + at..][..n]);
+            self.arrive(Channel::Peers)?;
+            for (rank, area) in areas.iter().enumerate().filter(|(rank, _)| *rank != self.rank) {
+                // SAFETY: as in `scatter`.
+                buf[rank * share + at..][..n].copy_from_slice(unsafe { std::slice::from_raw_parts(*area, n) });
+            }
+        }
+        Ok(())
+    }
+
+    fn reduce_scatter(&self, buf: &mut [f32]) -> Result<(), EngineError> {
+        let add = |theirs: &[f32], sum: &mut Vec<f32>, first: bool| {
+            if first {
+                sum.clear();
+                sum.extend_from_slice(theirs);
+            } else {
+                add_scratch(theirs, sum);
+            }
+        };
+        self.scatter(buf, add, |sum, out| out.copy_from_slice(sum))
+    }
+
+    fn reduce_scatter_bf16(&self, buf: &mut [u16]) -> Result<(), EngineError> {
+        let add = |theirs: &[u16], sum: &mut Vec<f32>, first: bool| {
+            if first {
+                sum.clear();
+                sum.resize(theirs.len(), 0.0);
+            }
+            sum.iter_mut().zip(theirs).for_each(|(s, x)| *s += Bf16(*x).get());
+        };
+        self.scatter(buf, add, |sum, out| out.iter_mut().zip(sum).for_each(|(o, s)| *o = Bf16::put(*s).0))
+    }
+}
+
+/// Reads the gradients of page `page`. Only its owner calls this, after the reduction of the whole step.
 pub fn read_gradients<R>(store: &Store, page: u32, f: impl FnOnce(Gradients<'_>) -> R) -> R {
-    let range = store.layout().page_range(page);
+    read_gradient_range(store, store.layout().page_range(page), f)
+}
+
+/// Reads the gradients of parameters `range`, which lies in the store; nobody writes them meanwhile.
+///
+/// # Panics
+/// Where the range lies outside: a defect of the engine.
+pub fn read_gradient_range<R>(store: &Store, range: Range<u64>, f: impl FnOnce(Gradients<'_>) -> R) -> R {
+    assert!(range.start <= range.end && range.end <= store.layout().span(), "gradients {range:?} outside the store");
     let n = (range.end - range.start) as usize;
     let p = store.gradient_ptr(range.start);
     match store.layout().spec().gradients {
         GradientFormat::None => f(Gradients::None),
-        // SAFETY: in bounds of the gradient array; the owner is the only writer of this range, and it reads now.
+        // SAFETY: in bounds of the gradient array; whoever may write this range is done, and it is read now.
         GradientFormat::F32 => f(Gradients::F32(unsafe { std::slice::from_raw_parts(p.cast(), n) })),
         // SAFETY: as above.
         GradientFormat::Bf16 => f(Gradients::Bf16(unsafe { std::slice::from_raw_parts(p.cast(), n) })),
@@ -253,6 +343,64 @@ mod tests {
             new.abort();
             assert!(waits.join().unwrap().is_err(), "the new gang's peer has not come");
         });
+    }
+
+    /// Runs `f` as each of `world` ranks at once; what it made, by rank.
+    fn gang<T: Send>(tag: &str, world: usize, f: impl Fn(&Collectives) -> T + Sync) -> Vec<T> {
+        let store = store(&format!("{tag}{world}"));
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> = (0..world)
+                .map(|rank| {
+                    let (store, f) = (store.clone(), &f);
+                    scope.spawn(move || f(&Collectives::new(store, rank, world, 1)))
+                })
+                .collect();
+            ranks.into_iter().map(|r| r.join().unwrap()).collect()
+        })
+    }
+
+    fn value(rank: usize, i: usize) -> f32 {
+        ((rank * 7919 + i * 104_729) % 1009) as f32 * 1.000_1e-3 - 0.5
+    }
+
+    #[test]
+    fn shares_are_gathered_and_sums_scattered_in_rank_order() {
+        for world in [2, 3, 4, 8] {
+            // Shares longer than a piece, which is short of them at the end; one after the other, as in a step.
+            let share = 64 * 11;
+            let ranks = gang("peers", world, |c| {
+                let mut all = vec![0u8; share * world];
+                all[c.rank * share..][..share].iter_mut().enumerate().for_each(|(i, b)| *b = (c.rank * 31 + i) as u8);
+                let mut sums: Vec<f32> = (0..share * world).map(|i| value(c.rank, i)).collect();
+                let mut halves: Vec<u16> = sums.iter().map(|x| Bf16::put(*x).0).collect();
+                c.all_gather(&mut all).unwrap();
+                c.reduce_scatter(&mut sums).unwrap();
+                c.reduce_scatter_bf16(&mut halves).unwrap();
+                let mine = c.rank * share..(c.rank + 1) * share;
+                (all, sums[mine.clone()].to_vec(), halves[mine].to_vec())
+            });
+            for (rank, (all, sums, halves)) in ranks.iter().enumerate() {
+                assert!(all.iter().enumerate().all(|(i, b)| *b == (i / share * 31 + i % share) as u8), "{world} ranks");
+                for i in 0..share {
+                    let at = rank * share + i;
+                    let want = (1..world).fold(value(0, at), |sum, r| sum + value(r, at));
+                    assert_eq!(sums[i].to_bits(), want.to_bits(), "{world} ranks");
+                    let want: f32 = (0..world).map(|r| Bf16::put(value(r, at)).get()).fold(0.0, |a, b| a + b);
+                    assert_eq!(halves[i], Bf16::put(want).0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_ranks_bytes_reach_everyone() {
+        let ranks = gang("broadcast", 3, |c| {
+            let mut bytes: Vec<u8> = (0..130u32).map(|i| if c.rank == 0 { (i * 3 + 1) as u8 } else { 0 }).collect();
+            c.broadcast(&mut bytes).unwrap();
+            bytes
+        });
+        let want: Vec<u8> = (0..130u32).map(|i| (i * 3 + 1) as u8).collect();
+        assert!(ranks.iter().all(|r| *r == want));
     }
 
     #[test]

@@ -21,7 +21,7 @@ mod timing;
 mod updater;
 
 pub use adamw::{adamw_page, adamw_page_at, sum_of_squares, sum_of_squares_bf16};
-pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradients};
+pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradient_range, read_gradients};
 use memory::{Arena, Bf16, view, view_mut};
 pub use pages::{PagesUpdated, update_pages, update_pages_recorded};
 use ramtorch_device::trace::{Label, Recorder, Waits};
@@ -35,7 +35,8 @@ use stream::{EventState, Failure, Queue};
 pub struct CpuDevice {
     index: u32,
     dtype: Dtype,
-    queues: [Queue; 3],
+    queues: [Queue; 4],
+    gang: Option<Arc<dyn Gang>>,
     events: Vec<Arc<EventState>>,
     timing: timing::Timing,
     failure: Arc<Failure>,
@@ -63,16 +64,17 @@ impl CpuDevice {
                 }
             })
         };
-        let (copy_in, copy_out) = (copier("in"), copier("out"));
+        let (copy_in, copy_out, peers) = (copier("in"), copier("out"), copier("peers"));
         if let Some(e) = failed {
             // The queue without a thread would wait for ever: leave it, the process is about to end.
-            std::mem::forget((copy_in, copy_out));
+            std::mem::forget((copy_in, copy_out, peers));
             return Err(e);
         }
         Ok(CpuDevice {
             index,
             dtype,
-            queues: [compute, copy_in, copy_out],
+            queues: [compute, copy_in, copy_out, peers],
+            gang: None,
             events: Vec::new(),
             timing: Default::default(),
             failure,
@@ -81,11 +83,14 @@ impl CpuDevice {
     }
 
     fn queue(&self, s: Stream) -> &Queue {
-        &self.queues[match s {
-            Stream::Compute => 0,
-            Stream::CopyIn => 1,
-            Stream::CopyOut => 2,
-        }]
+        &self.queues[s.index()]
+    }
+
+    /// The gang, for collectives on `buf`.
+    fn gang(&self, buf: DevBuf, dtype: Dtype) -> Result<Arc<dyn Gang>, EngineError> {
+        let gang = self.gang.clone().ok_or_else(|| EngineError::internal("a collective of a device without peers"))?;
+        check_shares(gang.ranks(), buf.bytes, dtype)?;
+        Ok(gang)
     }
 
     fn state(&self, e: Event) -> Result<&Arc<EventState>, EngineError> {
@@ -219,9 +224,25 @@ impl Device for CpuDevice {
         }
         self.queue(stream).run(move || parameters::store_packed_gradients(src, &store, start, count))
     }
-    fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
-        // SAFETY: stream order.
-        self.queue(stream).run(move || f(unsafe { view::<f32>(src, src.bytes as usize / 4) }))
+    fn join_gang(&mut self, gang: &Arc<dyn Gang>) -> Result<(), EngineError> {
+        self.gang = Some(gang.clone());
+        Ok(())
+    }
+    fn all_gather(&self, buf: DevBuf) -> Result<(), EngineError> {
+        let gang = self.gang(buf, self.dtype)?;
+        // SAFETY: stream order. An error means that the rank has given up: nothing of this step is used.
+        self.queue(Stream::Peers).run(move || drop(gang.all_gather(unsafe { view_mut::<u8>(buf, buf.bytes as usize) })))
+    }
+    fn reduce_scatter(&self, buf: DevBuf, dtype: Dtype) -> Result<(), EngineError> {
+        let gang = self.gang(buf, dtype)?;
+        let n = (buf.bytes / dtype.size()) as usize;
+        self.queue(Stream::Peers).run(move || {
+            // SAFETY: stream order. An error means that the rank has given up: its gradients are never used.
+            drop(match dtype {
+                Dtype::F32 => gang.reduce_scatter(unsafe { view_mut::<f32>(buf, n) }),
+                Dtype::Bf16 => gang.reduce_scatter_bf16(unsafe { view_mut::<u16>(buf, n) }),
+            });
+        })
     }
 
     fn gemm(&self, g: &Gemm) -> Result<(), EngineError> {

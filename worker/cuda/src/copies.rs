@@ -1,13 +1,12 @@
-//! Between host and device: uploads, parameters in, gradients out, host functions.
+//! Between host and device: uploads, parameters in, gradients out.
 
-use crate::device::{CudaDevice, STAGING_BYTES, index};
-use crate::driver::{Pinned, cu};
+use crate::device::{CudaDevice, STAGING_BYTES};
+use crate::driver::cu;
 use crate::kernels::{Launch, launch};
-use ramtorch_device::{DevBuf, Device, Dtype, EngineError, Stream};
+use ramtorch_device::{DevBuf, Dtype, EngineError, Stream};
 use ramtorch_store::{GradientFormat, Store};
 use std::ffi::c_void;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// A store's mapping, page-locked as a whole: a copy must not cross two registrations.
 pub(crate) struct Registration {
@@ -176,55 +175,4 @@ pub(crate) fn store_gradients(
         done += n;
     }
     Ok(())
-}
-
-/// What [`Device::host_reduce`] runs.
-type HostFunction = Box<dyn FnOnce(&[f32]) + Send>;
-
-/// What a host function needs when its turn comes.
-struct HostCall {
-    f: HostFunction,
-    data: *const f32,
-    len: usize,
-    failure: Arc<Mutex<Option<String>>>,
-}
-
-/// Called by the driver, on a thread of its own, in stream order. Makes no CUDA calls.
-unsafe extern "C" fn host_call(argument: *mut c_void) {
-    // SAFETY: made by `host_reduce` with Box::into_raw, passed to one call.
-    let call = *unsafe { Box::from_raw(argument.cast::<HostCall>()) };
-    // SAFETY: page-locked memory of the stream, filled by the copy before this call and not reused before it returns.
-    let values = unsafe { std::slice::from_raw_parts(call.data, call.len) };
-    // A panic must not cross into the driver.
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (call.f)(values))) {
-        let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
-        if let Ok(mut f) = call.failure.lock() {
-            f.get_or_insert(text.unwrap_or_else(|| "panic".to_owned()));
-        }
-    }
-}
-
-/// One staging buffer a stream is enough: the stream's order keeps the next copy behind this host function.
-pub(crate) fn host_reduce(d: &CudaDevice, stream: Stream, src: DevBuf, f: HostFunction) -> Result<(), EngineError> {
-    let s = d.stream(stream);
-    let bytes = src.bytes as usize / 4 * 4;
-    let mut slot = d.host_staging[index(stream)].borrow_mut();
-    if slot.as_ref().is_none_or(|p| p.bytes < bytes) {
-        d.synchronize(stream)?; // the old one is in use until then
-        *slot = None;
-        *slot = Some(Pinned::new(bytes.max(1 << 20).next_power_of_two(), "host staging")?);
-    }
-    let Some(staging) = slot.as_ref() else {
-        return Err(EngineError::internal("no host staging"));
-    };
-    if bytes > 0 {
-        cu!("host_reduce", cuMemcpyDtoHAsync_v2(staging.ptr.cast::<c_void>(), src.ptr, bytes, s.0))?;
-    }
-    let call = Box::into_raw(Box::new(HostCall { f, data: staging.ptr.cast(), len: bytes / 4, failure: d.host_failure.clone() }));
-    let enqueued = cu!("host_reduce", cuLaunchHostFunc(s.0, Some(host_call), call.cast::<c_void>()));
-    if enqueued.is_err() {
-        // SAFETY: the driver did not take it.
-        drop(unsafe { Box::from_raw(call) });
-    }
-    enqueued
 }

@@ -4,17 +4,18 @@
 //!   upload ──ring of pinned memory──► CopyIn ──┐
 //!   load_parameters ──registered segment──────►│ events ──► Compute: kernels, cuBLASLt, cuDNN ──► events
 //!                                              │                                                    │
-//!   segment, host functions ◄── staging ◄── CopyOut ◄────────────────────────────────────────────────┘
+//!   segment ◄── staging ◄── CopyOut ◄──────── Peers (NCCL) ◄────────────────────────────────────────┘
 //! ```
 //! Operations enqueue and return. They allocate nothing and wait for nothing, with three exceptions, each the first time
 //! only: a matrix product of a new shape (search for an algorithm), attention of a new shape (plan), and staging memory
 //! of a stream that had none.
 
 use crate::attention::{self, Attention};
-use crate::driver::{Context, Memory, Pinned, RawEvent, RawStream, cu};
+use crate::driver::{Context, Memory, RawEvent, RawStream, cu};
 use crate::gemm::Products;
 use crate::kernels::Kernels;
 use crate::memory::Arena;
+use crate::peers::Peers;
 use crate::staging::Ring;
 use crate::timing::Timing;
 use crate::{GpuInfo, copies, ops, updater};
@@ -22,7 +23,7 @@ use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
 use ramtorch_store::Store;
 use std::cell::{Cell, RefCell};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Workspace of matrix products and of attention's forward pass, on the compute stream.
 pub(crate) const WORKSPACE_BYTES: u64 = 64 << 20;
@@ -39,8 +40,8 @@ pub struct CudaDevice {
     pub(crate) deterministic: bool,
     synchronous: bool,
     last_operation: Cell<&'static str>,
-    /// Why a host function failed, until someone asks.
-    pub(crate) host_failure: Arc<Mutex<Option<String>>>,
+    /// The connection to the other GPUs of its gang.
+    peers: Option<Peers>,
     pub(crate) attention: RefCell<Attention>,
     pub(crate) products: RefCell<Products>,
     pub(crate) kernels: Kernels,
@@ -48,14 +49,12 @@ pub struct CudaDevice {
     pub(crate) workspace: Memory,
     pub(crate) partials: Memory,
     /// Device memory for conversions, by stream.
-    pub(crate) staging: [RefCell<Option<Memory>>; 3],
-    /// Host memory for host functions, by stream.
-    pub(crate) host_staging: [RefCell<Option<Pinned>>; 3],
+    pub(crate) staging: [RefCell<Option<Memory>>; Stream::ALL.len()],
     pub(crate) ring: RefCell<Ring>,
     events: Vec<RawEvent>,
     pub(crate) timing: RefCell<Timing>,
     pub(crate) stores: Vec<Arc<copies::Registration>>,
-    streams: [RawStream; 3],
+    streams: [RawStream; Stream::ALL.len()],
     context: Context,
 }
 
@@ -72,6 +71,9 @@ impl CudaDevice {
     pub const fn outside_bytes(deterministic: bool) -> u64 {
         Self::CONTEXT_BYTES + Self::INTERNAL_BYTES + if deterministic { 0 } else { crate::gemm::SEARCH_BYTES }
     }
+
+    /// Device memory that the connection to the other GPUs of a gang takes, at most: NCCL's buffers and kernels.
+    pub const PEERS_BYTES: u64 = 768 << 20;
 
     /// Opens GPU `ordinal` with a budget of `memory_bytes` for [`Device::alloc`]. `deterministic` gives the same bits run after
     /// run, at some cost in speed and in attention's workspace.
@@ -90,7 +92,7 @@ impl CudaDevice {
         }
         let context = Context::open(ordinal)?;
         // Kernels of the copy streams are short and others wait for them: first in line.
-        let streams = [RawStream::new(false)?, RawStream::new(true)?, RawStream::new(true)?];
+        let streams = [RawStream::new(false)?, RawStream::new(true)?, RawStream::new(true)?, RawStream::new(true)?];
         let kernels = Kernels::load(info.compute_capability, dtype)?;
         let products = Products::new(dtype, deterministic)?;
         let attention = Attention::new(&info, dtype, deterministic, &streams[0])?;
@@ -99,7 +101,7 @@ impl CudaDevice {
             deterministic,
             synchronous: std::env::var_os("RAMTORCH_CUDA_SYNC").is_some_and(|v| v == "1"),
             last_operation: Cell::new("nothing"),
-            host_failure: Arc::default(),
+            peers: None,
             attention: RefCell::new(attention),
             products: RefCell::new(products),
             kernels,
@@ -107,7 +109,6 @@ impl CudaDevice {
             workspace: Memory::new(WORKSPACE_BYTES, "workspace")?,
             partials: Memory::new(PARTIALS_BYTES, "partial sums")?,
             staging: Default::default(),
-            host_staging: Default::default(),
             ring: RefCell::new(Ring::new(UPLOAD_RING_BYTES)?),
             events: Vec::new(),
             timing: RefCell::new(Timing::new(None)),
@@ -141,7 +142,7 @@ impl CudaDevice {
     }
 
     pub(crate) fn stream(&self, s: Stream) -> &RawStream {
-        &self.streams[index(s)]
+        &self.streams[s.index()]
     }
 
     /// Makes the context current on this thread; every call that reaches the driver begins here.
@@ -167,7 +168,7 @@ impl CudaDevice {
 
     /// Address of a stream's staging memory of [`STAGING_BYTES`], made when first asked for.
     pub(crate) fn staging(&self, s: Stream) -> Result<u64, EngineError> {
-        let mut slot = self.staging[index(s)].borrow_mut();
+        let mut slot = self.staging[s.index()].borrow_mut();
         match slot.as_ref() {
             Some(m) => Ok(m.ptr),
             None => Ok(slot.insert(Memory::new(STAGING_BYTES, "staging")?).ptr),
@@ -200,32 +201,23 @@ impl CudaDevice {
         self.events.get(e.0 as usize).ok_or_else(|| EngineError::internal("an event of another device"))
     }
 
-    /// Reports what a host function died of.
-    fn check_host(&self) -> Result<(), EngineError> {
-        match self.host_failure.lock().map(|mut f| f.take()) {
-            Ok(None) => Ok(()),
-            Ok(Some(e)) => Err(EngineError::internal(format!("cuda:{}: a host function failed: {e}", self.info.ordinal))),
-            Err(_) => Err(EngineError::internal("a host function failed while it reported a failure")),
-        }
+    /// The connection, for a collective.
+    fn peers(&self) -> Result<&Peers, EngineError> {
+        self.peers.as_ref().ok_or_else(|| EngineError::internal("a collective of a device without peers"))
     }
 }
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
+        if let Some(peers) = &self.peers {
+            peers.before_close();
+        }
         // What is freed next must no longer be in use, on any stream.
         if self.context.enter().is_ok() {
             for s in &self.streams {
                 let _ = s.synchronize("close");
             }
         }
-    }
-}
-
-pub(crate) fn index(s: Stream) -> usize {
-    match s {
-        Stream::Compute => 0,
-        Stream::CopyIn => 1,
-        Stream::CopyOut => 2,
     }
 }
 
@@ -272,13 +264,11 @@ impl Device for CudaDevice {
     }
     fn synchronize_event(&self, event: Event) -> Result<(), EngineError> {
         self.enter()?;
-        self.handle(event)?.synchronize().map_err(|e| self.explain(e, "synchronize_event"))?;
-        self.check_host()
+        self.handle(event)?.synchronize().map_err(|e| self.explain(e, "synchronize_event"))
     }
     fn synchronize(&self, stream: Stream) -> Result<(), EngineError> {
         self.enter()?;
-        self.stream(stream).synchronize("stream").map_err(|e| self.explain(e, "synchronize"))?;
-        self.check_host()
+        self.stream(stream).synchronize("stream").map_err(|e| self.explain(e, "synchronize"))
     }
     fn observe(&mut self, recorder: &Arc<Recorder>) {
         self.timing.get_mut().observe(recorder);
@@ -304,8 +294,7 @@ impl Device for CudaDevice {
         self.operation("upload", stream, || copies::upload(self, stream, dst, data))
     }
     fn download(&self, stream: Stream, src: DevBuf, out: &mut [u8]) -> Result<(), EngineError> {
-        self.operation("download", stream, || copies::download(self, stream, src, out))?;
-        self.check_host()
+        self.operation("download", stream, || copies::download(self, stream, src, out))
     }
     fn copy(&self, stream: Stream, dst: DevBuf, src: DevBuf) -> Result<(), EngineError> {
         let bytes = src.bytes.min(dst.bytes) as usize;
@@ -339,8 +328,18 @@ impl Device for CudaDevice {
     fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
         self.operation("store_packed_gradients", stream, || copies::store_packed_gradients(self, stream, src, store, start, count))
     }
-    fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError> {
-        self.operation("host_reduce", stream, || copies::host_reduce(self, stream, src, f))
+    fn join_gang(&mut self, gang: &Arc<dyn Gang>) -> Result<(), EngineError> {
+        self.enter()?;
+        self.peers = Some(Peers::connect(gang).map_err(|e| self.explain(e, "join_gang"))?);
+        Ok(())
+    }
+    fn all_gather(&self, buf: DevBuf) -> Result<(), EngineError> {
+        let (peers, stream) = (self.peers()?, self.stream(Stream::Peers));
+        self.operation("all_gather", Stream::Peers, || peers.all_gather(buf, self.dtype, stream))
+    }
+    fn reduce_scatter(&self, buf: DevBuf, dtype: Dtype) -> Result<(), EngineError> {
+        let (peers, stream) = (self.peers()?, self.stream(Stream::Peers));
+        self.operation("reduce_scatter", Stream::Peers, || peers.reduce_scatter(buf, dtype, stream))
     }
 
     fn gemm(&self, g: &Gemm) -> Result<(), EngineError> {

@@ -1,4 +1,4 @@
-//! The CUDA device: cudarc for the driver, NVRTC kernels, cuBLASLt matrix products, cuDNN attention.
+//! The CUDA device: cudarc for the driver, NVRTC kernels, cuBLASLt matrix products, cuDNN attention, NCCL collectives.
 //!
 //! Every library is opened at run time, so one binary serves every node: [`ensure_libraries`] at the start of the
 //! process, [`available`] to see what there is, [`CudaDevice::open`] to use it. None of them panics on a machine
@@ -18,6 +18,7 @@ mod library;
 mod memory;
 mod nvrtc;
 mod ops;
+mod peers;
 mod staging;
 mod timing;
 mod updater;
@@ -79,6 +80,33 @@ pub fn available() -> Result<Vec<GpuInfo>, EngineError> {
         ));
     }
     Ok(found)
+}
+
+/// Whether every GPU of this machine can reach every other's memory; `None` where there is only one. `NCCL_P2P_DISABLE=1` in
+/// the environment counts as "no".
+///
+/// # Errors
+/// As [`available`].
+pub fn peer_access() -> Result<Option<bool>, EngineError> {
+    let all = available()?;
+    if all.len() < 2 {
+        return Ok(None);
+    }
+    if std::env::var_os("NCCL_P2P_DISABLE").is_some_and(|v| v == "1") {
+        return Ok(Some(false));
+    }
+    for a in &all {
+        for b in all.iter().filter(|b| b.ordinal != a.ordinal) {
+            let (mut from, mut to, mut can) = (0, 0, 0);
+            cu!("peer access", cuDeviceGet(&mut from, a.ordinal as i32))?;
+            cu!("peer access", cuDeviceGet(&mut to, b.ordinal as i32))?;
+            cu!("peer access", cuDeviceCanAccessPeer(&mut can, from, to))?;
+            if can == 0 {
+                return Ok(Some(false));
+            }
+        }
+    }
+    Ok(Some(true))
 }
 
 fn describe(ordinal: u32, driver_version: u32, cudnn: bool) -> Result<GpuInfo, EngineError> {

@@ -11,7 +11,8 @@
 //!
 //! Folders, in order: `RAMTORCH_CUDA_LIBRARIES` (a list like PATH), what `LD_LIBRARY_PATH` has, `CUDA_HOME` and
 //! `CUDA_PATH`, the active Python environment, `/usr/local/cuda*`, the container runtime's driver folder, and the
-//! Python environments of the system. Wheels (`nvidia-cublas`, `nvidia-cuda-nvrtc`, `nvidia-cudnn-cu13`) are as good as a toolkit.
+//! Python environments of the system. NCCL is opened by its path in one of them, and only where several GPUs work on one job
+//! (`peers/nccl.rs`). Wheels (`nvidia-cublas`, `nvidia-cuda-nvrtc`, `nvidia-cudnn-cu13`) are as good as a toolkit.
 
 use ramtorch_device::{EngineError, ErrorKind};
 use std::ffi::OsString;
@@ -141,7 +142,7 @@ fn holds_library(folder: &Path) -> bool {
 }
 
 /// Folders that hold one of the libraries, in the order in which they are to be searched.
-fn search_folders() -> Vec<PathBuf> {
+pub(crate) fn search_folders() -> Vec<PathBuf> {
     let list = |name: &str| std::env::var_os(name).map(|v| std::env::split_paths(&v).collect::<Vec<_>>()).unwrap_or_default();
     let mut all: Vec<PathBuf> = list(CHOICE);
     all.extend(list("LD_LIBRARY_PATH"));

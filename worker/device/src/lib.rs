@@ -7,6 +7,7 @@
 //!   CopyIn   : load_parameters(block 1) ──record e1──► …            weights on their way into a slot
 //!   Compute  : … block 0 … ──────────── wait e1 ──► block 1 …       all arithmetic
 //!   CopyOut  : wait g0 ──► store_gradients(block 0) …               gradients on their way to the segment
+//!   Peers    : all_gather(block 2) ──► reduce_scatter(block 0) …    between the devices of a gang, where there is one
 //! ```
 //!
 //! The CPU device (`ramtorch_cpu::CpuDevice`) really runs its streams on threads of their own, so an event that is missing
@@ -18,9 +19,11 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod gang;
 mod optimizer;
 
 pub use error::{EngineError, ErrorKind};
+pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
     AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, random_bits, staged_parameters, staging_bytes, stochastic,
 };
@@ -75,13 +78,20 @@ pub enum Stream {
     Compute,
     /// Host to device.
     CopyIn,
-    /// Device to host, and reductions over ranks.
+    /// Device to host.
     CopyOut,
+    /// Between the devices of a gang.
+    Peers,
 }
 
 impl Stream {
     /// All of them.
-    pub const ALL: [Stream; 3] = [Stream::Compute, Stream::CopyIn, Stream::CopyOut];
+    pub const ALL: [Stream; 4] = [Stream::Compute, Stream::CopyIn, Stream::CopyOut, Stream::Peers];
+
+    /// Its place among them.
+    pub const fn index(self) -> usize {
+        self as usize
+    }
 
     /// Its line in a trace.
     pub const fn row(self) -> Row {
@@ -89,6 +99,7 @@ impl Stream {
             Stream::Compute => Row::Compute,
             Stream::CopyIn => Row::CopyIn,
             Stream::CopyOut => Row::CopyOut,
+            Stream::Peers => Row::Peers,
         }
     }
 }
@@ -369,9 +380,26 @@ pub trait Device: Send {
     /// Copies `count` gradients that are in the store's format already into its gradient array from parameter `start` on.
     /// For devices that would otherwise convert on a copy stream, where a kernel waits for arithmetic to make room.
     fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError>;
-    /// Runs `f` on `stream` as a host function: after earlier work, before later work. For collectives through
-    /// shared memory; `src` is readable host memory during the call (the CPU device's own memory, or a staged copy).
-    fn host_reduce(&self, stream: Stream, src: DevBuf, f: Box<dyn FnOnce(&[f32]) + Send>) -> Result<(), EngineError>;
+    /// Connects this device with those of the gang's other ranks; all ranks call it at the same place, once, and only where
+    /// there are several. It must be dropped no later than the gang ends. Once [`Gang::aborted`] says that the rank has given
+    /// up, what waits for peers on the device ends within a second, its results worthless.
+    ///
+    /// # Errors
+    /// A library is missing, or the peers do not come in time.
+    fn join_gang(&mut self, gang: &Arc<dyn Gang>) -> Result<(), EngineError>;
+    /// On [`Stream::Peers`]: fills the other ranks' shares of `buf`, which holds one share a rank ([`Ranks::padded`]) and this
+    /// rank's in place. In the compute format.
+    ///
+    /// # Errors
+    /// The rank has given up, or is in no gang.
+    fn all_gather(&self, buf: DevBuf) -> Result<(), EngineError>;
+    /// On [`Stream::Peers`]: replaces this rank's share of `buf` by the sum of all ranks', in an order that depends on the
+    /// gang and the length alone. The other shares are worthless afterwards. bf16 sums may be rounded on their way from rank
+    /// to rank.
+    ///
+    /// # Errors
+    /// As [`Device::all_gather`].
+    fn reduce_scatter(&self, buf: DevBuf, dtype: Dtype) -> Result<(), EngineError>;
 
     /// See [`Gemm`].
     fn gemm(&self, g: &Gemm) -> Result<(), EngineError>;

@@ -194,6 +194,14 @@ pub struct TrainSpec {
     /// Two runs give the same bits, at some cost in speed on GPUs. CPU devices always do.
     #[serde(default = "yes")]
     pub deterministic: bool,
+    /// On several devices: each copies its share of a block's weights and they gather the shares from one another (true), or
+    /// each copies all of them; the plan chooses without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gather_weights: Option<bool>,
+    /// Format in which gradients go from device to device to be added up. Default: fp32. bf16 halves the traffic where
+    /// gradients wait in bf16 anyway, and leave the device once a step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reduce: Option<Precision>,
 }
 
 /// Number format of arithmetic or storage.

@@ -31,6 +31,11 @@ mod typical {
     /// The processor beside it, parameters a second.
     pub const ADAMW: f64 = 4e9;
     pub const NORM: f64 = 2e10;
+    /// What all GPUs of a node get together: in, out, both at once.
+    pub const NODE: [f64; 2] = [1.65e11, 1.31e11];
+    pub const NODE_BOTH: [f64; 2] = [8.4e10, 1.0e11];
+    /// Bytes a second that a rank receives, and sends, in a gather or a reduction beside products.
+    pub const PEERS: f64 = 1.2e11;
 }
 
 /// Kernels of a layer's visits: forward, backward, made again.
@@ -42,6 +47,8 @@ const STAGED_IN: f64 = 6.0;
 const STAGED_OUT: f64 = 4.0;
 /// Copies slow the arithmetic beside them by this share of their own time: in, out.
 const DRAG: [f64; 2] = [0.01, 0.08];
+/// Gathers and reductions take multiprocessors from the arithmetic beside them: by this share of their own time.
+const PEERS_DRAG: f64 = 0.14;
 /// From a block's publication to the start of its copy; from the last gradient to the optimizer's start. Seconds.
 const NOTICE: f64 = 1e-4;
 const TURN: f64 = 3e-3;
@@ -123,10 +130,14 @@ pub(crate) struct Cost {
     norm: f64,
     /// Gradients are squared as they come, and not after the last of them.
     pub norm_beside: bool,
-    /// Pages on the processor, and on the GPU (0: none).
+    /// Pages on the processor, and on the GPUs (0: none), of all ranks together.
     pub adamw: f64,
     pub adamw_gpu: f64,
     pub basis: Basis,
+    /// Bytes a second of gathers and reductions, by what a rank receives of others; infinite for one that is alone.
+    peers: f64,
+    /// Sharing loads out is faster than each rank's copying everything.
+    pub gathers: bool,
 }
 
 fn or(x: f64, default: f64) -> f64 {
@@ -134,8 +145,8 @@ fn or(x: f64, default: f64) -> f64 {
 }
 
 impl Cost {
-    /// `moment` is the bytes of one moment of a parameter; `split`: the device updates pages too.
-    pub fn new(rates: Rates, kind: DeviceKind, dtype: Dtype, moment: u64, split: bool) -> Cost {
+    /// `moment` is the bytes of one moment of a parameter; `split`: the device updates pages too; of `world` ranks.
+    pub fn new(rates: Rates, kind: DeviceKind, dtype: Dtype, moment: u64, split: bool, world: usize) -> Cost {
         if kind == DeviceKind::Cpu {
             let copy = or(rates.copy_bytes, 4e9);
             let basis = if rates.gemm_flops > 0.0 { Basis::Measured } else { Basis::Typical };
@@ -155,6 +166,9 @@ impl Cost {
                 adamw,
                 adamw_gpu: 0.0,
                 basis,
+                peers: if world > 1 { copy } else { f64::INFINITY },
+                // The segment is as near as another rank's memory.
+                gathers: false,
             };
         }
         let g = rates.gpu.clone().unwrap_or_default();
@@ -163,21 +177,31 @@ impl Cost {
             Some(_) => Basis::Measured,
             None => Basis::Typical,
         };
-        let both = [or(g.both[0], typical::BOTH[0]), or(g.both[1], typical::BOTH[1])];
+        let n = world as f64;
+        // The links of several GPUs end in the same memory.
+        let shared = |alone: f64, node: f64| if world > 1 { alone.min(node / n) } else { alone };
+        let both =
+            [shared(or(g.both[0], typical::BOTH[0]), typical::NODE_BOTH[0]), shared(or(g.both[1], typical::BOTH[1]), typical::NODE_BOTH[1])];
+        let to_device = shared(or(g.to_device, typical::TO_DEVICE), typical::NODE[0]);
+        let peers = or(g.peers, typical::PEERS);
+        // A block's share over the own link and the others' from their devices, or all of it over the own link.
+        let gathers = world > 1 && rates.peer_access.unwrap_or(false) && 1.0 / n / to_device + (n - 1.0) / n / peers < 1.0 / to_device;
         let moments = 2.0 * moment as f64;
         Cost {
             kind,
             dtype,
-            to_device: or(g.to_device, typical::TO_DEVICE),
-            from_device: or(g.from_device, typical::FROM_DEVICE),
+            to_device,
+            from_device: shared(or(g.from_device, typical::FROM_DEVICE), typical::NODE[1]),
             both,
             memory: or(g.memory_bytes, typical::MEMORY),
             launch: or(g.launch_seconds, typical::LAUNCH),
-            norm: or(rates.norm_parameters, typical::NORM),
+            norm: or(rates.norm_parameters, typical::NORM * n),
             norm_beside: true,
-            adamw: or(if rates.gpu.is_some() { rates.optimizer_parameters } else { 0.0 }, typical::ADAMW),
-            adamw_gpu: if split { 1.0 / ((STAGED_IN + moments) / both[0]).max((STAGED_OUT + moments) / both[1]) } else { 0.0 },
+            adamw: or(if rates.gpu.is_some() { rates.optimizer_parameters } else { 0.0 }, typical::ADAMW * n),
+            adamw_gpu: if split { n / ((STAGED_IN + moments) / both[0]).max((STAGED_OUT + moments) / both[1]) } else { 0.0 },
             basis,
+            peers: if world > 1 { peers } else { f64::INFINITY },
+            gathers,
             rates,
         }
     }
@@ -323,11 +347,15 @@ impl Cost {
 
     fn sum(&self, model: &Model, p: &EnginePlan, mut s: Breakdown) -> Breakdown {
         let loads = 2.0 * p.groups as f64 - 1.0;
+        let n = p.world as f64;
         let out = if p.resident_gradients { 1.0 } else { 2.0 * p.groups as f64 - 1.0 };
         for b in 0..model.len() {
             let bytes = model.places[b].1 as f64 * p.dtype.size() as f64;
             s.copies_in += bytes * if p.resident[b] { 1.0 } else { 1.0 + loads } / self.to_device;
             s.copies_out += bytes * out / self.from_device;
+            if p.world > 1 {
+                s.copies_out += model.places[b].1 as f64 * 4.0 * out * (n - 1.0) / n / self.peers;
+            }
         }
         (s.wait_copies, s.wait_gradients, s.wait_optimizer, s.wait_norm) = (s.copies_in, s.copies_out, s.optimizer, s.norm);
         s.step = s.compute + s.copies_in + s.copies_out + s.optimizer + s.norm;
@@ -354,8 +382,7 @@ impl Cost {
         }
         let r = run.s;
         let copied = run.compute.max(run.out);
-        // Other ranks' parts are in the sums: those are squared when all are in.
-        let end = if self.norm_beside && p.world == 1 { copied.max(run.norm) } else { copied + s.norm };
+        let end = if self.norm_beside { copied.max(run.norm) } else { copied + s.norm };
         s.tail = copied - run.compute + TURN;
         s.wait_norm = end - copied;
         s.step = end + TURN;
@@ -377,6 +404,7 @@ struct Run<'a> {
     published: Vec<f64>,
     compute: f64,
     copy_in: f64,
+    peers: f64,
     out: f64,
     norm: f64,
     /// Streamed blocks visited last, and the end of the visits whose slots come free next.
@@ -408,6 +436,7 @@ impl<'a> Run<'a> {
             published,
             compute: 0.0,
             copy_in: 0.0,
+            peers: 0.0,
             out: 0.0,
             norm: 0.0,
             recent: VecDeque::new(),
@@ -420,6 +449,7 @@ impl<'a> Run<'a> {
     fn skip(&mut self, seconds: f64) {
         self.compute += seconds;
         self.copy_in += seconds;
+        self.peers += seconds;
         self.out += seconds;
         self.free.iter_mut().chain(&mut self.ring).for_each(|x| *x += seconds);
     }
@@ -443,21 +473,32 @@ impl<'a> Run<'a> {
             } else if !first {
                 continue;
             }
-            let seconds = self.model.places[b].1 as f64 * self.p.dtype.size() as f64 / rate;
+            let bytes = self.model.places[b].1 as f64 * self.p.dtype.size() as f64;
+            let n = self.p.loading_ranks().world as f64;
+            let (seconds, gather) = (bytes / n / rate, self.between(bytes, n));
             let mut start = self.copy_in;
             if first {
                 start = start.max(self.published[b] + NOTICE);
-                gate = gate.max(self.published[b] + NOTICE + seconds);
+                gate = gate.max(self.published[b] + NOTICE + seconds + gather);
             }
             if streamed && self.free.len() >= self.p.slots.max(1) {
                 start = start.max(self.free.pop_front().unwrap_or(0.0));
             }
             self.copy_in = start + seconds;
-            self.compute += DRAG[0] * seconds;
+            self.compute += DRAG[0] * seconds + PEERS_DRAG * gather;
             self.s.copies_in += seconds;
+            if gather > 0.0 {
+                self.peers = self.peers.max(self.copy_in) + gather;
+                ready = ready.max(self.peers);
+            }
             ready = ready.max(self.copy_in);
         }
         (ready, gate)
+    }
+
+    /// Seconds in which `n` ranks gather or reduce `bytes`.
+    fn between(&self, bytes: f64, n: f64) -> f64 {
+        bytes * (n - 1.0) / n / self.cost.peers
     }
 
     fn visit(&mut self, needs: &[usize], seconds: f64, first: bool, busy_out: bool) {
@@ -490,16 +531,24 @@ impl<'a> Run<'a> {
         if self.p.resident_gradients && !last_group {
             return;
         }
-        let bytes = self.model.places[b].1 as f64 * self.p.gradient_bytes() as f64;
+        let (elements, n) = (self.model.places[b].1 as f64, self.p.world as f64);
+        let bytes = elements * self.p.gradient_bytes() as f64 / n;
+        let wire = if self.p.packs() { self.p.gradient_bytes() as f64 } else { 4.0 };
+        let reduce = self.between(elements * wire, n);
         let loads = if self.p.groups > 1 && !self.p.resident.iter().all(|r| *r) { self.cost.both[1] } else { self.cost.from_device };
         let mut seconds = bytes / loads;
         if g > 0 && !self.p.resident_gradients {
             seconds += bytes / self.cost.both[0];
         }
-        self.out = self.out.max(self.compute) + seconds;
-        self.compute += DRAG[1] * seconds;
+        let mut whole = self.compute;
+        if reduce > 0.0 {
+            self.peers = self.peers.max(self.compute) + reduce;
+            whole = self.peers;
+        }
+        self.out = self.out.max(whole) + seconds;
+        self.compute += DRAG[1] * seconds + PEERS_DRAG * reduce;
         if last_group {
-            self.norm = self.norm.max(self.out) + self.model.places[b].1 as f64 / self.cost.norm;
+            self.norm = self.norm.max(self.out) + elements / self.cost.norm;
         }
         self.s.copies_out += seconds;
         if !self.p.resident_gradients {

@@ -14,7 +14,7 @@ use crate::api::*;
 use crate::model::{Block, Keep, Model, Shape};
 use cost::Cost;
 use ramtorch_cpu::Collectives;
-use ramtorch_device::{AttentionShape, DevBuf, Dtype};
+use ramtorch_device::{AttentionShape, DevBuf, Dtype, Ranks};
 use ramtorch_job::{JobSpec, Precision};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreError, StoreSpec};
@@ -65,6 +65,9 @@ pub(crate) struct EnginePlan {
     /// The device updates pages too, beside the CPU.
     #[serde(default)]
     pub optimizer_split: bool,
+    /// Each rank copies its share of a block, and the devices gather the shares; otherwise each rank copies all of it.
+    #[serde(default)]
+    pub gather_weights: bool,
     pub uses: DeviceUse,
 }
 
@@ -107,11 +110,13 @@ impl DeviceUse {
     }
 }
 
-/// Device memory that an open device takes beside what is allocated on it.
-pub(crate) fn library_bytes(kind: DeviceKind, deterministic: bool) -> u64 {
+/// Device memory that an open device of a gang of `world` takes beside what is allocated on it.
+pub(crate) fn library_bytes(kind: DeviceKind, deterministic: bool, world: usize) -> u64 {
     match kind {
         DeviceKind::Cpu => 0,
-        DeviceKind::Cuda => ramtorch_cuda::CudaDevice::outside_bytes(deterministic),
+        DeviceKind::Cuda => {
+            ramtorch_cuda::CudaDevice::outside_bytes(deterministic) + if world > 1 { ramtorch_cuda::CudaDevice::PEERS_BYTES } else { 0 }
+        }
     }
 }
 
@@ -133,6 +138,16 @@ impl EnginePlan {
 
     pub fn shape(&self) -> Shape {
         Shape { sequences: self.micro_batch, seq: self.seq, head_rows: self.head_rows }
+    }
+
+    /// The first rank: sizes are the same on all of them.
+    pub fn ranks(&self) -> Ranks {
+        Ranks { rank: 0, world: self.world }
+    }
+
+    /// The first of those that share the loads of weights out.
+    pub fn loading_ranks(&self) -> Ranks {
+        if self.gather_weights { self.ranks() } else { Ranks::ALONE }
     }
 
     /// Bytes of a gradient in the segment.
@@ -186,16 +201,19 @@ pub(crate) fn device_use(
     let (shape, dt) = (p.shape(), p.dtype.size());
     let rows = shape.rows() as u64;
     let last = model.len() - 1;
-    let streamed = (0..model.len()).filter(|b| !p.resident[*b]).map(|b| rounded(model.places[b].1 * dt)).max().unwrap_or(0);
+    // Where ranks share a block, its buffers have room for equal shares.
+    let (loading, ranks) = (p.loading_ranks(), p.ranks());
+    let weights = |b: usize| rounded(loading.padded(model.places[b].1) * dt);
+    let streamed = (0..model.len()).filter(|b| !p.resident[*b]).map(weights).max().unwrap_or(0);
     let mut u = DeviceUse {
         tables: rope_table_bytes(&model.architecture, p.seq),
         scratch: rounded(model.scratch_bytes(shape, &|s| p.attention_workspace(s, workspace))?),
-        resident_weights: (0..model.len()).filter(|b| p.resident[*b]).map(|b| rounded(model.places[b].1 * dt)).sum(),
+        resident_weights: (0..model.len()).filter(|b| p.resident[*b]).map(weights).sum(),
         slots: streamed * p.slots as u64,
         libraries: p.uses.libraries,
         ..Default::default()
     };
-    let gradient = |b: usize| rounded(model.places[b].1 * 4);
+    let gradient = |b: usize| rounded(ranks.padded(model.places[b].1) * 4);
     u.gradients = if p.resident_gradients {
         (0..model.len()).map(gradient).sum()
     } else if p.store.gradients == GradientFormat::None {
@@ -207,7 +225,7 @@ pub(crate) fn device_use(
         ring + if model.tied() { gradient(0) } else { 0 }
     };
     if p.packs() && p.store.gradients != GradientFormat::None {
-        let largest = (0..model.len()).map(|b| rounded(model.places[b].1 * p.store.gradients.bytes())).max().unwrap_or(0);
+        let largest = (0..model.len()).map(|b| rounded(ranks.padded(model.places[b].1) * p.store.gradients.bytes())).max().unwrap_or(0);
         u.gradients += largest * GRADIENT_RING as u64;
     }
     if let Some(page) = p.store.page_parameters.filter(|_| p.optimizer_split) {
@@ -373,7 +391,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         MomentFormat::Bf16 => 2,
         _ => 4,
     };
-    let cost = Cost::new(prepared.rates.clone(), first.kind, dtype, moment, optimizer_split);
+    let cost = Cost::new(prepared.rates.clone(), first.kind, dtype, moment, optimizer_split, world);
     let assumed = assumed_workspace(first.kind);
     let known: &[(usize, u64)] = prepared.rates.gpu.as_ref().filter(|_| spec.train.deterministic).map_or(&[], |g| &g.workspace);
     let workspace = |s: &AttentionShape| {
@@ -458,7 +476,8 @@ pub(crate) fn inference(
         resident_gradients: false,
         pack_gradients: false,
         optimizer_split: false,
-        uses: DeviceUse { libraries: library_bytes(kind, true), ..Default::default() },
+        gather_weights: false,
+        uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
     };
     p.uses = device_use(model, &p, workspace)?;
     // Give up resident blocks from the last one on until it fits.

@@ -10,7 +10,7 @@ use super::{DeviceUse, EnginePlan, device_use, head_rows, library_bytes, rank_sh
 use crate::api::{DeviceKind, EngineError};
 use crate::model::{Block, Keep, Model};
 use ramtorch_device::AttentionShape;
-use ramtorch_job::{JobSpec, Recompute};
+use ramtorch_job::{JobSpec, Precision, Recompute};
 use ramtorch_store::{GradientFormat, StoreSpec};
 
 /// What the search goes through, and by what it judges.
@@ -213,9 +213,13 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             resident: vec![false; s.model.len()],
             slots: slots_for(s.model),
             resident_gradients: false,
-            pack_gradients: s.world == 1 && s.store.gradients == GradientFormat::Bf16 && s.model.dtype == ramtorch_device::Dtype::Bf16,
+            // Where ranks add them up, sums are rounded afterwards, unless the job says otherwise.
+            pack_gradients: (s.world == 1 || s.spec.train.reduce == Some(Precision::Bf16))
+                && s.store.gradients == GradientFormat::Bf16
+                && s.model.dtype == ramtorch_device::Dtype::Bf16,
             optimizer_split: s.optimizer_split,
-            uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic), ..Default::default() },
+            gather_weights: s.world > 1 && s.spec.train.gather_weights.unwrap_or(s.cost.gathers),
+            uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
         };
         let sizes = Sizes::new(s.model, &start);
         // cuDNN may be asked for each shape: once is enough.

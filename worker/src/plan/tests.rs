@@ -82,6 +82,45 @@ proptest! {
     }
 }
 
+/// Slots and gradient buffers have room for equal shares, and the plan counts them.
+#[test]
+fn shares_are_in_the_bytes_of_the_plan() {
+    let a = llama(3, false);
+    for world in [2, 3, 8] {
+        for (i, gather) in [true, false].into_iter().enumerate() {
+            let more = format!("gather_weights = {gather}\n");
+            let least = plan(&request(&a, world, 8, 1, &more)).unwrap_err().message;
+            let least: u64 = least.split("needs at least ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+            for (j, budget) in [least, least * 20].into_iter().enumerate() {
+                let p = EnginePlan::of(&plan(&request(&a, world, 8, budget, &more)).unwrap()).unwrap();
+                assert_eq!(p.gather_weights, gather);
+                assert_eq!(opened(&a, &p, &format!("shares-{world}-{i}-{j}")), p.uses.total(), "{p:?}");
+            }
+        }
+    }
+}
+
+/// Several GPUs gather where they reach one another, and are planned to be nearly as many times as fast.
+#[test]
+fn gpus_share_the_loads_out_where_they_reach_one_another() {
+    let a = llama_8b();
+    let alone = plan(&on_gpu(&a, 2048, 8, 78.5, "")).unwrap().step_seconds;
+    for world in [2usize, 4, 8] {
+        let mut r = on_gpu(&a, 2048, 8 * world, 78.5, "");
+        r.devices = (0..world as u32).map(|index| DeviceSpec { index, ..r.devices[0].clone() }).collect();
+        for reach in [None, Some(false), Some(true)] {
+            r.prepared.rates.peer_access = reach;
+            let (p, text) = planned(&r);
+            assert_eq!(p.gather_weights, reach == Some(true), "{}", text.text);
+            assert!(p.uses.total() <= r.devices[0].memory_bytes);
+            println!("{world} GPUs, {reach:?}: {:.2} of one\n{}", alone / text.step_seconds, text.text);
+            assert!(reach != Some(true) || alone / text.step_seconds > 0.85, "{}", text.text);
+        }
+        r.spec.train.gather_weights = Some(false);
+        assert!(!planned(&r).0.gather_weights);
+    }
+}
+
 /// Opens a session for `p` and returns the bytes that its device gave out.
 fn opened(a: &Architecture, p: &EnginePlan, name: &str) -> u64 {
     let name = format!("/ramtorch-plan-{name}-{}", std::process::id());
@@ -197,7 +236,7 @@ fn planned(r: &PlanRequest) -> (EnginePlan, Plan) {
 fn cost(a: &Architecture, adamw: Option<f64>) -> (Model, Cost) {
     let r = on_gpu(a, 2048, 8, 80.0, "");
     let layout = Layout::new(&store_spec(&r.spec, &r.prepared, a, 1, Dtype::Bf16)).unwrap();
-    let mut c = Cost::new(Rates::default(), DeviceKind::Cuda, Dtype::Bf16, 4, true);
+    let mut c = Cost::new(Rates::default(), DeviceKind::Cuda, Dtype::Bf16, 4, true, 1);
     if let Some(adamw) = adamw {
         (c.adamw, c.adamw_gpu, c.norm_beside) = (adamw, 0.0, false);
     }
@@ -274,7 +313,7 @@ fn gradients_that_are_nowhere_else_stay() {
     let layout = Layout::new(&store).unwrap();
     assert!(layout.bytes() < 112 << 30, "{}", layout.bytes());
     let model = Model::new(&a, &layout, Dtype::Bf16).unwrap();
-    let cost = Cost::new(Rates::default(), DeviceKind::Cuda, Dtype::Bf16, 2, true);
+    let cost = Cost::new(Rates::default(), DeviceKind::Cuda, Dtype::Bf16, 2, true, 1);
     let space = search::Space {
         model: &model,
         spec: &r.spec,
@@ -331,7 +370,7 @@ proptest! {
         let (model, _) = cost(&a, None);
         let point = |rows: usize, slow: f64| LayerTimes { rows, forward: 1e-6 * slow * rows as f64, backward: 2e-6 * slow * rows as f64, rebuild: 1e-7 * rows as f64, recompute: 9e-7 * slow * rows as f64 };
         let gpu = GpuRates { layers: vec![point(1024, 1.5), point(4096, 1.2), point(16_384, 1.0)], head: (4096, 0.01), ..Default::default() };
-        let c = Cost::new(Rates { gpu: Some(gpu), ..Default::default() }, DeviceKind::Cuda, Dtype::Bf16, 4, true);
+        let c = Cost::new(Rates { gpu: Some(gpu), ..Default::default() }, DeviceKind::Cuda, Dtype::Bf16, 4, true, 1);
         let per = |rows: usize| c.times(&model, rows, 256, 4096).forward[5] / rows as f64;
         prop_assert!(per(rows) <= 1.5e-6 * 1.000_001 && per(rows) >= 1e-6 * 0.999_999);
         prop_assert!(per(rows) <= per((rows / 2).max(1)) * 1.000_001);

@@ -100,6 +100,15 @@ fn choice(t: &mut String, model: &Model, found: &Found) {
             2 * p.groups
         );
     }
+    if p.world > 1 {
+        let wire = if p.packs() { "bf16" } else { "fp32" };
+        let loads = if p.gather_weights {
+            "each rank copies its share of a block, the devices gather the shares"
+        } else {
+            "each rank copies every block whole"
+        };
+        let _ = writeln!(t, "             {loads}; gradients are added up between the devices in {wire}, each rank sends its share out");
+    }
     let layers: Vec<Keep> = (0..model.len() - 1).filter(|b| !matches!(model.blocks[*b], Block::Embed(_))).map(|b| p.keep[b]).collect();
     let count = |k: Keep| layers.iter().filter(|x| **x == k).count();
     let _ = writeln!(

@@ -19,6 +19,10 @@ pub(crate) fn for_job(a: &Assignment, spec: &JobSpec, architecture: &Architectur
             tracing::warn!("{}: its rates could not be measured, the plan uses typical ones: {e}", a.device);
         }
     }
+    if a.device.kind == DeviceKind::Cuda {
+        // What devices do to one another is not measured here: the others may be at work for somebody else.
+        rates.peer_access = ramtorch_cuda::peer_access().unwrap_or_default();
+    }
     rates
 }
 

@@ -31,8 +31,10 @@ pub enum Row {
     Compute,
     /// Weights on their way to the device.
     CopyIn,
-    /// Gradients on their way to the segment, and their sum over ranks.
+    /// Gradients on their way to the segment.
     CopyOut,
+    /// Weights gathered from other ranks' devices, gradients summed over them.
+    Peers,
     /// Pages' state on its way to the device.
     OptimizerIn,
     /// Pages updated by the device.
@@ -49,11 +51,12 @@ pub enum Row {
 
 impl Row {
     /// All of them, from the top down.
-    pub const ALL: [Row; 9] = [
+    pub const ALL: [Row; 10] = [
         Row::Loop,
         Row::Compute,
         Row::CopyIn,
         Row::CopyOut,
+        Row::Peers,
         Row::Optimizer,
         Row::OptimizerCpu,
         Row::OptimizerIn,
@@ -68,6 +71,7 @@ impl Row {
             Row::Compute => "compute",
             Row::CopyIn => "copy in",
             Row::CopyOut => "copy out",
+            Row::Peers => "peers",
             Row::Optimizer => "optimizer",
             Row::OptimizerCpu => "optimizer CPU",
             Row::OptimizerIn => "optimizer in",

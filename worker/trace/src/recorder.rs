@@ -113,7 +113,7 @@ impl Recorder {
             Row::Optimizer | Row::OptimizerCpu | Row::OptimizerIn | Row::OptimizerKernel | Row::OptimizerOut => {
                 inner.first.saturating_sub(1)
             }
-            Row::Loop | Row::Compute | Row::CopyIn | Row::CopyOut => inner.first,
+            Row::Loop | Row::Compute | Row::CopyIn | Row::CopyOut | Row::Peers => inner.first,
         };
         if !(first..=inner.last).contains(&step) {
             return None;

@@ -6,7 +6,7 @@ use half::bf16;
 use ramtorch_cuda::CudaDevice;
 use ramtorch_device::*;
 use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Store, StoreSpec, TensorSpec, split};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 pub const TESTS: &[Test] = &[
     ("memory_is_zeroed_aligned_and_within_its_budget", memory),
@@ -15,8 +15,6 @@ pub const TESTS: &[Test] = &[
     ("events_order_streams", events),
     ("parameters_load_from_the_store", parameters),
     ("gradients_reach_the_store", gradients),
-    ("host_functions_run_in_order", host_functions),
-    ("host_panics_are_reported", host_panics),
     ("rows_are_gathered", gather),
     ("formats_convert", convert),
 ];
@@ -197,40 +195,6 @@ fn gradients() {
         }
         assert!(d.store_gradients(Stream::CopyOut, src, &s, s.layout().span(), 1, false).is_err());
     }
-}
-
-fn host_functions() {
-    let mut d = CudaDevice::open(0, Dtype::Bf16, 64 << 20, false).unwrap();
-    let log = Arc::new(Mutex::new(Vec::new()));
-    for n in [3usize, 1000, 700_000, 17] {
-        let b = d.alloc(n as u64 * 4, "sums").unwrap().slice(0, n as u64 * 4);
-        let data: Vec<u8> = (0..n).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        d.upload(Stream::CopyOut, b, &data).unwrap();
-        let log = log.clone();
-        d.host_reduce(
-            Stream::CopyOut,
-            b,
-            Box::new(move |x| {
-                let right = x.iter().enumerate().all(|(i, v)| *v == i as f32);
-                log.lock().unwrap().push((x.len(), right));
-            }),
-        )
-        .unwrap();
-        d.zero(Stream::CopyOut, b).unwrap(); // after the function has its copy
-    }
-    d.synchronize(Stream::CopyOut).unwrap();
-    assert_eq!(*log.lock().unwrap(), [(3, true), (1000, true), (700_000, true), (17, true)]);
-}
-
-fn host_panics() {
-    let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 20, false).unwrap();
-    let b = d.alloc(64, "sums").unwrap();
-    std::panic::set_hook(Box::new(|_| ()));
-    d.host_reduce(Stream::CopyOut, b, Box::new(|_| panic!("rank 3 is gone"))).unwrap();
-    let e = d.synchronize(Stream::CopyOut).unwrap_err();
-    let _ = std::panic::take_hook();
-    assert!(e.message.contains("rank 3 is gone"), "{e}");
-    d.synchronize(Stream::CopyOut).unwrap();
 }
 
 fn gather() {
