@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Training steps on one GPU: the limit, the plan's prediction, the measurement, and the ratio, for a table of models.
+"""Training steps on GPUs: the limit, the plan's prediction, the measurement, and the ratio, for a table of models.
 
     python3 bench/gpu_table.py --bin target/release --out DIR [--rows llama-8b-16k,qwen-7b] [--steps 10] [--device cuda:0]
+    python3 bench/gpu_table.py --bin target/release --out DIR --gpus 4 [--one llama-8b-16k=9000] [--one ONE/table.json]
 
 Models are made from their configuration alone (seeded weights), data are random tokens. For every row the plan is asked
 first, by a daemon of its own (which measures the GPU), then the job runs with `ramtorchd run`. Writes table.json, table.md,
@@ -49,7 +50,11 @@ ROWS = {
     "qwen-7b-131k": (qwen2(3584, 18944, 28, 28, 4), 1024, 128, 13700, 17000, ""),
     "qwen-14b-65k": (qwen2(5120, 13824, 48, 40, 8), 1024, 64, 6400, 8000, 'moments = "bf16"\n'),
     "llama-3b-16k": (llama(3072, 8192, 28, 24, 8, True), 2048, 8, 25000, 33000, ""),
+    "llama-8b-65k": (LLAMA_8B, 2048, 32, 11500, 14450, ""),
+    "qwen-32b-32k": (qwen2(5120, 27648, 64, 40, 8), 2048, 16, 2250, 3700, ""),
 }
+# With --gpus, sequences are those of each GPU. Rows that run by default then, and what all GPUs together are to reach, a GPU.
+SEVERAL = {"llama-8b-16k": 9500, "llama-8b-65k": 11500, "qwen-32b-32k": 2250}
 
 
 def write_job(folder, name, config, length, batch, steps, more, train):
@@ -124,11 +129,12 @@ def ask_plan(args, folder, job, log):
 
 
 class MemorySampler:
-    """Peak of a GPU's used memory, as nvidia-smi tells it; MiB. Zero where there is no nvidia-smi."""
+    """Peak of GPUs' used memory, of the one that uses most, as nvidia-smi tells it; MiB. Zero where there is no nvidia-smi."""
 
     def __init__(self, device):
         self.peak, self.first = 0, None
-        command = ["nvidia-smi", "-i", device.rsplit(":", 1)[-1], "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
+        indices = ",".join(d.rsplit(":", 1)[-1] for d in device.split(","))
+        command = ["nvidia-smi", "-i", indices, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
         try:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except OSError:
@@ -174,8 +180,9 @@ def run_job(args, folder, job, log):
     begin = time.time()
     command = [os.path.join(args.bin, "ramtorchd"), "run", job, "--quiet", "--state-dir", args.state, "--devices", args.device]
     process = subprocess.Popen(command, stdout=log, stderr=log)
-    first, ended = None, False
+    first, ended, shared, shared_before = None, False, 0.0, shared_memory_gib()
     while process.poll() is None:
+        shared = max(shared, shared_memory_gib() - shared_before)
         if first is None and read_metrics(metrics):
             first = time.time() - begin
         if time.time() - begin > args.limit:
@@ -185,7 +192,8 @@ def run_job(args, folder, job, log):
         time.sleep(0.05)
     peak, before = sampler.finish()
     lines = read_metrics(metrics)
-    result = {"exit_code": process.returncode, "timed_out": ended, "gpu_peak_mib": peak, "gpu_before_mib": before, "steps": len(lines)}
+    result = {"exit_code": process.returncode, "timed_out": ended, "gpu_peak_mib": peak, "gpu_before_mib": before, "steps": len(lines),
+              "shared_memory_gib": shared}
     if first is not None and lines:
         result["start_up_seconds"] = first - lines[0]["step_seconds"]
     timed = lines[WARM_UP_STEPS:]
@@ -214,6 +222,8 @@ def number(x, form):
 
 HEAD = ["row", "limit tok/s", "goal", "predicted s", "measured s", "measured / predicted", "tok/s", "of the limit", "TFLOP/s", "copy wait",
         "optimizer wait s", "GPU peak / plan GiB", "segment B/param", "start-up s"]
+# With several GPUs.
+HEAD_SEVERAL = ["GPUs", "segment GiB", "shared memory GiB", "tok/s of one", "scaling"]
 
 
 def table_line(name, r):
@@ -230,11 +240,41 @@ def table_line(name, r):
             number(m.get("start_up_seconds"), ".1f")]
 
 
+def several_columns(r):
+    m = r.get("measured") or {}
+    speed, one = m.get("tokens_per_second"), r.get("one")
+    scaling = speed / one / r["gpus"] if speed and one else None
+    return [str(r["gpus"]), number(r.get("segment_gib"), ".2f"), number(m.get("shared_memory_gib"), ".2f"), number(one, ".0f"),
+            number(scaling, ".3f")]
+
+
+def one_gpu_figures(sources):
+    """Tokens a second of one GPU, by row: NAME=NUMBER, or the table.json of a run on one."""
+    figures = {}
+    for source in sources:
+        if "=" in source:
+            name, value = source.split("=", 1)
+            figures[name] = float(value)
+            continue
+        with open(source) as f:
+            for name, r in json.load(f).items():
+                speed = (r.get("measured") or {}).get("tokens_per_second")
+                if speed and r.get("gpus", 1) == 1:
+                    figures[name] = speed
+    return figures
+
+
+def shared_memory_gib():
+    with open("/proc/meminfo") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("Shmem:")) / 2**20
+
+
 def write_table(args, results):
     with open(os.path.join(args.out, "table.json"), "w") as f:
         json.dump(results, f, indent=1)
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(table_line(name, r)) + " |" for name, r in results.items()]
+    head = HEAD + (HEAD_SEVERAL if args.gpus > 1 else [])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(table_line(name, r) + (several_columns(r) if args.gpus > 1 else [])) + " |" for name, r in results.items()]
     lines += [f"\n{name}: {r['refused']}" for name, r in results.items() if r.get("refused")]
     text = "\n".join(lines) + "\n"
     with open(os.path.join(args.out, "table.md"), "w") as f:
@@ -250,11 +290,16 @@ def main():
     parser.add_argument("--steps", type=int, default=8, help=f"steps a row, the first {WARM_UP_STEPS} are not counted")
     parser.add_argument("--limit", type=float, default=400, help="seconds a row may take")
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--gpus", type=int, default=1, help="the first so many GPUs; rows have their sequences on each of them")
+    parser.add_argument("--one", action="append", default=[], help="tokens a second of one GPU: ROW=NUMBER, or a table.json")
     parser.add_argument("--train", default="", help="a line for [train] of every job, such as deterministic = false")
     parser.add_argument("--plan-only", action="store_true", help="ask for plans, run nothing")
     parser.add_argument("--state", help="state folder of the daemons, with the cache of rates; default: OUT/state")
     args = parser.parse_args()
-    names = args.rows.split(",") if args.rows else list(ROWS)
+    if args.gpus > 1:
+        args.device = ",".join(f"cuda:{i}" for i in range(args.gpus))
+    ones = one_gpu_figures(args.one)
+    names = args.rows.split(",") if args.rows else [n for n in ROWS if args.gpus == 1 and n != "qwen-32b-32k" or args.gpus > 1 and n in SEVERAL]
     unknown = [n for n in names if n not in ROWS]
     if unknown:
         parser.error(f"no such row: {', '.join(unknown)}")
@@ -266,9 +311,11 @@ def main():
     results = {}
     for name in names:
         config, length, batch, goal, limit, more = ROWS[name]
+        if args.gpus > 1:
+            batch, goal, limit = batch * args.gpus, SEVERAL.get(name, goal) * args.gpus, limit * args.gpus
         folder = os.path.join(args.out, name)
         job = write_job(folder, name, config, length, batch, args.steps, more, args.train)
-        results[name] = r = {"goal": goal, "limit": limit}
+        results[name] = r = {"goal": goal, "limit": limit, "gpus": args.gpus, "one": ones.get(name)}
         print(f"== {name}", flush=True)
         with open(os.path.join(folder, "log.txt"), "w") as log:
             plan, refused = ask_plan(args, folder, job, log)
@@ -279,6 +326,7 @@ def main():
                 device = plan["device_bytes"]
                 r["plan_device_gib"] = max(map(int, device if isinstance(device, list) else [device])) / 2**30
                 r["segment_bytes_per_parameter"] = int(plan["segment_bytes"]) / int(plan["parameters"])
+                r["segment_gib"] = int(plan["segment_bytes"]) / 2**30
                 if not args.plan_only:
                     r["measured"] = run_job(args, folder, job, log)
         os.remove(os.path.join(folder, "tokens.bin"))

@@ -68,8 +68,15 @@ impl Supervisor {
                 (self.pool.spec(free).clone(), Some(free))
             }
         };
+        // As when a job is prepared: one process with the threads of the gang that is planned.
+        let world_size = match &task {
+            Task::Prepare { spec, .. } => spec.device.ranks.unwrap_or(self.pool.count()).clamp(1, self.pool.count().max(1)),
+            _ => 1,
+        };
+        let threads = device.threads * world_size;
+        let device = DeviceSpec { threads, ..device };
         let assignment =
-            ramtorch_worker::Assignment { job_id: format!("oneoff-{id}"), generation: 1, rank: 0, world_size: 1, device, task };
+            ramtorch_worker::Assignment { job_id: format!("oneoff-{id}"), generation: 1, rank: 0, world_size, device, task };
         let log = self.out.one_off_log(id);
         let proc = self.spawn(Role::OneOff { id }, assignment, lease, log, now)?;
         if let Some(index) = lease {

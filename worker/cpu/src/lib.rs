@@ -230,18 +230,23 @@ impl Device for CpuDevice {
     }
     fn all_gather(&self, buf: DevBuf) -> Result<(), EngineError> {
         let gang = self.gang(buf, self.dtype)?;
-        // SAFETY: stream order. An error means that the rank has given up: nothing of this step is used.
-        self.queue(Stream::Peers).run(move || drop(gang.all_gather(unsafe { view_mut::<u8>(buf, buf.bytes as usize) })))
+        self.queue(Stream::Peers).run(move || {
+            // An error means that the rank has given up: nothing of this step is used.
+            // SAFETY: stream order.
+            let _ = gang.all_gather(unsafe { view_mut::<u8>(buf, buf.bytes as usize) });
+        })
     }
     fn reduce_scatter(&self, buf: DevBuf, dtype: Dtype) -> Result<(), EngineError> {
         let gang = self.gang(buf, dtype)?;
         let n = (buf.bytes / dtype.size()) as usize;
         self.queue(Stream::Peers).run(move || {
-            // SAFETY: stream order. An error means that the rank has given up: its gradients are never used.
-            drop(match dtype {
+            // An error means that the rank has given up: its gradients are never used.
+            let _ = match dtype {
+                // SAFETY: stream order.
                 Dtype::F32 => gang.reduce_scatter(unsafe { view_mut::<f32>(buf, n) }),
+                // SAFETY: as above.
                 Dtype::Bf16 => gang.reduce_scatter_bf16(unsafe { view_mut::<u16>(buf, n) }),
-            });
+            };
         })
     }
 

@@ -15,6 +15,7 @@ mod elementwise;
 mod mixing;
 mod movement;
 mod optimizer;
+mod peers;
 mod rig;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,7 +26,7 @@ use std::time::Instant;
 pub type Test = (&'static str, fn());
 
 fn all() -> Vec<Test> {
-    [movement::TESTS, mixing::TESTS, elementwise::TESTS, optimizer::TESTS].concat()
+    [movement::TESTS, mixing::TESTS, elementwise::TESTS, optimizer::TESTS, peers::TESTS].concat()
 }
 
 fn main() -> ExitCode {

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains on N GPUs of this machine through the real daemon: the same losses as on one, the same bits run after run, the same
+# bits when a worker is killed, and without peer access. Some minutes in all; the first failure does not end it.
+#   tests/gpus.sh OUT_FOLDER N [CHECK...]        CHECK: parity repeat kill pull nop2p (default: all)
+# Needs no compiler: takes ramtorchd from $RAMTORCHD (default: target/release/ramtorchd) and python3.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+bin=${RAMTORCHD:-$here/../target/release/ramtorchd}
+out=${1:?an output folder}
+gpus=${2:?a number of GPUs}
+shift 2
+mkdir -p "$out"
+found=$(ls /dev | grep -cE '^nvidia[0-9]+$')
+if [ "$found" -lt "$gpus" ]; then
+  echo "skipped: $found GPUs on this machine"
+  exit 0
+fi
+exec python3 "$here/gpus.py" "$bin" "$out" "$gpus" "$@"
