@@ -11,7 +11,7 @@ use crate::arch::{Architecture, Family};
 use crate::blocks::EMBED;
 use crate::error::ModelError;
 use crate::source::WeightSource;
-use generator::{Generator, normal4, uniform4};
+use generator::{Distribution, Generator};
 use std::collections::HashMap;
 use std::path::PathBuf;
 
@@ -100,8 +100,8 @@ impl WeightSource for SeededInit {
         };
         match t.rule {
             Rule::Constant(x) => out.fill(x),
-            Rule::Normal(deviation) => t.generator.fill(start, out, |bits| normal4(bits).map(|x| x * deviation)),
-            Rule::Uniform(bound) => t.generator.fill(start, out, |bits| uniform4(bits).map(|x| x * bound)),
+            Rule::Normal(deviation) => t.generator.fill(start, out, Distribution::Normal, deviation),
+            Rule::Uniform(bound) => t.generator.fill(start, out, Distribution::Uniform, bound),
         }
         let zeros = t.zeros.start.clamp(start, end)..t.zeros.end.clamp(start, end);
         out[(zeros.start - start) as usize..(zeros.end - start) as usize].fill(0.0);
