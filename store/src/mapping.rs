@@ -18,6 +18,7 @@ use nix::sys::stat::{Mode, SFlag, fchmod, fstat};
 use ramtorch_failpoint::{Point, hit};
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -42,9 +43,9 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Makes an object of `len` bytes, all zero, all allocated, readable by its user alone. Nothing is left behind when
-    /// it fails.
-    pub fn create(name: &SegmentName, len: u64) -> Result<Mapping, StoreError> {
+    /// Makes an object of `len` bytes, all zero, all allocated, readable by its user alone; `near` wishes ranges onto nodes
+    /// of the machine's memory. Nothing is left behind when it fails.
+    pub fn create(name: &SegmentName, len: u64, near: &[(Range<u64>, u32)]) -> Result<Mapping, StoreError> {
         let room = system::Room::now()?;
         room.check(name, len)?;
         let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR | OFlag::O_CLOEXEC;
@@ -58,7 +59,10 @@ impl Mapping {
             .and_then(|()| nix::unistd::ftruncate(&fd, len as i64))
             .map_err(|e| StoreError::system(format!("set the size of segment {name} to {len} bytes"), e))
             .and_then(|()| Mapping::map(name, fd, len, true))
-            .and_then(|mapping| mapping.reserve(name).map(|()| mapping));
+            .and_then(|mapping| {
+                mapping.prefer(name, near);
+                mapping.reserve(name).map(|()| mapping)
+            });
         if made.is_err() {
             let _ = Mapping::unlink(name);
         }
@@ -117,6 +121,31 @@ impl Mapping {
             }
         }
         Ok(mapping)
+    }
+
+    /// Has memory of these ranges come from these nodes where they have room, once it is allocated. A wish.
+    fn prefer(&self, name: &SegmentName, near: &[(Range<u64>, u32)]) {
+        for (range, node) in near {
+            assert!(range.start <= range.end && range.end <= self.len as u64 && range.start.is_multiple_of(SECTION_ALIGN));
+            let Some(mask) = 1u64.checked_shl(*node) else { continue };
+            // SAFETY: the range lies within the mapping; the call sets where its memory comes from and touches nothing. The
+            // mask is one word, of which the kernel reads as many bits as it is told (one less than the number given).
+            let answer = unsafe {
+                libc::syscall(
+                    libc::SYS_mbind,
+                    self.base.as_ptr().add(range.start as usize),
+                    range.end - range.start,
+                    libc::MPOL_PREFERRED,
+                    &raw const mask,
+                    65u64,
+                    0u32,
+                )
+            };
+            if answer != 0 {
+                tracing::debug!(segment = %name, node, error = %std::io::Error::last_os_error(), "memory is not placed");
+                return;
+            }
+        }
     }
 
     /// Allocates every page of the object, so that no later access can fail for want of memory.

@@ -45,12 +45,28 @@ impl Store {
     /// A description that cannot be laid out, a name that is taken or not a name, too little room in /dev/shm or in RAM.
     /// Nothing is left behind.
     pub fn create(name: &str, spec: &StoreSpec) -> Result<Store, StoreError> {
+        Store::create_near(name, spec, &[])
+    }
+
+    /// As [`Store::create`], on a machine whose memory has several nodes: each rank's pages come from its node in `nodes`, by
+    /// rank, where that has room. Without `nodes`, or where the kernel does not want to, memory comes from anywhere.
+    ///
+    /// # Errors
+    /// As [`Store::create`].
+    pub fn create_near(name: &str, spec: &StoreSpec, nodes: &[u32]) -> Result<Store, StoreError> {
         let name = SegmentName::new(name)?;
         let layout = Layout::new(spec)?;
         let manifest = format::manifest_bytes(&layout)?;
         let started = std::time::Instant::now();
-        let mapping = Mapping::create(&name, layout.bytes())?;
         let table = table(&layout);
+        let (pages, bytes) = (layout.sections().pages.start, layout.page_bytes());
+        let place = |physical: u32| pages + u64::from(physical) * bytes..pages + u64::from(physical + 1) * bytes;
+        let near: Vec<_> = nodes
+            .iter()
+            .zip(0..layout.spec().world_size)
+            .flat_map(|(node, rank)| table.held_by(rank).map(move |physical| (place(physical), *node)))
+            .collect();
+        let mapping = Mapping::create(&name, layout.bytes(), &near)?;
         table.format(&mapping);
         write_bytes(&mapping, layout.sections().manifest.start, &manifest);
         let header = format::header(&layout, &manifest);

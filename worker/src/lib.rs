@@ -14,6 +14,7 @@ mod generate;
 mod inference;
 mod metrics;
 mod model;
+mod numa;
 mod optimizer;
 mod plan;
 mod prepare;
@@ -36,7 +37,8 @@ use ramtorch_store::Store;
 /// Too little memory (with the bytes wanted and free), or the name is taken.
 pub fn create_segment(name: &str, plan: &Plan) -> Result<(), EngineError> {
     let engine = plan::EnginePlan::of(plan)?;
-    Store::create(name, &engine.store).map_err(errors::store).map(drop)
+    let nodes = numa::nodes_of(&engine.devices).unwrap_or_default();
+    Store::create_near(name, &engine.store, &nodes).map_err(errors::store).map(drop)
 }
 
 /// To be called first thing in a worker process, before it has threads: where there is an NVIDIA driver, makes the

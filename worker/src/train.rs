@@ -72,6 +72,8 @@ pub(crate) fn run(
     control: &dyn Control,
 ) -> Result<TrainOutcome, EngineError> {
     control.heartbeat(0, "attaching");
+    // Before this rank has threads: they do as this one.
+    crate::numa::pin(&assignment.device);
     let store = Arc::new(Store::attach(segment).map_err(EngineError::internal)?);
     // Before the first collective: a daemon that starts on this segment takes a larger one, whatever its records say.
     store.set_generation(assignment.generation);

@@ -150,7 +150,7 @@ impl Table {
     }
 
     /// Physical pages of a rank, ascending.
-    fn held_by(&self, rank: u32) -> impl Iterator<Item = u32> + use<> {
+    pub fn held_by(&self, rank: u32) -> impl Iterator<Item = u32> + use<> {
         let spares = self.page_count + rank * self.spares_per_rank;
         (rank..self.page_count).step_by(self.world_size as usize).chain(spares..spares + self.spares_per_rank)
     }

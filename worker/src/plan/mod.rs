@@ -68,6 +68,9 @@ pub(crate) struct EnginePlan {
     /// Each rank copies its share of a block, and the devices gather the shares; otherwise each rank copies all of it.
     #[serde(default)]
     pub gather_weights: bool,
+    /// Devices by rank, for the place of their pages.
+    #[serde(default)]
+    pub devices: Vec<(DeviceKind, u32)>,
     pub uses: DeviceUse,
 }
 
@@ -412,7 +415,10 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         workspace: &workspace,
     };
     let found = match search::run(&space)? {
-        Ok(found) => found,
+        Ok(mut found) => {
+            found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
+            found
+        }
         Err(need) => {
             return Err(EngineError::new(
                 ErrorKind::Resources,
@@ -477,6 +483,7 @@ pub(crate) fn inference(
         pack_gradients: false,
         optimizer_split: false,
         gather_weights: false,
+        devices: Vec::new(),
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
     };
     p.uses = device_use(model, &p, workspace)?;

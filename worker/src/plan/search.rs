@@ -219,6 +219,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
                 && s.model.dtype == ramtorch_device::Dtype::Bf16,
             optimizer_split: s.optimizer_split,
             gather_weights: s.world > 1 && s.spec.train.gather_weights.unwrap_or(s.cost.gathers),
+            devices: Vec::new(),
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
         };
         let sizes = Sizes::new(s.model, &start);
