@@ -62,6 +62,8 @@ pub(crate) struct Session {
     outs: Vec<Event>,
     pub bytes_out: u64,
     ranks: Ranks,
+    /// Nothing that was enqueued still needs the other ranks.
+    closed: bool,
 }
 
 /// Sequences of one step on one rank, cut up.
@@ -141,6 +143,7 @@ impl Session {
             outs,
             bytes_out: 0,
             ranks: plan.ranks(),
+            closed: false,
         })
     }
 
@@ -156,6 +159,11 @@ impl Session {
         self.dev.join_gang(&gang)?;
         tracing::info!("{} joined a gang of {} ranks in {:.2} s", self.dev.name(), comm.world(), begin.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    /// The end, after a step or a validation that all ranks have finished.
+    pub fn close(mut self) {
+        self.closed = true;
     }
 
     fn saved(&self, b: usize, m: usize) -> Result<DevBuf, EngineError> {
@@ -445,6 +453,15 @@ impl Session {
         }
         g.advance(b);
         Ok(())
+    }
+}
+
+impl Drop for Session {
+    /// After an error the device may still wait for ranks that do not come any more: it stops to, before it is closed.
+    fn drop(&mut self) {
+        if !self.closed {
+            self.weights.give_up();
+        }
     }
 }
 

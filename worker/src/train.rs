@@ -320,7 +320,7 @@ impl Rank<'_> {
             }
         })?;
         let Loop { session, committed, newest_checkpoint, missing_result, .. } = state;
-        drop(session); // frees the device for the sample
+        session.close(); // frees the device for the sample
         let outcome = self.finish(committed.step, stopped, newest_checkpoint)?;
         missing_result.map_or(Ok(outcome), Err)
     }

@@ -105,6 +105,13 @@ impl WeightCache {
         self.comm = Some(comm.clone());
     }
 
+    /// The gang, where there is one, goes on without this rank.
+    pub fn give_up(&self) {
+        if let Some(comm) = &self.comm {
+            comm.abort();
+        }
+    }
+
     /// Announces the blocks that come, in the order in which they are acquired, with weights as of step `version`.
     pub fn plan_visits(&mut self, visits: impl IntoIterator<Item = usize>, version: u64) {
         self.schedule = visits.into_iter().collect();

@@ -25,6 +25,18 @@ fn a_new_segment_is_private_reserved_and_empty() {
     assert!(matches!(store.read(0, Part::Weight, &mut [0.0]), Err(StoreError::Uninitialised(0))));
 }
 
+/// Where memory comes from is a wish: nodes that are there, that are not, and that cannot be change nothing else.
+#[test]
+fn pages_may_be_wished_onto_nodes_of_memory() {
+    for nodes in [vec![0, 0], vec![0, 63], vec![1 << 20]] {
+        let segment = Segment::new();
+        let made = Store::create_near(&segment.name, &spec(2, MomentFormat::F32, GradientFormat::F32), &nodes).unwrap();
+        let file = std::fs::metadata(segment.path()).unwrap();
+        assert_eq!(file.blocks() * 512, made.layout().bytes(), "every page is allocated");
+        load_all(&made);
+    }
+}
+
 #[test]
 fn what_is_written_is_read_in_every_format() {
     for moments in [MomentFormat::None, MomentFormat::F32, MomentFormat::Bf16] {

@@ -331,7 +331,14 @@ impl Device for CudaDevice {
     fn join_gang(&mut self, gang: &Arc<dyn Gang>) -> Result<(), EngineError> {
         self.enter()?;
         self.peers = Some(Peers::connect(gang).map_err(|e| self.explain(e, "join_gang"))?);
-        Ok(())
+        // The first collectives set their links up: here a failure says what it is, and no step waits for it.
+        let bytes = gang.ranks().world as u64 * SHARE_ELEMENTS * 4;
+        let memory = Memory::new(bytes, "peers")?;
+        let buf = DevBuf { ptr: memory.ptr, bytes };
+        self.zero(Stream::Peers, buf)?;
+        self.all_gather(buf.slice(0, bytes / 4 * self.dtype.size()))?;
+        self.reduce_scatter(buf, Dtype::F32)?;
+        self.synchronize(Stream::Peers)
     }
     fn all_gather(&self, buf: DevBuf) -> Result<(), EngineError> {
         let (peers, stream) = (self.peers()?, self.stream(Stream::Peers));
