@@ -1,6 +1,14 @@
 // Between the parameter store's formats and the device's: the split master weight in, gradients out.
 #include "common.cuh"
 
+// Small inputs, from page-locked memory of the host.
+extern "C" __global__ void __launch_bounds__(256) upload(u8* dst, const u8* src, u64 bytes) {
+  u64 wide = (((u64)dst | (u64)src) & 15) == 0 ? bytes / 16 : 0;
+  for (u64 i = thread_index(); i < wide; i += thread_count())
+    reinterpret_cast<uint4*>(dst)[i] = reinterpret_cast<const uint4*>(src)[i];
+  for (u64 i = wide * 16 + thread_index(); i < bytes; i += thread_count()) dst[i] = src[i];
+}
+
 // The fp32 master: bf16 weight (nearest) and signed 16-bit remainder, exact for every bit pattern.
 extern "C" __global__ void __launch_bounds__(256) join_master(const u16* hi, const u16* lo, float* out, u64 count) {
   for (u64 i = thread_index(); i < count; i += thread_count())

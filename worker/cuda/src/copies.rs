@@ -44,7 +44,7 @@ fn fits(buf: DevBuf, bytes: u64, what: &str) -> Result<(), EngineError> {
 
 pub(crate) fn upload(d: &CudaDevice, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError> {
     fits(dst, data.len() as u64, "upload")?;
-    d.ring.borrow_mut().upload(d.stream(stream), dst.ptr, data)
+    d.ring.borrow_mut().upload(d.kernels.get("upload")?, d.stream(stream), dst.ptr, data)
 }
 
 pub(crate) fn download(d: &CudaDevice, stream: Stream, src: DevBuf, out: &mut [u8]) -> Result<(), EngineError> {

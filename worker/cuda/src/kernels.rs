@@ -57,7 +57,7 @@ const FILES: [File; 9] = [
     },
     File {
         source: source!("store.cu"),
-        kernels: &["join_master", "stage_gradient_bf16_v", "stage_gradient_bf16_s", "stage_gradient_f32_v", "stage_gradient_f32_s"],
+        kernels: &["upload", "join_master", "stage_gradient_bf16_v", "stage_gradient_bf16_s", "stage_gradient_f32_v", "stage_gradient_f32_s"],
     },
     File {
         source: source!("embedding.cu"),

@@ -6,8 +6,12 @@
 //! ```
 //! An upload takes room at `next`, copies the caller's bytes there, enqueues the copy and an event, and returns. Room is
 //! taken back from the oldest entry on, once its event is done. Only when the ring is full does the caller wait.
+//!
+//! Small pieces are copied by a kernel, and not by the engine that copies to the device: while one stream keeps that engine
+//! busy, another's copies wait for as long as it does, and with them all that comes after them in their stream.
 
-use crate::driver::{Pinned, RawEvent, RawStream, cu};
+use crate::driver::{Function, Pinned, RawEvent, RawStream, cu};
+use crate::kernels::{Launch, launch};
 use ramtorch_device::EngineError;
 use std::collections::VecDeque;
 
@@ -27,6 +31,8 @@ pub(crate) struct Ring {
 
 /// Alignment of entries.
 const STEP: usize = 256;
+/// Pieces up to here go by kernel.
+const BY_KERNEL: usize = 1 << 20;
 
 impl Ring {
     pub(crate) fn new(bytes: usize) -> Result<Ring, EngineError> {
@@ -34,7 +40,8 @@ impl Ring {
     }
 
     /// Enqueues copies of `data` to device address `target` on `stream`; `data` is free for reuse when this returns.
-    pub(crate) fn upload(&mut self, stream: &RawStream, target: u64, data: &[u8]) -> Result<(), EngineError> {
+    /// `kernel` is `upload` of `store.cu`.
+    pub(crate) fn upload(&mut self, kernel: Function, stream: &RawStream, target: u64, data: &[u8]) -> Result<(), EngineError> {
         // A quarter of the ring at a time, so that large uploads overlap with their own copies.
         let mut target = target;
         for piece in data.chunks(self.memory.bytes / 4) {
@@ -45,7 +52,13 @@ impl Ring {
                 std::ptr::copy_nonoverlapping(piece.as_ptr(), p, piece.len());
                 p
             };
-            cu!("upload", cuMemcpyHtoDAsync_v2(target, source.cast(), piece.len(), stream.0))?;
+            if piece.len() <= BY_KERNEL {
+                let (bytes, grid) = (piece.len() as u64, Launch::new((piece.len().div_ceil(256 * 16).clamp(1, 32) as u32, 1, 1), (256, 1)));
+                // Page-locked memory has one address for the host and the device.
+                launch!(kernel, grid, stream, "upload"; target, source, bytes)?;
+            } else {
+                cu!("upload", cuMemcpyHtoDAsync_v2(target, source.cast(), piece.len(), stream.0))?;
+            }
             let done = match self.spare.pop() {
                 Some(e) => e,
                 None => RawEvent::new()?,

@@ -46,6 +46,7 @@ fn uploads() {
     for piece in [1usize, 77, 4096, 1 << 20, 33 << 20, 90 << 20, usize::MAX] {
         let len = piece.min(n as usize - at);
         let mut own = data[at..at + len].to_vec();
+        // Small ones go by kernel, large ones by copy engine; the order of a stream holds between them.
         d.upload(Stream::CopyIn, b.slice(at as u64, len as u64), &own).unwrap();
         own.fill(0xee); // taken over already
         at += len;
