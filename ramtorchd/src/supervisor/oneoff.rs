@@ -75,8 +75,7 @@ impl Supervisor {
         };
         let threads = device.threads * world_size;
         let device = DeviceSpec { threads, ..device };
-        let assignment =
-            ramtorch_worker::Assignment { job_id: format!("oneoff-{id}"), generation: 1, rank: 0, world_size, device, task };
+        let assignment = ramtorch_worker::Assignment { job_id: format!("oneoff-{id}"), generation: 1, rank: 0, world_size, device, task };
         let log = self.out.one_off_log(id);
         let proc = self.spawn(Role::OneOff { id }, assignment, lease, log, now)?;
         if let Some(index) = lease {

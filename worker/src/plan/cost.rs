@@ -180,8 +180,10 @@ impl Cost {
         let n = world as f64;
         // The links of several GPUs end in the same memory.
         let shared = |alone: f64, node: f64| if world > 1 { alone.min(node / n) } else { alone };
-        let both =
-            [shared(or(g.both[0], typical::BOTH[0]), typical::NODE_BOTH[0]), shared(or(g.both[1], typical::BOTH[1]), typical::NODE_BOTH[1])];
+        let both = [
+            shared(or(g.both[0], typical::BOTH[0]), typical::NODE_BOTH[0]),
+            shared(or(g.both[1], typical::BOTH[1]), typical::NODE_BOTH[1]),
+        ];
         let to_device = shared(or(g.to_device, typical::TO_DEVICE), typical::NODE[0]);
         let peers = or(g.peers, typical::PEERS);
         // A block's share over the own link and the others' from their devices, or all of it over the own link.

@@ -172,8 +172,7 @@ impl Peers {
             Box::leak(cell);
             return Err(e);
         }
-        let shared =
-            Arc::new(Shared { api, state: Mutex::new(State::Alive(cell)), gang: gang.clone(), closing: AtomicBool::new(false) });
+        let shared = Arc::new(Shared { api, state: Mutex::new(State::Alive(cell)), gang: gang.clone(), closing: AtomicBool::new(false) });
         shared.settle("ncclCommInitRankConfig", status, CONNECT_LIMIT)?;
         let watched = shared.clone();
         let watcher = std::thread::Builder::new().name(format!("peers{}", ranks.rank)).spawn(move || watched.watch());
@@ -189,7 +188,13 @@ impl Peers {
     }
 
     /// Enqueues a collective over the shares in `buf`.
-    fn enqueue(&self, what: &str, buf: DevBuf, dtype: Dtype, f: impl FnOnce(cudarc::nccl::sys::ncclComm_t, u64) -> u32) -> Result<(), EngineError> {
+    fn enqueue(
+        &self,
+        what: &str,
+        buf: DevBuf,
+        dtype: Dtype,
+        f: impl FnOnce(cudarc::nccl::sys::ncclComm_t, u64) -> u32,
+    ) -> Result<(), EngineError> {
         check_shares(self.ranks, buf.bytes, dtype)?;
         let share = buf.bytes / dtype.size() / self.ranks.world as u64;
         let status = match &*self.shared.lock() {

@@ -224,7 +224,9 @@ impl Api {
         let own = buf + rank as u64 * share * dtype.size();
         let sum = sys::ncclRedOp_t::ncclSum as u32;
         // SAFETY: the caller's.
-        unsafe { (self.reduce_scatter)(buf as *const c_void, own as *mut c_void, share as usize, data_type(dtype), sum, comm, stream.cast()) }
+        unsafe {
+            (self.reduce_scatter)(buf as *const c_void, own as *mut c_void, share as usize, data_type(dtype), sum, comm, stream.cast())
+        }
     }
 
     /// Ends whatever the communicator does, on the device too, and frees it.
