@@ -55,6 +55,8 @@ ROWS = {
 }
 # With --gpus, sequences are those of each GPU. Rows that run by default then, and what all GPUs together are to reach, a GPU.
 SEVERAL = {"llama-8b-16k": 9500, "llama-8b-65k": 11500, "qwen-32b-32k": 2250}
+# On one GPU only where they are asked for.
+LARGE = {"llama-8b-65k", "qwen-32b-32k"}
 
 
 def write_job(folder, name, config, length, batch, steps, more, train):
@@ -299,7 +301,7 @@ def main():
     if args.gpus > 1:
         args.device = ",".join(f"cuda:{i}" for i in range(args.gpus))
     ones = one_gpu_figures(args.one)
-    names = args.rows.split(",") if args.rows else [n for n in ROWS if args.gpus == 1 and n != "qwen-32b-32k" or args.gpus > 1 and n in SEVERAL]
+    names = args.rows.split(",") if args.rows else (list(SEVERAL) if args.gpus > 1 else [n for n in ROWS if n not in LARGE])
     unknown = [n for n in names if n not in ROWS]
     if unknown:
         parser.error(f"no such row: {', '.join(unknown)}")

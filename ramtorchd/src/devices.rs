@@ -280,6 +280,12 @@ mod tests {
     }
 
     #[test]
+    fn gpus_share_the_cores() {
+        let i = choose(&DeviceRequest { gpus: Some(4), ..Default::default() }, &Host { cores: 64, ..host(4) }).unwrap();
+        assert_eq!(i.devices.iter().map(|d| (d.spec.index, d.spec.threads)).collect::<Vec<_>>(), [(0, 16), (1, 16), (2, 16), (3, 16)]);
+    }
+
+    #[test]
     fn cpu_devices_share_cores_and_memory() {
         let request = DeviceRequest { devices: Some("cpu:3".into()), ..Default::default() };
         let i = choose(&request, &host(2)).unwrap();

@@ -284,8 +284,6 @@ pub struct GpuRates {
     pub from_device: f64,
     /// Both at once.
     pub both: [f64; 2],
-    /// Gathers and reductions between devices, bytes a second that a rank receives; 0 where nothing was measured.
-    pub peers: f64,
 }
 
 /// Seconds of visits of one decoder layer with one micro-batch.

@@ -185,7 +185,8 @@ impl Cost {
             shared(or(g.both[1], typical::BOTH[1]), typical::NODE_BOTH[1]),
         ];
         let to_device = shared(or(g.to_device, typical::TO_DEVICE), typical::NODE[0]);
-        let peers = or(g.peers, typical::PEERS);
+        // Not measured: preparing a job has one GPU, and the others may be at work for somebody else.
+        let peers = typical::PEERS;
         // A block's share over the own link and the others' from their devices, or all of it over the own link.
         let gathers = world > 1 && rates.peer_access.unwrap_or(false) && 1.0 / n / to_device + (n - 1.0) / n / peers < 1.0 / to_device;
         let moments = 2.0 * moment as f64;
