@@ -570,6 +570,10 @@ impl Loop<'_> {
         let span = r.recorder.scope(Row::Loop, Label::work("enqueue the sweeps"));
         self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, plan.groups, before_gradients)?;
         drop(span);
+        if r.comm.world() > 1 {
+            // From here on it may be another rank that this one waits for.
+            r.control.heartbeat(step, "reducing");
+        }
         // All is enqueued: gradients are squared as they come, while the backward pass works on the next ones.
         let squares = self.square_gradients()?;
         let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the losses"));
