@@ -215,6 +215,8 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             resident_gradients: false,
             pack_gradients: s.world == 1 && s.store.gradients == GradientFormat::Bf16 && s.model.dtype == ramtorch_device::Dtype::Bf16,
             optimizer_split: s.optimizer_split,
+            staged_pages: 0,
+            squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic), ..Default::default() },
         };
         let sizes = Sizes::new(s.model, &start);
@@ -269,6 +271,7 @@ impl Combination<'_> {
                         continue; // layers of unequal sizes
                     }
                     *played += 1;
+                    p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
                     let parts = s.cost.step(s.model, &p, self.times);
                     if best.as_ref().is_none_or(|b| parts.step < b.parts.step * (1.0 - BETTER)) {
                         *best = Some(Found { plan: p.clone(), parts, played: 0 });
