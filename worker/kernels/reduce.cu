@@ -58,3 +58,50 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
     out[column] += total;
   }
 }
+
+// Sum over a block of 256 threads, in a fixed order; thread 0 has it.
+DEVICE double block_sum(double x) {
+  __shared__ double shared[256];
+  shared[threadIdx.x] = x;
+  __syncthreads();
+#pragma unroll
+  for (int step = 128; step > 0; step /= 2) {
+    if (threadIdx.x < step) shared[threadIdx.x] += shared[threadIdx.x + step];
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+// partial[block] = Σ x² over the block's share. Squares are exact in double precision.
+template <typename T, int V> DEVICE void squares(const T* x, u64 count, double* partial) {
+  double sum = 0.0;
+  float a[V];
+  for (u64 i = thread_index() * V; i < count; i += thread_count() * V) {
+    load<T, V>(x + i, a);
+#pragma unroll
+    for (int k = 0; k < V; k++) sum = fma((double)a[k], (double)a[k], sum);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+extern "C" __global__ void __launch_bounds__(256) squares_bf16_v(const bf16* x, u64 count, double* partial) {
+  squares<bf16, 8>(x, count, partial);
+}
+extern "C" __global__ void __launch_bounds__(256) squares_bf16_s(const bf16* x, u64 count, double* partial) {
+  squares<bf16, 1>(x, count, partial);
+}
+extern "C" __global__ void __launch_bounds__(256) squares_f32_v(const float* x, u64 count, double* partial) {
+  squares<float, 4>(x, count, partial);
+}
+extern "C" __global__ void __launch_bounds__(256) squares_f32_s(const float* x, u64 count, double* partial) {
+  squares<float, 1>(x, count, partial);
+}
+
+// out = Σ partial[0 .. parts], one block.
+extern "C" __global__ void __launch_bounds__(256) sum_f64(const double* partial, int parts, double* out) {
+  double sum = 0.0;
+  for (int i = threadIdx.x; i < parts; i += 256) sum += partial[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) out[0] = sum;
+}

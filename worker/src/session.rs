@@ -10,13 +10,13 @@
 use crate::api::EngineError;
 use crate::batch::{HostBatch, InputBuffers, Part, Reader};
 use crate::model::{Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Visit, Weights};
-use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes};
+use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes, staged_pages};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
 use ramtorch_device::trace::{Label, Wait};
-use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, Event, Gang, Ranks, Stream};
+use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, Event, Gang, Ranks, StagedPage, Stream};
 use ramtorch_modelio::Architecture;
-use ramtorch_store::Store;
+use ramtorch_store::{PageId, Store};
 use std::sync::Arc;
 
 struct GradientBuffer {
@@ -60,10 +60,25 @@ pub(crate) struct Session {
     gradients: Option<GradientBuffers>,
     /// After the last copy of each block's gradients.
     outs: Vec<Event>,
+    /// Σ of the squares of each block's gradients, f64, where the device works them out.
+    squares: Option<DevBuf>,
+    staging: Option<Staging>,
     pub bytes_out: u64,
     ranks: Ranks,
     /// Nothing that was enqueued still needs the other ranks.
     closed: bool,
+}
+
+/// Pages whose state is brought to the device during the backward pass (`plan::staging`).
+struct Staging {
+    /// Pages of a block, at most.
+    most: usize,
+    /// Of each block: the pages that go into its activations.
+    pages: Vec<Vec<PageId>>,
+    /// After each block's backward visit.
+    visited: Vec<Event>,
+    /// Those of the step that is enqueued.
+    staged: Vec<StagedPage>,
 }
 
 /// Sequences of one step on one rank, cut up.
@@ -106,6 +121,7 @@ impl Session {
         let group = plan.group_len;
         let gradients = if train { Some(GradientBuffers::new(d, &model, plan)?) } else { None };
         let outs = (0..if train { model.len() } else { 0 }).map(|_| d.event()).collect::<Result<_, _>>()?;
+        let squares = if train && plan.squares() { Some(d.alloc(8 * model.len() as u64, "squares of gradients")?) } else { None };
         let inputs = (0..group).map(|_| InputBuffers::new(d, &model, shape)).collect::<Result<_, _>>()?;
         let losses = d.alloc(rows * 4 * plan.micro_batches as u64, "losses")?;
         let mut boundaries = Vec::new();
@@ -122,6 +138,12 @@ impl Session {
             }
         }
         let shared = (0..last).map(|b| model.saved_bytes(b, shape, Keep::Inputs)).max().unwrap_or(0);
+        let staging = if train && plan.staged_pages > 0 {
+            let visited = (0..last).map(|_| d.event()).collect::<Result<_, _>>()?;
+            Some(Staging { most: plan.staged_pages, pages: vec![Vec::new(); last], visited, staged: Vec::new() })
+        } else {
+            None
+        };
         let any = (0..last).any(|b| plan.keep[b] == Keep::Inputs);
         let shared_saved = if any { Some(d.alloc(shared, "recomputed activations")?) } else { None };
         Ok(Session {
@@ -141,6 +163,8 @@ impl Session {
             shared_saved,
             gradients,
             outs,
+            squares,
+            staging,
             bytes_out: 0,
             ranks: plan.ranks(),
             closed: false,
@@ -295,9 +319,68 @@ impl Session {
                 }
                 self.weights.release(self.dev.as_ref(), &needs)?;
                 self.close_gradient(b, g, final_group)?;
+                if final_group {
+                    self.stage(b)?;
+                }
             }
         }
         Ok(())
+    }
+
+    /// This rank's pages are those that it may stage.
+    pub fn own_pages_of(&mut self, rank: u32) {
+        let part = self.part_bytes();
+        let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| (buf.bytes / part) as usize).sum();
+        let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
+        if let Some(staging) = &mut self.staging {
+            staging.pages = staged_pages(self.store.layout(), rank, &self.model.places, &rooms, staging.most);
+        }
+    }
+
+    /// Bytes of a part of a page's state.
+    fn part_bytes(&self) -> u64 {
+        let layout = self.store.layout();
+        ramtorch_device::staged_parameters(u64::from(layout.page_parameters())) * ramtorch_device::state_bytes(layout.spec())
+    }
+
+    /// Begins to bring the state of pages to where activations of block `b` were, whose backward visit is enqueued.
+    fn stage(&mut self, b: usize) -> Result<(), EngineError> {
+        let part = self.part_bytes();
+        let Some(staging) = self.staging.as_mut().filter(|s| !s.pages[b].is_empty()) else { return Ok(()) };
+        let dev = self.dev.as_ref();
+        dev.record(staging.visited[b], Stream::Compute)?;
+        dev.wait(Stream::CopyIn, staging.visited[b])?;
+        let bytes = ramtorch_device::state_bytes(self.store.layout().spec());
+        let whole = |buf: &DevBuf| (0..buf.bytes / part).map(|i| buf.slice(i * part, part)).collect::<Vec<_>>();
+        let mut parts = self.saved[b].iter().flat_map(whole);
+        for &page in &staging.pages[b] {
+            let range = self.store.layout().page_range(page);
+            let stretch = dev.begin(Stream::CopyIn, &Label::copy("stage page", (range.end - range.start) * bytes).page(page))?;
+            staging.staged.push(StagedPage::load(dev, &self.store, page, || parts.next())?);
+            dev.end(Stream::CopyIn, stretch)?;
+        }
+        Ok(())
+    }
+
+    /// The pages that were staged in the step that has just ended; blocks until they are there.
+    pub fn take_staged(&mut self) -> Result<Vec<StagedPage>, EngineError> {
+        let Some(staging) = self.staging.as_mut().filter(|s| !s.staged.is_empty()) else { return Ok(Vec::new()) };
+        self.dev.synchronize(Stream::CopyIn)?;
+        Ok(std::mem::take(&mut staging.staged))
+    }
+
+    /// The device works out the squares of gradients.
+    pub fn squares_gradients(&self) -> bool {
+        self.squares.is_some()
+    }
+
+    /// Σ of the squares of this step's gradients, where the device has worked it out; blocks until it has.
+    pub fn sum_squares(&self) -> Result<Option<f64>, EngineError> {
+        let Some(buf) = self.squares else { return Ok(None) };
+        let mut raw = vec![0u8; 8 * self.model.len()];
+        self.dev.download(Stream::Compute, buf.slice(0, raw.len() as u64), &mut raw)?;
+        // In the order of blocks.
+        Ok(Some(raw.as_chunks::<8>().0.iter().map(|c| f64::from_le_bytes(*c)).sum()))
     }
 
     /// Calls `f` with every page, as soon as this rank's gradients of a step that is enqueued whole lie in it; the backward
@@ -425,6 +508,9 @@ impl Session {
             None => (buffer, sum),
         };
         let (dtype, width) = if packed.is_some() { (Dtype::Bf16, size) } else { (Dtype::F32, 4) };
+        if let Some(squares) = self.squares {
+            dev.sum_of_squares(src, dtype, len as usize, squares.slice(8 * b as u64, 8))?;
+        }
         dev.record(leaving.full, Stream::Compute)?;
         if ranks.world > 1 {
             dev.wait(Stream::Peers, leaving.full)?;

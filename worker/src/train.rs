@@ -25,7 +25,7 @@ use crate::session::{Session, StepBatches};
 use crate::trace::Tracing;
 use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded};
 use ramtorch_data::{Dataset, Order};
-use ramtorch_device::PageUpdater;
+use ramtorch_device::{PageUpdater, StagedPage};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
@@ -55,6 +55,8 @@ struct OptimizerJob {
     /// The line of this step is written by the step loop, after a validation.
     line_later: bool,
     begun: Instant,
+    /// Pages whose state the device has already.
+    staged: Vec<StagedPage>,
 }
 
 /// Its answer.
@@ -145,7 +147,7 @@ impl Rank<'_> {
         hit(Point::RecoverBegun);
         let mut numbers = StepNumbers::from_record(&record);
         // On the CPU alone: the device is not open yet, and the bits are the same.
-        let done = self.update_pages(owner, &numbers, None)?;
+        let done = self.update_pages(owner, &numbers, None, Vec::new())?;
         numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
         hit(Point::RecoverUpdated);
@@ -167,9 +169,10 @@ impl Rank<'_> {
         owner: &SharedOwner<'_>,
         n: &StepNumbers,
         updater: Option<&mut dyn PageUpdater>,
+        staged: Vec<StagedPage>,
     ) -> Result<PagesUpdated, EngineError> {
         let scalars = StepScalars { step: n.step, lr: n.lr, gradient_scale: n.gradient_scale as f32 };
-        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, &self.recorder)
+        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, &self.recorder)
     }
 
     fn commit(
@@ -182,7 +185,7 @@ impl Rank<'_> {
         hit(Point::OptimizerBegun);
         let step = job.numbers.step;
         let span = self.recorder.scope(Row::Optimizer, Label::work("update pages").step(step));
-        let done = self.update_pages(owner, &job.numbers, updater)?;
+        let done = self.update_pages(owner, &job.numbers, updater, std::mem::take(&mut job.staged))?;
         drop(span);
         hit(Point::OptimizerUpdated);
         job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
@@ -234,6 +237,7 @@ impl Rank<'_> {
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
         session.join(&self.comm)?;
+        session.own_pages_of(rank as u32);
         let committed = self.store.record().step;
         let (mut metrics, last_line) = if self.leader() {
             MetricsFile::open(self.spec.output.metrics.as_deref(), committed)?
@@ -494,7 +498,8 @@ impl Loop<'_> {
             let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0;
             let validation_due = self.validation_due(step);
             r.control.heartbeat(step, "optimizing");
-            to_optimizer.send(OptimizerJob { numbers, line_later: validation_due, begun }).map_err(|_| gone())?;
+            let staged = self.session.take_staged()?;
+            to_optimizer.send(OptimizerJob { numbers, line_later: validation_due, begun, staged }).map_err(|_| gone())?;
             pending = true;
             if checkpoint_due || validation_due || wishes.stop || step == steps {
                 let c = from_optimizer.recv().map_err(|_| gone())??;
@@ -591,6 +596,7 @@ impl Loop<'_> {
         r.comm.barrier(Channel::Step)?;
         drop(span);
         hit(Point::StepReduced);
+        let squares = self.session.sum_squares()?.unwrap_or(squares);
         let [flags, checkpoint] = self.listen(wishes);
         let span = r.recorder.scope(Row::Loop, Label::collective("gather"));
         let gathered = r.comm.gather(Channel::Step, [loss, squares, flags, checkpoint])?;
@@ -632,6 +638,9 @@ impl Loop<'_> {
     /// where it is alone, otherwise by block the part that it sends out itself.
     fn square_gradients(&self) -> Result<f64, EngineError> {
         let r = self.rank;
+        if self.session.squares_gradients() {
+            return Ok(0.0); // Session::sum_squares tells
+        }
         if r.comm.world() == 1 {
             let mut squares = vec![0f64; r.store.layout().page_count() as usize];
             self.session.complete_pages(|page| {

@@ -201,6 +201,22 @@ impl Device for CpuDevice {
         }
         self.queue(stream).run(move || parameters::load(dst, dtype, &store, physical, offset, count))
     }
+    fn load_state(
+        &self,
+        stream: Stream,
+        dst: DevBuf,
+        store: &Arc<Store>,
+        physical: u32,
+        offset: u64,
+        count: u64,
+    ) -> Result<(), EngineError> {
+        let store = store.clone();
+        let page = store.layout().page_range(0);
+        if offset + count > page.end || dst.bytes < count * state_bytes(store.layout().spec()) {
+            return Err(EngineError::internal("a load of state past the end of a page or its buffer"));
+        }
+        self.queue(stream).run(move || parameters::load_state(dst, &store, physical, offset, count))
+    }
     fn store_gradients(
         &self,
         stream: Stream,
@@ -253,6 +269,9 @@ impl Device for CpuDevice {
     fn gemm(&self, g: &Gemm) -> Result<(), EngineError> {
         let (g, dtype) = (*g, self.dtype);
         self.queues[0].run(move || gemm::run(&g, dtype))
+    }
+    fn sum_of_squares(&self, x: DevBuf, dtype: Dtype, count: usize, out: DevBuf) -> Result<(), EngineError> {
+        self.queues[0].run(move || pointwise::sum_of_squares(x, dtype, count, out))
     }
     fn column_sum(&self, x: DevBuf, rows: usize, n: usize, out: DevBuf) -> Result<(), EngineError> {
         compute!(self, pointwise::column_sum, x, rows, n, out)

@@ -1,16 +1,20 @@
 //! All pages of a rank from one step to the next, on the CPU and on a device at once.
 //!
 //! ```text
-//!                    ┌──► the pool: one page at a time on all threads ──► published
-//!   pages in order ──┤
-//!   (one queue)      └──► the device: some pages in hand ──────────────► published
+//!                        ┌──► the pool: one page at a time on all threads ──► published
+//!   pages in order ──────┤
+//!                        └──┐
+//!                           ├► the device: some pages in hand ──────────────► published
+//!   pages whose state lies ─┘
+//!   on the device already
 //! ```
+//! The device begins with the pages that it has, the pool with the others; who is done with his goes on with the rest.
 //! Whoever is free takes the next page. Which of them updates a page changes nothing in it (`ramtorch_device` defines
 //! an update to the bit), so the sharing needs no plan and leaves no trace that recovery would have to know.
 
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
-use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater};
+use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, PageUpdater, StagedPage};
 use ramtorch_store::{PageId, SharedOwner, Update};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -31,20 +35,47 @@ pub struct PagesUpdated {
 pub(crate) struct Queue {
     pages: Vec<PageId>,
     next: AtomicUsize,
+    /// Pages whose state lies on the device.
+    staged: Vec<StagedPage>,
+    next_staged: AtomicUsize,
     /// Someone failed: nobody takes another page.
     stopped: AtomicBool,
 }
 
 impl Queue {
-    pub(crate) fn new(owner: &SharedOwner<'_>) -> Queue {
-        Queue { pages: owner.pages().collect(), next: AtomicUsize::new(0), stopped: AtomicBool::new(false) }
+    /// `staged`: those of the owner's pages that the device need not fetch.
+    pub(crate) fn new(owner: &SharedOwner<'_>, mut staged: Vec<StagedPage>) -> Queue {
+        staged.sort_by_key(|s| s.page);
+        let elsewhere = |page: &PageId| staged.binary_search_by_key(page, |s| s.page).is_err();
+        let pages = owner.pages().filter(elsewhere).collect();
+        Queue { pages, next: AtomicUsize::new(0), staged, next_staged: AtomicUsize::new(0), stopped: AtomicBool::new(false) }
     }
 
+    fn from_memory(&self) -> Option<PageId> {
+        self.pages.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
+    }
+
+    fn from_device(&self) -> Option<&StagedPage> {
+        self.staged.get(self.next_staged.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The pool's next page.
     fn take(&self) -> Option<PageId> {
         if self.stopped.load(Ordering::Relaxed) {
             return None;
         }
-        self.pages.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
+        self.from_memory().or_else(|| self.from_device().map(|s| s.page))
+    }
+
+    /// The device's next page, and its state where it is there.
+    fn take_for_device(&self) -> Option<(PageId, &[DevBuf])> {
+        if self.stopped.load(Ordering::Relaxed) {
+            return None;
+        }
+        match self.from_device() {
+            Some(s) => Some((s.page, &s.state)),
+            None => self.from_memory().map(|page| (page, [].as_slice())),
+        }
     }
 
     /// Passes a result on, and stops the others where it is an error.
@@ -63,10 +94,11 @@ impl Queue {
 /// # Errors
 /// Those of the store and of the device. Pages that were published stay so; the others are at the old step.
 pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut dyn PageUpdater>) -> Result<PagesUpdated, EngineError> {
-    update_pages_recorded(owner, k, updater, &Recorder::default())
+    update_pages_recorded(owner, k, updater, Vec::new(), &Recorder::default())
 }
 
-/// As [`update_pages`]; the CPU's part of the work is recorded.
+/// As [`update_pages`]; the CPU's part of the work is recorded. `staged` are pages whose state at the step before lies in
+/// memory of the updater's device.
 ///
 /// # Errors
 /// Those of [`update_pages`].
@@ -74,11 +106,12 @@ pub fn update_pages_recorded(
     owner: &SharedOwner<'_>,
     k: &AdamwStep,
     updater: Option<&mut dyn PageUpdater>,
+    staged: Vec<StagedPage>,
     recorder: &Recorder,
 ) -> Result<PagesUpdated, EngineError> {
     let begin = Instant::now();
     let layout = owner.store().layout();
-    let queue = Queue::new(owner);
+    let queue = Queue::new(owner, staged);
     let spares = layout.spec().spare_pages_per_rank as usize;
     let depth = updater.as_ref().map_or(0, |u| u.depth().min(spares.saturating_sub(1)));
     let (mut cpu, mut device) = (Ok(0), Ok(0));
@@ -127,11 +160,11 @@ pub(crate) fn on_device(
     let mut done = 0;
     // After an error the updates in hand stay taken until the claim ends: the device may still write their spares.
     loop {
-        let page = if in_hand.len() < depth { queue.take() } else { None };
-        if let Some(page) = page {
+        let page = if in_hand.len() < depth { queue.take_for_device() } else { None };
+        if let Some((page, state)) = page {
             if let Some(update) = owner.begin(page, k.step)? {
                 let runs = DecayRun::of(layout, &layout.page_range(page));
-                updater.submit(k, &update, &runs)?;
+                updater.submit(k, &update, &runs, state)?;
                 in_hand.push_back(update);
             }
             continue;

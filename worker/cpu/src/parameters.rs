@@ -39,6 +39,23 @@ pub(crate) fn load(dst: DevBuf, dtype: Dtype, store: &Arc<Store>, physical: u32,
     }
 }
 
+/// Both halves of the master and both moments, one array behind the other.
+pub(crate) fn load_state(dst: DevBuf, store: &Arc<Store>, physical: u32, offset: u64, count: u64) {
+    let pages = store.page_ptrs(physical);
+    let (n, at, moment) = (count as usize, offset as usize, store.layout().spec().moments.bytes() as usize);
+    // SAFETY: stream order; `dst` is as long as the four arrays (checked by the caller).
+    let mut out = unsafe { view_mut::<u8>(dst, n * (4 + 2 * moment)) };
+    for (array, size) in [(pages.hi.cast::<u8>(), 2), (pages.lo.cast::<u8>(), 2), (pages.m, moment), (pages.v, moment)] {
+        if size == 0 {
+            continue; // no moments: no such array
+        }
+        let (part, rest) = out.split_at_mut(n * size);
+        // SAFETY: as in `load`, for each array.
+        part.copy_from_slice(unsafe { std::slice::from_raw_parts(array.add(at * size), n * size) });
+        out = rest;
+    }
+}
+
 /// Writes or adds `grads` to the store's gradient array from parameter `start` on. The caller owns that range for the
 /// time of the call.
 pub(crate) fn put_gradients(grads: &[f32], store: &Arc<Store>, start: u64, accumulate: bool) {

@@ -2,7 +2,7 @@
 
 use crate::memory::{Elem, view, view_mut};
 use crate::simd::{erf, exp, sigmoid, simd, tanh};
-use ramtorch_device::{ActivationKind, DevBuf, RopeShape};
+use ramtorch_device::{ActivationKind, DevBuf, Dtype, RopeShape};
 use rayon::prelude::*;
 
 const CHUNK: usize = 1 << 14;
@@ -163,6 +163,20 @@ pub(crate) fn add<T: Elem>(x: DevBuf, y: DevBuf, n: usize) {
     // SAFETY: stream order; different buffers.
     let (x, y) = unsafe { (view::<T>(x, n), view_mut::<T>(y, n)) };
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| add_slices(x, y));
+}
+
+pub(crate) fn sum_of_squares(x: DevBuf, dtype: Dtype, count: usize, out: DevBuf) {
+    const CHUNK: usize = 1 << 16;
+    // SAFETY: stream order.
+    let sums: Vec<f64> = unsafe {
+        match dtype {
+            Dtype::F32 => view::<f32>(x, count).par_chunks(CHUNK).map(crate::sum_of_squares).collect(),
+            Dtype::Bf16 => view::<u16>(x, count).par_chunks(CHUNK).map(crate::sum_of_squares_bf16).collect(),
+        }
+    };
+    // SAFETY: as above.
+    let out = unsafe { view_mut::<f64>(out, 1) };
+    out[0] = sums.iter().sum();
 }
 
 pub(crate) fn column_sum<T: Elem>(x: DevBuf, rows: usize, n: usize, out: DevBuf) {

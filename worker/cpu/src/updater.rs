@@ -3,7 +3,7 @@
 
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
-use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater};
+use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, PageUpdater, staged_parameters, state_bytes};
 use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView, Store, Update};
 use std::ops::Range;
 use std::sync::{Arc, mpsc};
@@ -16,6 +16,7 @@ struct Work {
     params: Range<u64>,
     live: PagePtrs,
     spare: PagePtrs,
+    state: Vec<DevBuf>,
 }
 
 /// See the module.
@@ -48,12 +49,34 @@ impl Updater {
 }
 
 fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
-    let n = (w.params.end - w.params.start) as usize;
+    if w.state.is_empty() {
+        return part(store, w, w.params.clone(), w.live);
+    }
+    let size = staged_parameters(u64::from(store.layout().page_parameters()));
+    for (i, buf) in w.state.iter().enumerate() {
+        let start = w.params.start + i as u64 * size;
+        let params = start..(start + size).min(w.params.end);
+        let (n, moment) = (params.end - params.start, store.layout().spec().moments.bytes());
+        if buf.bytes < n * state_bytes(store.layout().spec()) {
+            return Err(EngineError::internal("a staged part of a page is too short"));
+        }
+        let at = |bytes: u64| (buf.ptr + bytes) as *mut u8;
+        part(store, w, params, PagePtrs { hi: at(0).cast(), lo: at(2 * n).cast(), m: at(4 * n), v: at((4 + moment) * n) })?;
+    }
+    Ok(())
+}
+
+/// Updates `params` of the page: from `old`, whose first parameter is theirs, into the spare.
+fn part(store: &Store, w: &Work, params: Range<u64>, old: PagePtrs) -> Result<(), EngineError> {
+    let n = (params.end - params.start) as usize;
+    let at = (params.start - w.params.start) as usize;
     let spec = store.layout().spec();
-    let g = store.gradient_ptr(w.params.start);
-    // SAFETY: the arrays of a page hold a whole page of the store's format, aligned; the update whose pages these are is
-    // under way until this is reported (contract of `PageUpdater::submit`), so nobody writes the live page or the
-    // gradients, and nobody else touches the spare.
+    let g = store.gradient_ptr(params.start);
+    let runs: Vec<DecayRun> = DecayRun::within(&w.runs, params.clone()).collect();
+    // SAFETY: the arrays of a page hold a whole page of the store's format, aligned, those of a staged part `n` parameters;
+    // the update whose pages these are is under way until this is reported (contract of `PageUpdater::submit`), so nobody
+    // writes the live page, the staged parts or the gradients, and nobody else touches the spare. Arrays of moments exist
+    // where the format has them.
     unsafe {
         let moments = |p: *mut u8| match spec.moments {
             MomentFormat::None => MomentsRef::None,
@@ -62,8 +85,8 @@ fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
         };
         let moments_mut = |p: *mut u8| match spec.moments {
             MomentFormat::None => MomentsMut::None,
-            MomentFormat::F32 => MomentsMut::F32(std::slice::from_raw_parts_mut(p.cast(), n)),
-            MomentFormat::Bf16 => MomentsMut::Bf16(std::slice::from_raw_parts_mut(p.cast(), n)),
+            MomentFormat::F32 => MomentsMut::F32(std::slice::from_raw_parts_mut(p.cast::<f32>().add(at), n)),
+            MomentFormat::Bf16 => MomentsMut::Bf16(std::slice::from_raw_parts_mut(p.cast::<u16>().add(at), n)),
         };
         let gradients = match spec.gradients {
             GradientFormat::None => Gradients::None,
@@ -71,20 +94,20 @@ fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
             GradientFormat::Bf16 => Gradients::Bf16(std::slice::from_raw_parts(g.cast(), n)),
         };
         let old = PageView {
-            params: w.params.clone(),
-            hi: std::slice::from_raw_parts(w.live.hi, n),
-            lo: std::slice::from_raw_parts(w.live.lo, n),
-            m: moments(w.live.m),
-            v: moments(w.live.v),
+            params: params.clone(),
+            hi: std::slice::from_raw_parts(old.hi, n),
+            lo: std::slice::from_raw_parts(old.lo, n),
+            m: moments(old.m),
+            v: moments(old.v),
         };
         let new = PageMut {
-            params: w.params.clone(),
-            hi: std::slice::from_raw_parts_mut(w.spare.hi, n),
-            lo: std::slice::from_raw_parts_mut(w.spare.lo, n),
+            params,
+            hi: std::slice::from_raw_parts_mut(w.spare.hi.add(at), n),
+            lo: std::slice::from_raw_parts_mut(w.spare.lo.add(at), n),
             m: moments_mut(w.spare.m),
             v: moments_mut(w.spare.v),
         };
-        adamw_page(&w.k, &w.runs, old, new, gradients)
+        adamw_page(&w.k, &runs, old, new, gradients)
     }
 }
 
@@ -93,7 +116,7 @@ impl PageUpdater for Updater {
         2
     }
 
-    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError> {
+    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], state: &[DevBuf]) -> Result<(), EngineError> {
         let work = Work {
             page: update.page(),
             k: *k,
@@ -101,6 +124,7 @@ impl PageUpdater for Updater {
             params: self.store.layout().page_range(update.page()),
             live: self.store.page_ptrs(update.live()),
             spare: self.store.page_ptrs(update.spare()),
+            state: state.to_vec(),
         };
         let sent = self.jobs.as_ref().map(|jobs| jobs.send(work).is_ok());
         if sent == Some(true) { Ok(()) } else { Err(EngineError::internal("the page updater's thread has ended")) }

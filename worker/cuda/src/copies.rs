@@ -106,6 +106,36 @@ pub(crate) fn load_parameters(
     Ok(())
 }
 
+/// The state of parameters as it is in the store, for the updater.
+pub(crate) fn load_state(
+    d: &CudaDevice,
+    stream: Stream,
+    dst: DevBuf,
+    store: &Arc<Store>,
+    physical: u32,
+    offset: u64,
+    count: u64,
+) -> Result<(), EngineError> {
+    let page = store.layout().page_range(0);
+    let moment = store.layout().spec().moments.bytes();
+    if offset.checked_add(count).is_none_or(|end| end > page.end - page.start) {
+        return Err(EngineError::internal(format!("load of state {offset}+{count}, past the end of a page")));
+    }
+    fits(dst, count * (4 + 2 * moment), "load of state")?;
+    let pages = store.page_ptrs(physical);
+    let s = d.stream(stream);
+    let mut at = dst.ptr;
+    for (array, size) in [(pages.hi.cast::<u8>(), 2), (pages.lo.cast::<u8>(), 2), (pages.m, moment), (pages.v, moment)] {
+        if size * count > 0 {
+            // SAFETY: offset + count lies inside the page, in each of its arrays.
+            let source = unsafe { array.add((offset * size) as usize) };
+            cu!("state", cuMemcpyHtoDAsync_v2(at, source.cast::<c_void>(), (count * size) as usize, s.0))?;
+        }
+        at += size * count;
+    }
+    Ok(())
+}
+
 /// Gradients `start..start + count` are the store's.
 fn inside(store: &Store, start: u64, count: u64) -> Result<(), EngineError> {
     if start.checked_add(count).is_none_or(|end| end > store.layout().span()) {

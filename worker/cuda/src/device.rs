@@ -314,6 +314,17 @@ impl Device for CudaDevice {
     ) -> Result<(), EngineError> {
         self.operation("load_parameters", stream, || copies::load_parameters(self, stream, dst, store, physical, offset, count))
     }
+    fn load_state(
+        &self,
+        stream: Stream,
+        dst: DevBuf,
+        store: &Arc<Store>,
+        physical: u32,
+        offset: u64,
+        count: u64,
+    ) -> Result<(), EngineError> {
+        self.operation("load_state", stream, || copies::load_state(self, stream, dst, store, physical, offset, count))
+    }
     fn store_gradients(
         &self,
         stream: Stream,
@@ -351,6 +362,9 @@ impl Device for CudaDevice {
 
     fn gemm(&self, g: &Gemm) -> Result<(), EngineError> {
         self.compute("gemm", || ops::gemm(self, g))
+    }
+    fn sum_of_squares(&self, x: DevBuf, dtype: Dtype, count: usize, out: DevBuf) -> Result<(), EngineError> {
+        self.compute("sum_of_squares", || ops::sum_of_squares(self, x, dtype, count, out))
     }
     fn column_sum(&self, x: DevBuf, rows: usize, n: usize, out: DevBuf) -> Result<(), EngineError> {
         self.compute("column_sum", || ops::column_sum(self, x, rows, n, out))

@@ -104,7 +104,10 @@ unsafe impl Send for Pinned {}
 impl Pinned {
     pub(crate) fn new(bytes: usize, what: &str) -> Result<Pinned, EngineError> {
         let mut ptr: *mut c_void = std::ptr::null_mut();
-        cu!(format!("{what} ({bytes} bytes of page-locked memory)"), cuMemHostAlloc(&mut ptr, bytes, sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP))?;
+        cu!(
+            format!("{what} ({bytes} bytes of page-locked memory)"),
+            cuMemHostAlloc(&mut ptr, bytes, sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP)
+        )?;
         Ok(Pinned { ptr: ptr.cast(), bytes })
     }
 }

@@ -32,7 +32,19 @@ const FILES: [File; 9] = [
             "layer_backward_s",
         ],
     },
-    File { source: source!("reduce.cu"), kernels: &["column_partial_v", "column_partial_s", "reduce_partials"] },
+    File {
+        source: source!("reduce.cu"),
+        kernels: &[
+            "column_partial_v",
+            "column_partial_s",
+            "reduce_partials",
+            "squares_bf16_v",
+            "squares_bf16_s",
+            "squares_f32_v",
+            "squares_f32_s",
+            "sum_f64",
+        ],
+    },
     File { source: source!("rope.cu"), kernels: &["rope_v", "rope_s"] },
     File {
         source: source!("pointwise.cu"),
@@ -57,7 +69,14 @@ const FILES: [File; 9] = [
     },
     File {
         source: source!("store.cu"),
-        kernels: &["upload", "join_master", "stage_gradient_bf16_v", "stage_gradient_bf16_s", "stage_gradient_f32_v", "stage_gradient_f32_s"],
+        kernels: &[
+            "upload",
+            "join_master",
+            "stage_gradient_bf16_v",
+            "stage_gradient_bf16_s",
+            "stage_gradient_f32_v",
+            "stage_gradient_f32_s",
+        ],
     },
     File {
         source: source!("embedding.cu"),

@@ -5,6 +5,8 @@
 //!   kernel:           part 0 ─ part 1 ─ …      in place, in the slot
 //!   down:                      part 0 ─ …      new state, from the slot into the spare page
 //! ```
+//! Of pages whose state was brought before ([`ramtorch_device::StagedPage`]), the gradients alone go up.
+//!
 //! A page goes through in parts, the parts through a ring of slots; events order the three streams, so the host enqueues a
 //! page and waits only for whole pages. Both directions of the bus are busy at once.
 //!
@@ -19,7 +21,7 @@ use crate::driver::{Context, Memory, RawEvent, RawStream, cu};
 use crate::kernels::{Kernels, Launch, launch};
 use crate::timing::Timing;
 use ramtorch_device::trace::{Label, Recorder, Row};
-use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater, STAGINGS, staged_parameters};
+use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, PageUpdater, STAGINGS, staged_parameters};
 use ramtorch_store::{GradientFormat, MomentFormat, Store, Update};
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -124,18 +126,29 @@ impl Updater {
         }))
     }
 
-    /// Sends `count` parameters from `offset` of the page through a slot.
-    fn part(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], start: u64, offset: u64, count: u64) -> Result<(), EngineError> {
+    /// Sends `count` parameters from `offset` of the page through a slot; of those whose state is `staged` the gradients alone.
+    fn part(
+        &mut self,
+        k: &AdamwStep,
+        update: &Update,
+        runs: &[DecayRun],
+        start: u64,
+        (offset, count): (u64, u64),
+        staged: Option<&DevBuf>,
+    ) -> Result<(), EngineError> {
         let store: &Store = self.registration.store();
         let (live, spare) = (store.page_ptrs(update.live()), store.page_ptrs(update.spare()));
         let slot = &self.slots[self.next_slot];
         let (mb, gb) = (self.moment_bytes, self.gradient_bytes);
-        // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned.
-        let hi = slot.memory.ptr;
-        let lo = hi + 2 * self.part;
-        let m = lo + 2 * self.part;
-        let v = m + mb * self.part;
-        let g = v + mb * self.part;
+        // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned; staged ones as long as the part.
+        let (hi, each) = staged.map_or((slot.memory.ptr, self.part), |s| (s.ptr, count));
+        if staged.is_some_and(|s| s.bytes < count * (4 + 2 * mb)) {
+            return Err(EngineError::internal("a staged part of a page is too short"));
+        }
+        let lo = hi + 2 * each;
+        let m = lo + 2 * each;
+        let v = m + mb * each;
+        let g = slot.memory.ptr + (4 + 2 * mb) * self.part;
         debug_assert!(g + gb * self.part <= slot.memory.ptr + slot.memory.bytes);
         let (n, at) = (count as usize, offset as usize);
         let (mb_, gb_) = (mb as usize, gb as usize);
@@ -159,12 +172,14 @@ impl Updater {
         let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(update.page());
         cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
         cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?;
-        let span =
-            if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", count * (4 + 2 * mb + gb)))?) } else { None };
-        cu!(what, cuMemcpyHtoDAsync_v2(hi, old.0, n * 2, self.up.0))?;
-        cu!(what, cuMemcpyHtoDAsync_v2(lo, old.1, n * 2, self.up.0))?;
-        cu!(what, cuMemcpyHtoDAsync_v2(m, old.2, n * mb_, self.up.0))?;
-        cu!(what, cuMemcpyHtoDAsync_v2(v, old.3, n * mb_, self.up.0))?;
+        let bytes_in = count * if staged.is_some() { gb } else { 4 + 2 * mb + gb };
+        let span = if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", bytes_in))?) } else { None };
+        if staged.is_none() {
+            cu!(what, cuMemcpyHtoDAsync_v2(hi, old.0, n * 2, self.up.0))?;
+            cu!(what, cuMemcpyHtoDAsync_v2(lo, old.1, n * 2, self.up.0))?;
+            cu!(what, cuMemcpyHtoDAsync_v2(m, old.2, n * mb_, self.up.0))?;
+            cu!(what, cuMemcpyHtoDAsync_v2(v, old.3, n * mb_, self.up.0))?;
+        }
         cu!(what, cuMemcpyHtoDAsync_v2(g, gradient.cast::<c_void>(), n * gb_, self.up.0))?;
         if let Some(span) = span {
             self.timing.end(&self.up, span)?;
@@ -186,7 +201,9 @@ impl Updater {
         let from = start + offset;
         for run in DecayRun::within(runs, from..from + count) {
             let (skip, len) = (run.first - from, run.end - run.first);
-            let vector = skip.is_multiple_of(4) && len.is_multiple_of(4);
+            // Staged parts follow one another without gaps.
+            let aligned = [(hi, 2), (lo, 2), (m, mb), (v, mb), (g, gb)].iter().all(|(p, size)| p.is_multiple_of(4 * size));
+            let vector = aligned && skip.is_multiple_of(4) && len.is_multiple_of(4);
             let function = self.kernels.get(&format!("{}_{}", self.kernel, if vector { 'v' } else { 's' }))?;
             let a_thread = if vector { 4 } else { 1 };
             let grid = Launch::new((len.div_ceil(256 * a_thread).clamp(1, 512) as u32, 1, 1), (256, 1));
@@ -220,7 +237,7 @@ impl PageUpdater for Updater {
         2 // the parts of one page are done while those of the next come up
     }
 
-    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError> {
+    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], state: &[DevBuf]) -> Result<(), EngineError> {
         self.context.enter()?;
         let tracing = self.timing.is_tracing().then_some(k.step);
         if tracing != self.anchored {
@@ -230,8 +247,11 @@ impl PageUpdater for Updater {
         }
         let params = self.registration.store().layout().page_range(update.page());
         let len = params.end - params.start;
-        for offset in (0..len).step_by(self.part as usize) {
-            self.part(k, update, runs, params.start, offset, self.part.min(len - offset))?;
+        if !state.is_empty() && state.len() as u64 != len.div_ceil(self.part) {
+            return Err(EngineError::internal(format!("{} staged parts of a page of {len} parameters", state.len())));
+        }
+        for (i, offset) in (0..len).step_by(self.part as usize).enumerate() {
+            self.part(k, update, runs, params.start, (offset, self.part.min(len - offset)), state.get(i))?;
         }
         let done = match self.spare_events.pop() {
             Some(e) => e,

@@ -25,7 +25,8 @@ mod optimizer;
 pub use error::{EngineError, ErrorKind};
 pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
-    AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, random_bits, staged_parameters, staging_bytes, stochastic,
+    AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, random_bits, staged_parameters, staging_bytes, state_bytes,
+    stochastic,
 };
 use ramtorch_store::Store;
 pub use ramtorch_trace as trace;
@@ -366,6 +367,18 @@ pub trait Device: Send {
         offset: u64,
         count: u64,
     ) -> Result<(), EngineError>;
+    /// Copies the state of `count` parameters of physical page `physical`, from element `offset` of the page on, into `dst` as
+    /// it is in the store: both halves of the master, then both moments, one array behind the other. For
+    /// [`PageUpdater::submit`].
+    fn load_state(
+        &self,
+        stream: Stream,
+        dst: DevBuf,
+        store: &Arc<Store>,
+        physical: u32,
+        offset: u64,
+        count: u64,
+    ) -> Result<(), EngineError>;
     /// Writes `count` f32 gradients from `src` into the store's gradient array from parameter `start` on, in the
     /// store's gradient format (rounded to nearest), or adds them to what is there.
     fn store_gradients(
@@ -403,6 +416,8 @@ pub trait Device: Send {
 
     /// See [`Gemm`].
     fn gemm(&self, g: &Gemm) -> Result<(), EngineError>;
+    /// `out = Σ x²`: one f64 of `count` values of `dtype`, always added up in the same order.
+    fn sum_of_squares(&self, x: DevBuf, dtype: Dtype, count: usize, out: DevBuf) -> Result<(), EngineError>;
     /// `out[n] += Σ_rows x[rows, n]`, out f32.
     fn column_sum(&self, x: DevBuf, rows: usize, n: usize, out: DevBuf) -> Result<(), EngineError>;
     /// y = norm(x); `stats` receives the statistics. `bias` for layer norms only.

@@ -11,9 +11,10 @@
 //! bf16 moments are rounded stochastically afterwards, with [`random_bits`] of (step, parameter). So it does not matter
 //! which instruction set or device updates a page, nor in how many parts: recovery does not need to know.
 
-use crate::EngineError;
-use ramtorch_store::{Layout, StoreSpec, Update};
+use crate::{DevBuf, Device, EngineError, Stream};
+use ramtorch_store::{Layout, PageId, Store, StoreSpec, Update};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Factors of one step, the same for every page.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -118,9 +119,12 @@ pub trait PageUpdater: Send {
     /// Enqueues the update of a page of the store it was made for: reads the live page and the gradients, writes the
     /// spare. `runs` cover the page. The update must be neither published nor abandoned before it is finished.
     ///
+    /// `state` is empty, or what the live page holds, on the device already ([`crate::Device::load_state`], done): one
+    /// buffer for each [`staged_parameters`] of the page. They are overwritten, and free once the update is finished.
+    ///
     /// # Errors
     /// Those of the device. Nothing may be submitted after one.
-    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun]) -> Result<(), EngineError>;
+    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], state: &[DevBuf]) -> Result<(), EngineError>;
     /// Blocks until the oldest page in hand is whole in its spare, and visible to the calling thread.
     ///
     /// # Errors
@@ -138,9 +142,50 @@ pub fn staged_parameters(page_parameters: u64) -> u64 {
     page_parameters.min(STAGED_PARAMETERS)
 }
 
+/// A page whose state lies on the device before its update begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StagedPage {
+    /// The page.
+    pub page: PageId,
+    /// Its state, a buffer for each [`staged_parameters`].
+    pub state: Vec<DevBuf>,
+}
+
+impl StagedPage {
+    /// Enqueues the copies of `page`'s state on `CopyIn`, into buffers that `room` gives, each for [`staged_parameters`]. They
+    /// have to be done, and the page not updated meanwhile, before it is used.
+    ///
+    /// # Errors
+    /// Those of the device, and too little room.
+    pub fn load(
+        dev: &dyn Device,
+        store: &Arc<Store>,
+        page: PageId,
+        mut room: impl FnMut() -> Option<DevBuf>,
+    ) -> Result<StagedPage, EngineError> {
+        let layout = store.layout();
+        let range = layout.page_range(page);
+        let (len, part) = (range.end - range.start, staged_parameters(u64::from(layout.page_parameters())));
+        let mut state = Vec::new();
+        for offset in (0..len).step_by(part as usize) {
+            let count = part.min(len - offset);
+            let buf = room().ok_or_else(|| EngineError::internal(format!("no room for the state of page {page}")))?;
+            let buf = buf.slice(0, count * state_bytes(layout.spec()));
+            dev.load_state(Stream::CopyIn, buf, store, store.entry(page).physical, offset, count)?;
+            state.push(buf);
+        }
+        Ok(StagedPage { page, state })
+    }
+}
+
+/// Bytes of the state of one parameter: the master's halves and two moments.
+pub fn state_bytes(store: &StoreSpec) -> u64 {
+    4 + 2 * store.moments.bytes()
+}
+
 /// Device memory that a page updater with staging takes, in bytes.
 pub fn staging_bytes(store: &StoreSpec, page_parameters: u64) -> u64 {
-    STAGINGS * staged_parameters(page_parameters) * (4 + 2 * store.moments.bytes() + store.gradients.bytes())
+    STAGINGS * staged_parameters(page_parameters) * (state_bytes(store) + store.gradients.bytes())
 }
 
 #[cfg(test)]

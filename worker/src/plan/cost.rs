@@ -42,6 +42,11 @@ mod typical {
 const KERNELS: [f64; 3] = [8.0, 16.0, 3.0];
 /// Two updaters on one memory bus do a little less than the sum of each alone.
 const TOGETHER: f64 = 0.92;
+/// The host's memory for both, over what the processor's AdamW moves; bytes a second that it has at least on such nodes.
+const MEMORY_TOGETHER: f64 = 1.17;
+const LEAST_MEMORY: f64 = 1.2e11;
+/// Of the bus's time during the backward pass that pages on their way may take.
+const STAGED_SHARE: f64 = 0.85;
 /// Bytes a parameter that an update on the GPU moves in and out, beside the moments: both halves in and out, a gradient in.
 const STAGED_IN: f64 = 6.0;
 const STAGED_OUT: f64 = 4.0;
@@ -128,6 +133,8 @@ pub(crate) struct Cost {
     memory: f64,
     launch: f64,
     norm: f64,
+    /// Bytes of a moment.
+    moment: f64,
     /// Gradients are squared as they come, and not after the last of them.
     pub norm_beside: bool,
     /// Pages on the processor, and on the GPUs (0: none), of all ranks together.
@@ -162,6 +169,7 @@ impl Cost {
                 memory: copy,
                 launch: 0.0,
                 norm,
+                moment: moment as f64,
                 norm_beside: false,
                 adamw,
                 adamw_gpu: 0.0,
@@ -199,6 +207,7 @@ impl Cost {
             memory: or(g.memory_bytes, typical::MEMORY),
             launch: or(g.launch_seconds, typical::LAUNCH),
             norm: or(rates.norm_parameters, typical::NORM * n),
+            moment: moment as f64,
             norm_beside: true,
             adamw: or(if rates.gpu.is_some() { rates.optimizer_parameters } else { 0.0 }, typical::ADAMW * n),
             adamw_gpu: if split { n / ((STAGED_IN + moments) / both[0]).max((STAGED_OUT + moments) / both[1]) } else { 0.0 },
@@ -214,9 +223,46 @@ impl Cost {
         self.kind == DeviceKind::Cuda
     }
 
-    /// Parameters a second that processor and GPU update together.
-    fn updates(&self) -> f64 {
-        if self.adamw_gpu > 0.0 { (self.adamw + self.adamw_gpu) * TOGETHER } else { self.adamw }
+    /// Parameters a second that processor and GPU update together, where a share of them is `staged`. What bounds them is the
+    /// host's memory: it gives little more to both than to the processor alone.
+    fn updates(&self, staged: f64) -> f64 {
+        if self.adamw_gpu <= 0.0 {
+            return self.adamw;
+        }
+        let traffic = 10.0 + 4.0 * self.moment;
+        let memory = (self.adamw * traffic * MEMORY_TOGETHER).max(LEAST_MEMORY);
+        let spared = staged * (4.0 + 2.0 * self.moment) / traffic;
+        ((self.adamw + self.adamw_gpu) * TOGETHER).min(memory / traffic) / (1.0 - spared)
+    }
+
+    /// Pages of a block whose state comes to the device during the backward pass of the last group, into its activations: as many
+    /// as the bus has time for beside the block's own copies, where there is room.
+    pub fn staged_pages(&self, model: &Model, p: &EnginePlan, t: &Times) -> usize {
+        let Some(page) = p.store.page_parameters.filter(|_| self.overlapped() && p.optimizer_split && self.adamw_gpu > 0.0) else {
+            return 0;
+        };
+        let state = ramtorch_device::state_bytes(&p.store) as f64;
+        let last = model.len() - 1;
+        let of_block = |b: usize| {
+            let seconds = (t.backward[b] + t.again(b, p.keep[b])) * p.group_len as f64;
+            let weights = if p.resident[b] { 0.0 } else { (model.places[b].1 * p.dtype.size()) as f64 };
+            let pages = (seconds * self.both[0] * STAGED_SHARE - weights) / (f64::from(page) * state);
+            let room = model.saved_bytes(b, p.shape(), p.keep[b]) as f64 * p.group_len as f64 / (f64::from(page) * state);
+            pages.min(room).max(0.0) as usize
+        };
+        let layers = (0..last).filter(|b| p.keep[*b] != Keep::Inputs && matches!(model.blocks[*b], Block::Layer(_)));
+        layers.map(of_block).min().unwrap_or(0)
+    }
+
+    /// Share of the parameters whose pages are staged.
+    fn staged_share(&self, model: &Model, p: &EnginePlan) -> f64 {
+        let Some(page) = p.store.page_parameters.filter(|_| p.staged_pages > 0) else { return 0.0 };
+        let last = model.len() - 1;
+        let staged: f64 = (0..last)
+            .filter(|b| p.keep[*b] != Keep::Inputs && matches!(model.blocks[*b], Block::Layer(_)))
+            .map(|b| (p.staged_pages as f64 * f64::from(page)).min(model.places[b].1 as f64))
+            .sum();
+        staged / model.places.iter().map(|x| x.1 as f64).sum::<f64>() / p.world as f64
     }
 
     /// Operations a second of products with `rows` rows.
@@ -344,7 +390,13 @@ impl Cost {
     pub fn step(&self, model: &Model, p: &EnginePlan, t: &Times) -> Breakdown {
         let (compute, again) = self.compute(model, p, t);
         let parameters: f64 = model.places.iter().map(|x| x.1 as f64).sum();
-        let base = Breakdown { compute, again, optimizer: parameters / self.updates(), norm: parameters / self.norm, ..Default::default() };
+        let base = Breakdown {
+            compute,
+            again,
+            optimizer: parameters / self.updates(self.staged_share(model, p)),
+            norm: parameters / self.norm,
+            ..Default::default()
+        };
         if self.overlapped() { self.simulate(model, p, t, base) } else { self.sum(model, p, base) }
     }
 
@@ -420,7 +472,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times) -> Self {
-        let rate = cost.updates();
+        let rate = cost.updates(cost.staged_share(model, p));
         let mut done = 0.0;
         let published = model
             .places
@@ -550,7 +602,9 @@ impl<'a> Run<'a> {
         }
         self.out = self.out.max(whole) + seconds;
         self.compute += DRAG[1] * seconds + PEERS_DRAG * reduce;
-        if last_group {
+        if last_group && self.p.squares() {
+            self.compute += bytes / self.cost.memory;
+        } else if last_group {
             self.norm = self.norm.max(self.out) + elements / self.cost.norm;
         }
         self.s.copies_out += seconds;

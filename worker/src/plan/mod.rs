@@ -6,9 +6,12 @@
 
 mod cost;
 mod search;
+mod staging;
 #[cfg(test)]
 mod tests;
 mod text;
+
+pub(crate) use staging::staged_pages;
 
 use crate::api::*;
 use crate::model::{Block, Keep, Model, Shape};
@@ -71,6 +74,13 @@ pub(crate) struct EnginePlan {
     /// Devices by rank, for the place of their pages.
     #[serde(default)]
     pub devices: Vec<(DeviceKind, u32)>,
+    /// Pages of each block whose state is brought to the device during the backward pass, into memory of activations that
+    /// are done with.
+    #[serde(default)]
+    pub staged_pages: usize,
+    /// The device squares gradients before they leave, where what leaves is what is stored.
+    #[serde(default)]
+    pub squares_on_device: bool,
     pub uses: DeviceUse,
 }
 
@@ -137,6 +147,12 @@ impl EnginePlan {
     /// Gradients leave rounded: nothing in the segment is added to.
     pub fn packs(&self) -> bool {
         self.pack_gradients && (self.resident_gradients || self.groups == 1)
+    }
+
+    /// The norm of the gradients comes from the device: their sums are whole there, in the store's format.
+    pub fn squares(&self) -> bool {
+        let whole = self.store.gradients == GradientFormat::F32 && (self.resident_gradients || self.groups == 1);
+        self.squares_on_device && (self.packs() || whole)
     }
 
     pub fn shape(&self) -> Shape {
@@ -236,6 +252,9 @@ pub(crate) fn device_use(
     }
     let group = p.group_len as u64;
     u.inputs = group * inputs_bytes(model, shape) + rounded(rows * 4 * p.micro_batches as u64);
+    if p.squares() {
+        u.inputs += rounded(8 * model.len() as u64);
+    }
     let width = |b: usize| rounded(rows * model.width(b) as u64 * dt);
     let widest = (0..model.len()).map(width).max().unwrap_or(0);
     u.boundaries = group * ((0..last).map(width).sum::<u64>() + widest);
@@ -484,6 +503,8 @@ pub(crate) fn inference(
         optimizer_split: false,
         gather_weights: false,
         devices: Vec::new(),
+        staged_pages: 0,
+        squares_on_device: false,
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
     };
     p.uses = device_use(model, &p, workspace)?;

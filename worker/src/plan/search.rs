@@ -220,6 +220,8 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             optimizer_split: s.optimizer_split,
             gather_weights: s.world > 1 && s.spec.train.gather_weights.unwrap_or(s.cost.gathers),
             devices: Vec::new(),
+            staged_pages: 0,
+            squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
         };
         let sizes = Sizes::new(s.model, &start);
@@ -274,6 +276,7 @@ impl Combination<'_> {
                         continue; // layers of unequal sizes
                     }
                     *played += 1;
+                    p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
                     let parts = s.cost.step(s.model, &p, self.times);
                     if best.as_ref().is_none_or(|b| parts.step < b.parts.step * (1.0 - BETTER)) {
                         *best = Some(Found { plan: p.clone(), parts, played: 0 });

@@ -321,23 +321,23 @@ fn processor(store: &Store, threads: usize) -> Option<[f64; 2]> {
         owner.initialise(*page, 0, |p| p.hi.iter_mut().for_each(|x| *x = 0x3c00)).ok()?;
     }
     let owner = SharedOwner::new(owner);
-    const ROUNDS: u64 = 4;
-    let mut begin = Instant::now();
+    // The best of some rounds: the first touches pages, and a machine that has just come up has other things to do.
+    const ROUNDS: u64 = 6;
+    let mut adamw = 0f64;
     for step in 1..=ROUNDS {
-        if step == 2 {
-            begin = Instant::now(); // the first one touches the pages
-        }
+        let begin = Instant::now();
         let k = factors(&optimizer, &StepScalars { step, lr: 1e-5, gradient_scale: 1.0 });
         pool.install(|| update_pages(&owner, &k, None)).ok()?;
+        adamw = adamw.max(PARAMETERS as f64 / begin.elapsed().as_secs_f64());
     }
-    let adamw = ((ROUNDS - 1) * PARAMETERS) as f64 / begin.elapsed().as_secs_f64();
     let squares = || pool.install(|| pages.iter().map(|p| read_gradients(store, *p, sum_of_squares)).sum::<f64>());
-    std::hint::black_box(squares());
-    let begin = Instant::now();
+    let mut norm = 0f64;
     for _ in 0..ROUNDS {
+        let begin = Instant::now();
         std::hint::black_box(squares());
+        norm = norm.max(PARAMETERS as f64 / begin.elapsed().as_secs_f64());
     }
-    Some([adamw, (ROUNDS * PARAMETERS) as f64 / begin.elapsed().as_secs_f64()])
+    Some([adamw, norm])
 }
 
 /// What an entry of the cache holds, and for what.

@@ -2,9 +2,10 @@
 
 use super::*;
 use crate::CpuDevice;
-use crate::pages::{Queue, on_device, update_pages};
+use crate::pages::{Queue, on_device, update_pages, update_pages_recorded};
 use proptest::prelude::*;
-use ramtorch_device::{Device, Dtype};
+use ramtorch_device::trace::Recorder;
+use ramtorch_device::{DevBuf, Device, Dtype, StagedPage, Stream, staged_parameters, state_bytes};
 use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, SharedOwner, Store, StoreSpec, TensorSpec};
 use std::sync::Arc;
 
@@ -268,16 +269,29 @@ fn put(store: &Arc<Store>, step: u64) {
     crate::parameters::put_gradients(&values, store, 0, false);
 }
 
+/// Brings the state of `pages` into `room` on the device.
+fn stage(device: &CpuDevice, store: &Arc<Store>, pages: &[u32], room: DevBuf) -> Vec<StagedPage> {
+    let layout = store.layout();
+    let part = staged_parameters(u64::from(layout.page_parameters())) * state_bytes(layout.spec());
+    let mut parts = (0..room.bytes / part).map(|i| room.slice(i * part, part));
+    let staged = pages.iter().map(|page| StagedPage::load(device, store, *page, || parts.next()).unwrap()).collect();
+    device.synchronize(Stream::CopyIn).unwrap();
+    staged
+}
+
 /// Whoever updates a page, its bits are the same; pages that are at the step already are left alone.
 #[test]
 fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
     for moments in [MomentFormat::F32, MomentFormat::Bf16] {
         for gradients in [GradientFormat::F32, GradientFormat::Bf16] {
             let mut images = Vec::new();
-            for (who, spares) in [("cpu", 1), ("device", 1), ("device", 3), ("both", 1), ("both", 2), ("both", 3)] {
+            for (who, spares) in
+                [("cpu", 1), ("device", 1), ("device", 3), ("both", 1), ("both", 2), ("both", 3), ("staged", 1), ("staged", 3)]
+            {
                 let store = store(&format!("{moments:?}{gradients:?}{who}{spares}"), moments, gradients, spares);
-                let mut device = CpuDevice::open(0, Dtype::F32, 1, 1 << 20).unwrap();
+                let mut device = CpuDevice::open(0, Dtype::F32, 1, 4 << 20).unwrap();
                 let mut updater = device.page_updater(&store).unwrap().unwrap();
+                let room = device.alloc(2 << 20, "staged pages").unwrap();
                 let owner = SharedOwner::new(store.claim(0).unwrap());
                 let all = u64::from(store.layout().page_count());
                 for step in 1..=5 {
@@ -294,7 +308,13 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         "cpu" => assert_eq!(update_pages(&owner, &k, None).unwrap().cpu, pages),
                         "device" => {
                             let depth = updater.depth().min(spares as usize);
-                            assert_eq!(on_device(&owner, &k, &Queue::new(&owner), updater, depth).unwrap(), pages);
+                            assert_eq!(on_device(&owner, &k, &Queue::new(&owner, Vec::new()), updater, depth).unwrap(), pages);
+                        }
+                        "staged" => {
+                            let pages: Vec<u32> = owner.pages().filter(|p| p % 2 == 1).collect();
+                            let staged = stage(&device, &store, &pages, room);
+                            let done = update_pages_recorded(&owner, &k, Some(updater), staged, &Recorder::default()).unwrap();
+                            assert_eq!(done.cpu + done.device, all - u64::from(step == 3));
                         }
                         _ => {
                             let done = update_pages(&owner, &k, Some(updater)).unwrap();

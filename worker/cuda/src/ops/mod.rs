@@ -17,7 +17,7 @@ pub(crate) use tables::{embedding_backward, embedding_forward, gather_rows};
 use crate::device::{CudaDevice, PARTIALS_BYTES};
 use crate::driver::Function;
 use crate::kernels::{Launch, launch};
-use ramtorch_device::{DevBuf, EngineError, Gemm, Stream};
+use ramtorch_device::{DevBuf, Dtype, EngineError, Gemm, Stream};
 
 /// A buffer, the elements it must hold, and their size in bytes.
 pub(crate) type Need = (DevBuf, usize, u64);
@@ -124,6 +124,22 @@ pub(crate) fn column_sum(d: &CudaDevice, x: DevBuf, rows: usize, n: usize, out: 
     let l = Launch::new((columns as u32, chunks as u32, 1), (32, 8));
     launch!(f, l, d.stream(Stream::Compute), "column_sum"; address, all, per_chunk, width, partial)?;
     reduce_partials(d, 0, chunks, n, n, out)
+}
+
+/// In two stages, the first of as many blocks whatever the GPU: the order of additions depends on `count` alone.
+pub(crate) fn sum_of_squares(d: &CudaDevice, x: DevBuf, dtype: Dtype, count: usize, out: DevBuf) -> Result<(), EngineError> {
+    check(&[(x, count, dtype.size()), (out, 1, 8)])?;
+    const BLOCKS: u64 = 1024;
+    let (name, vector) = if dtype == Dtype::Bf16 { ("squares_bf16", 8) } else { ("squares_f32", 4) };
+    let wide = x.ptr.is_multiple_of(16) && count.is_multiple_of(vector);
+    let blocks = (count.div_ceil(256 * vector) as u64).clamp(1, BLOCKS);
+    let (address, n, partial, sum) = (x.ptr, count as u64, d.partials.ptr, out.ptr);
+    let f = d.kernels.get(&format!("{name}_{}", if wide { 'v' } else { 's' }))?;
+    let s = d.stream(Stream::Compute);
+    launch!(f, Launch::new((blocks as u32, 1, 1), (256, 1)), s, "sum_of_squares"; address, n, partial)?;
+    let f = d.kernels.get("sum_f64")?;
+    let parts = int(blocks as usize)?;
+    launch!(f, Launch::new((1, 1, 1), (256, 1)), s, "sum_of_squares"; partial, parts, sum)
 }
 
 /// `out[n] += Σ_parts partials[first + part · stride + n]`.

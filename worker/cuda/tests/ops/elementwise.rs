@@ -8,6 +8,7 @@ pub const TESTS: &[Test] = &[
     ("norms_forward_and_backward", norms),
     ("norms_of_heads_in_packed_rows", head_norms),
     ("column_sums", column_sums),
+    ("sums_of_squares", squares),
     ("gated_units", glu),
     ("activations", activations),
     ("rotary_embedding", rope),
@@ -77,6 +78,20 @@ fn head_norms() {
             // In place.
             r.both(|d, b| d.norm_forward(&s, b(&x), b(&w), None, b(&x), b(&stats)));
             r.close(&format!("{what} in place"), &x);
+        }
+    });
+}
+
+fn squares() {
+    formats(|mut r: Rig| {
+        for (n, shift) in [(1, 0), (5, 0), (1000, 0), (4099, 1), (3_000_000, 0), (2_999_999, 0)] {
+            for (x, real) in [(r.shifted_input(n, 1.0, shift), true), (r.input_f32(n, 1.0), false)] {
+                let out = r.output_f32(2);
+                r.both(|d, b| d.sum_of_squares(b(&x), if real { d.dtype() } else { Dtype::F32 }, n, b(&out)));
+                let sums = [r.gpu_values(&out), r.cpu_values(&out)]
+                    .map(|v| f64::from_bits(u64::from(v[0].to_bits()) | u64::from(v[1].to_bits()) << 32));
+                assert!((sums[0] - sums[1]).abs() <= 1e-13 * sums[1] && sums[1] > 0.0, "{n}+{shift} {:?} {real}: {sums:?}", r.dtype);
+            }
         }
     });
 }

@@ -2,7 +2,7 @@
 
 use crate::Test;
 use half::bf16;
-use ramtorch_cpu::{CpuDevice, PagesUpdated, update_pages};
+use ramtorch_cpu::{CpuDevice, PagesUpdated, update_pages, update_pages_recorded};
 use ramtorch_cuda::CudaDevice;
 use ramtorch_device::*;
 use ramtorch_store::*;
@@ -104,8 +104,8 @@ fn put(s: &Store, value: impl Fn(u64) -> f32) {
     }
 }
 
-/// Every page through the device, as many in hand as it wants.
-fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdater) -> u64 {
+/// Every page through the device, as many in hand as it wants; those that `staged` has were brought before.
+fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdater, staged: &[StagedPage]) -> u64 {
     let layout = owner.store().layout();
     let mut in_hand = std::collections::VecDeque::new();
     for page in owner.pages() {
@@ -114,7 +114,8 @@ fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdat
             owner.publish(in_hand.pop_front().unwrap()).unwrap();
         }
         let update = owner.begin(page, k.step).unwrap().unwrap();
-        updater.submit(k, &update, &DecayRun::of(layout, &layout.page_range(page))).unwrap();
+        let state = staged.iter().find(|s| s.page == page).map_or([].as_slice(), |s| &s.state);
+        updater.submit(k, &update, &DecayRun::of(layout, &layout.page_range(page)), state).unwrap();
         in_hand.push_back(update);
     }
     for update in in_hand {
@@ -136,21 +137,40 @@ fn image(s: &Store, step: u64) -> Vec<Vec<u32>> {
         .collect()
 }
 
+/// The state of every so many-th page, on the device.
+fn stage(d: &CudaDevice, s: &Arc<Store>, room: DevBuf, every: usize) -> Vec<StagedPage> {
+    let part = staged_parameters(u64::from(s.layout().page_parameters())) * state_bytes(s.layout().spec());
+    let mut parts = (0..room.bytes / part).map(|i| room.slice(i * part, part));
+    let pages = (0..s.layout().page_count()).step_by(every);
+    let staged = pages.map(|page| StagedPage::load(d, s, page, || parts.next()).unwrap()).collect();
+    d.synchronize(Stream::CopyIn).unwrap();
+    staged
+}
+
 fn agree(rows: u64, page: u32, steps: u64) {
     for moments in [MomentFormat::F32, MomentFormat::Bf16] {
         for gradients in [GradientFormat::F32, GradientFormat::Bf16] {
             let mut want: Option<Vec<Vec<u32>>> = None;
-            for who in ["cpu", "gpu", "both"] {
+            for who in ["cpu", "gpu", "both", "gpu, staged", "both, staged"] {
                 let s = store(&format!("{who}-{moments:?}-{gradients:?}"), rows, page, moments, gradients);
                 let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
                 let mut updater = d.page_updater(&s).unwrap().unwrap();
+                let room = d.alloc(512 << 20, "staged pages").unwrap();
                 let owner = SharedOwner::new(s.claim(0).unwrap());
                 let mut total = PagesUpdated::default();
                 for step in 1..=steps {
                     put_gradients(&s, step);
                     let done = match who {
                         "cpu" => update_pages(&owner, &k(step), None).unwrap(),
-                        "gpu" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut()), ..Default::default() },
+                        "gpu, staged" => {
+                            let staged = stage(&d, &s, room, 1);
+                            PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &staged), ..Default::default() }
+                        }
+                        "both, staged" => {
+                            let staged = stage(&d, &s, room, 3);
+                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, &Default::default()).unwrap()
+                        }
+                        "gpu" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
                         _ => update_pages(&owner, &k(step), Some(updater.as_mut())).unwrap(),
                     };
                     assert_eq!(done.cpu + done.device, u64::from(s.layout().page_count()));
@@ -221,8 +241,8 @@ fn stopped() {
         let owner = SharedOwner::new(b.claim(0).unwrap());
         let runs = |page| DecayRun::of(b.layout(), &b.layout().page_range(page));
         let (first, second) = (owner.begin(0, 1).unwrap().unwrap(), owner.begin(1, 1).unwrap().unwrap());
-        updater.submit(&k(1), &first, &runs(0)).unwrap();
-        updater.submit(&k(1), &second, &runs(1)).unwrap();
+        updater.submit(&k(1), &first, &runs(0), &[]).unwrap();
+        updater.submit(&k(1), &second, &runs(1), &[]).unwrap();
         updater.finish().unwrap();
         owner.publish(first).unwrap();
         assert!(updater.finish().is_ok() && updater.finish().is_err());
@@ -257,7 +277,7 @@ pub fn bench() {
                 let begin = std::time::Instant::now();
                 last = pool.install(|| match who {
                     "CPU" => update_pages(&owner, &k(step), None).unwrap(),
-                    "GPU" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut()), ..Default::default() },
+                    "GPU" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
                     _ => update_pages(&owner, &k(step), Some(updater.as_mut())).unwrap(),
                 });
                 times.push(begin.elapsed().as_secs_f64());
