@@ -11,7 +11,7 @@
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{AdamwStep, DecayRun, EngineError, PageUpdater};
-use ramtorch_store::{PageId, SharedOwner, Update};
+use ramtorch_store::{Begun, PageId, SharedOwner, Update};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -125,16 +125,28 @@ pub(crate) fn on_device(
     let layout = owner.store().layout();
     let mut in_hand: VecDeque<Update> = VecDeque::new();
     let mut done = 0;
+    // A page that was taken and has no spare yet: a snapshot needs what is in them.
+    let mut taken = None;
     // After an error the updates in hand stay taken until the claim ends: the device may still write their spares.
     loop {
-        let page = if in_hand.len() < depth { queue.take() } else { None };
+        let page = taken.take().or_else(|| if in_hand.len() < depth { queue.take() } else { None });
         if let Some(page) = page {
-            if let Some(update) = owner.begin(page, k.step)? {
-                let runs = DecayRun::of(layout, &layout.page_range(page));
-                updater.submit(k, &update, &runs)?;
-                in_hand.push_back(update);
+            let begun = if in_hand.is_empty() {
+                owner.begin(page, k.step)?.map_or(Begun::Done, Begun::Update)
+            } else {
+                owner.try_begin(page, k.step)?
+            };
+            match begun {
+                Begun::Update(update) => {
+                    let runs = DecayRun::of(layout, &layout.page_range(page));
+                    updater.submit(k, &update, &runs)?;
+                    in_hand.push_back(update);
+                    continue;
+                }
+                Begun::Done => continue,
+                // What is in hand is waited for, too: it is published first.
+                Begun::Pinned => taken = Some(page),
             }
-            continue;
         }
         let Some(update) = in_hand.pop_front() else { return Ok(done) };
         updater.finish()?;
