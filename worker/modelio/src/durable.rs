@@ -70,6 +70,11 @@ impl DurableFile {
 
     /// Make the content durable. The name becomes so with [`sync_folder`].
     pub(crate) fn finish(self) -> Result<(), ModelError> {
+        self.sync()
+    }
+
+    /// As [`DurableFile::finish`], of all that was written so far.
+    pub(crate) fn sync(&self) -> Result<(), ModelError> {
         step().and_then(|()| self.file.sync_all()).map_err(|e| ModelError::write(&self.path, e))
     }
 }

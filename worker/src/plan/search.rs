@@ -216,6 +216,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             pack_gradients: s.world == 1 && s.store.gradients == GradientFormat::Bf16 && s.model.dtype == ramtorch_device::Dtype::Bf16,
             optimizer_split: s.optimizer_split,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic), ..Default::default() },
+            checkpoint_staging: 0,
         };
         let sizes = Sizes::new(s.model, &start);
         // cuDNN may be asked for each shape: once is enough.

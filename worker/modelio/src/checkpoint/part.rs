@@ -101,12 +101,12 @@ impl PartWriter {
     ///
     /// # Errors
     /// The disk is full or fails.
-    pub fn finish(self) -> Result<(), ModelError> {
-        let note = self.note.into_inner().unwrap_or_else(PoisonError::into_inner);
-        for (file, _) in self.open {
-            file.finish()?;
+    pub fn finish(&self) -> Result<(), ModelError> {
+        let note = self.note.lock().unwrap_or_else(PoisonError::into_inner);
+        for (file, _) in &self.open {
+            file.sync()?;
         }
-        let text = serde_json::to_vec(&note).map_err(|e| ModelError::Invalid(e.to_string()))?;
+        let text = serde_json::to_vec(&*note).map_err(|e| ModelError::Invalid(e.to_string()))?;
         durable::write_file(&self.partial.join(note_name(note.rank)), &text)?;
         durable::sync_folder(&self.partial)
     }
@@ -115,7 +115,7 @@ impl PartWriter {
     ///
     /// # Errors
     /// As [`PartWriter::write_page`]; a page of the store is not at the checkpoint's step.
-    pub fn write_all(self, store: &Store) -> Result<(), ModelError> {
+    pub fn write_all(&self, store: &Store) -> Result<(), ModelError> {
         let step = self.files.step;
         let (rank, ranks) = {
             let note = self.note.lock().unwrap_or_else(PoisonError::into_inner);
