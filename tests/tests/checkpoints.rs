@@ -136,10 +136,10 @@ fn after_a_reboot_the_job_goes_on_from_its_newest_sound_checkpoint() {
         assert!(said.contains("parameter store is gone; it is prepared again, from its newest checkpoint"), "{said}");
         let named = newest.file_name().unwrap().to_str().unwrap();
         assert_eq!(said.contains(&format!("{named} is not used")), damaged, "the damaged one is named: {said}");
-        daemon.stop();
         assert!(innocent.try_wait().unwrap().is_none(), "a process that has an old worker's pid is not ended");
         innocent.kill().unwrap();
         innocent.wait().unwrap();
+        daemon.stop();
         eprintln!("{reached} steps before, {} checkpoints there", checkpoints.len());
         Outcome::read(&sandbox).assert_same_run(&whole, "after the reboot");
     }
