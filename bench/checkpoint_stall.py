@@ -2,7 +2,7 @@
 """What a checkpoint costs training: seconds that the optimizer stood still, seconds until it is durable, bytes, and how much
 longer the steps took in which it was written, for several amounts of staging.
 
-    python3 bench/checkpoint_stall.py --bin target/release --out DIR [--model 100m|3b|8b] [--device cpu:1] [--staging 0,default]
+    python3 bench/checkpoint_stall.py --bin target/release --out DIR [--model 22m|150m|3b|8b] [--device cpu:1] [--staging 0,default]
 
 The model is made from its configuration alone (seeded weights), data are random tokens. Every run writes one checkpoint, at
 step --every, and goes on to --steps; it is removed before the next run, so the disk needs room for one. Needs Python and the
@@ -35,7 +35,8 @@ def llama(vocabulary, hidden, inner, layers, heads, kv, tied):
 
 # name: configuration, sequence length, sequences a step
 MODELS = {
-    "100m": (llama(8192, 256, 704, 8, 8, 4, True), 128, 8),
+    "22m": (llama(8192, 512, 1408, 6, 8, 4, True), 32, 1),
+    "150m": (llama(8192, 1024, 2816, 12, 16, 8, True), 32, 1),
     "3b": (llama(128256, 3072, 8192, 28, 24, 8, True), 2048, 8),
     "8b": (llama(128256, 4096, 14336, 32, 32, 8, False), 2048, 64),
 }
@@ -114,7 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", default="target/release")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--model", choices=MODELS, default="100m")
+    parser.add_argument("--model", choices=MODELS, default="150m")
     parser.add_argument("--device", default="cpu:1")
     parser.add_argument("--staging", default="0,default", help="GiB, or `default`, separated by commas")
     parser.add_argument("--every", type=int, default=10)

@@ -254,7 +254,9 @@ impl Rank<'_> {
             .build()
             .map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's threads: {e}")))?;
         let (steps, staging) = (self.prepared.steps, self.plan.checkpoint_staging);
-        let copiers = (self.assignment.device.threads / 4).clamp(1, 8);
+        // Beside a GPU the processor has little else to do; on a CPU device it is the one that trains.
+        let share = if self.assignment.device.kind == DeviceKind::Cuda { 2 } else { 4 };
+        let copiers = (self.assignment.device.threads / share).clamp(1, 16);
         let checkpoints = Checkpoints::new(self.spec, &self.architecture, steps, &self.store, &self.comm, self.control, copiers, staging)?;
         let mut state = Loop {
             rank: self,
@@ -319,6 +321,7 @@ impl Rank<'_> {
                 }
             });
             spawned.map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's thread: {e}")))?;
+            checkpoints.warm(scope);
             let owed = state.owed_checkpoint().and_then(|due| due.map_or(Ok(()), |due| checkpoints.begin(scope, owner, due)));
             let result = owed.and_then(|()| state.run(&to_optimizer, &from_optimizer, metrics));
             if result.is_err() {

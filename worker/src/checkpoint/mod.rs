@@ -2,6 +2,7 @@
 //!
 //! [`Checkpoints`] writes checkpoints while training goes on; [`stage`] is where pages wait for the disk.
 
+mod link;
 mod stage;
 mod writer;
 

@@ -20,7 +20,7 @@ impl Drop for Staged<'_> {
     }
 }
 
-/// Buffers of one rank, each for one page. They are allocated when they are first needed, and kept.
+/// Buffers of one rank, each for one page. They are allocated in the first steps, or when they are first needed, and kept.
 pub(super) struct Stage {
     page_bytes: usize,
     buffers: Mutex<Buffers>,
@@ -55,6 +55,19 @@ impl Stage {
         buffers.left = buffers.left.checked_sub(1)?;
         drop(buffers);
         Some(vec![0; self.page_bytes])
+    }
+
+    /// Allocates one more buffer and touches all of it, which takes longer than to copy a page into it later. `false`: all are
+    /// there.
+    pub fn warm_one(&self) -> bool {
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(left) = buffers.left.checked_sub(1) else { return false };
+        buffers.left = left;
+        drop(buffers);
+        let mut buffer = vec![0; self.page_bytes];
+        buffer.iter_mut().step_by(4096).for_each(|byte| *byte = std::hint::black_box(1));
+        self.give(buffer);
+        true
     }
 
     fn give(&self, buffer: Vec<u8>) {

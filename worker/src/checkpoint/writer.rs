@@ -19,6 +19,7 @@
 //! all aborts the gang, so nobody is left waiting. A checkpoint that falls due while one is written waits for it; training
 //! goes on to the end of the next backward pass meanwhile.
 
+use super::link::{CloseOnDrop, Link};
 use super::stage::{Stage, Staged};
 use crate::api::*;
 use crate::errors;
@@ -26,11 +27,11 @@ use crate::record::StepNumbers;
 use ramtorch_cpu::{Channel, Collectives};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
-use ramtorch_modelio::{Architecture, CheckpointFiles, CheckpointMeta, CheckpointWriter, Committed, ModelError, PartWriter, resolve};
+use ramtorch_modelio::{Architecture, CheckpointFiles, CheckpointMeta, CheckpointWriter, Committed, ModelError, resolve};
 use ramtorch_store::{SharedOwner, Snapshot, StepPhase, Store};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,8 @@ pub(crate) struct Checkpoints<'a> {
     changed: Condvar,
     /// The job stops without waiting for a checkpoint.
     given_up: AtomicBool,
+    /// No step follows.
+    over: AtomicBool,
 }
 
 #[derive(Default)]
@@ -105,8 +108,9 @@ impl<'a> Checkpoints<'a> {
         let pool =
             pool.build().map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start threads for checkpoints: {e}")))?;
         let stage = Stage::new(staging, store.layout());
-        let (state, changed, given_up) = (Mutex::default(), Condvar::new(), AtomicBool::new(false));
-        Ok(Checkpoints { spec, architecture, steps, store, comm, control, stage, pool, state, changed, given_up })
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        let (given_up, over) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Checkpoints { spec, architecture, steps, store, comm, control, stage, pool, state, changed, given_up, over })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -115,6 +119,18 @@ impl<'a> Checkpoints<'a> {
 
     fn leader(&self) -> bool {
         self.comm.rank() == 0
+    }
+
+    /// Makes the stage ready on a thread beside the first steps, where a checkpoint will fall due: the memory of a process
+    /// costs most when it is touched for the first time.
+    pub fn warm<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
+        if self.spec.checkpoint.every_steps == 0 {
+            return;
+        }
+        let thread = std::thread::Builder::new().name(format!("stage{}", self.comm.rank()));
+        let run = || while !self.over.load(Ordering::Relaxed) && !self.comm.aborted() && self.stage.warm_one() {};
+        // Without it, the first checkpoint takes longer.
+        drop(thread.spawn_scoped(scope, run));
     }
 
     /// One more will be begun: [`Checkpoints::finish`] waits for it.
@@ -189,6 +205,7 @@ impl<'a> Checkpoints<'a> {
 
     /// Returns once every checkpoint that was announced has ended, or the gang has.
     pub fn finish(&self, step: u64) {
+        self.over.store(true, Ordering::Relaxed);
         let mut state = self.lock();
         if state.announced > 0 {
             self.control.heartbeat(step, "checkpointing");
@@ -409,57 +426,5 @@ impl Drop for Ending<'_, '_> {
         state.writing = None;
         drop(state);
         self.0.changed.notify_all();
-    }
-}
-
-/// Between the thread that copies and the one that writes.
-#[derive(Default)]
-struct Link {
-    /// The files, once they are open.
-    part: OnceLock<PartWriter>,
-    closed: Mutex<bool>,
-    changed: Condvar,
-    /// Pages, and how many are in their files.
-    pages: usize,
-    done: AtomicUsize,
-    /// When the last page was let go.
-    copied: OnceLock<Instant>,
-}
-
-impl Link {
-    fn new(pages: usize) -> Link {
-        Link { pages, ..Link::default() }
-    }
-
-    fn open(&self, part: PartWriter) {
-        let _ = self.part.set(part);
-        let _lock = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
-        self.changed.notify_all();
-    }
-
-    /// There will be no files, or no more is to be written.
-    fn close(&self) {
-        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.changed.notify_all();
-    }
-
-    /// The files, as soon as they are open; `None` once it is closed.
-    fn part(&self) -> Option<&PartWriter> {
-        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*closed {
-            if let Some(part) = self.part.get() {
-                return Some(part);
-            }
-            closed = self.changed.wait(closed).unwrap_or_else(PoisonError::into_inner);
-        }
-        None
-    }
-}
-
-struct CloseOnDrop<'a>(&'a Link);
-
-impl Drop for CloseOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.close();
     }
 }
