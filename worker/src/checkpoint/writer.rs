@@ -104,6 +104,7 @@ impl<'a> Checkpoints<'a> {
         staging: u64,
     ) -> Result<Self, EngineError> {
         let rank = comm.rank();
+        let threads = if spec.checkpoint.path.is_some() { threads } else { 1 };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(move |i| format!("snapshot{rank}-{i}"));
         let pool =
             pool.build().map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start threads for checkpoints: {e}")))?;
