@@ -129,7 +129,11 @@ impl<'a> Checkpoints<'a> {
             return;
         }
         let thread = std::thread::Builder::new().name(format!("stage{}", self.comm.rank()));
-        let run = || while !self.over.load(Ordering::Relaxed) && !self.comm.aborted() && self.stage.warm_one() {};
+        let run = || loop {
+            if self.over.load(Ordering::Relaxed) || self.comm.aborted() || !self.stage.warm_one() {
+                return;
+            }
+        };
         // Without it, the first checkpoint takes longer.
         drop(thread.spawn_scoped(scope, run));
     }
