@@ -130,6 +130,12 @@ pub enum StoreError {
     /// All spare pages of the rank are in use.
     #[error("rank {0} has no spare page left; publish or abandon an update under way first")]
     NoSpare(u32),
+    /// Spare pages are free, and a snapshot needs what is in each of them.
+    #[error("every free spare page of rank {0} holds state that a snapshot has not let go of yet")]
+    Pinned(u32),
+    /// Not a page whose state a snapshot holds, or parameters of several pages.
+    #[error("a snapshot does not hold the state of page {0}, or parameters beyond it were asked for")]
+    NotHeld(PageId),
     /// The same page twice.
     #[error("an update of page {0} is under way already")]
     UnderWay(PageId),

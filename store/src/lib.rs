@@ -5,6 +5,7 @@
 //! - [`Store`] is a mapping of a segment. Any number of processes may map one.
 //! - [`Owner`] is the right to bring one rank's pages from one step to the next. An update never overwrites a live page:
 //!   the new state is written into a spare page and published with one atomic store.
+//! - [`Snapshot`] holds the state of one step while the owner goes on to the next.
 //! - [`Registry`] is the durable list of segments, for sweeping up after a dead owner.
 //! - [`split`] takes a float apart into a bf16 and sixteen further bits, exactly.
 //!
@@ -25,6 +26,7 @@ mod process;
 mod read;
 mod record;
 mod registry;
+mod snapshot;
 mod spec;
 pub mod split;
 mod store;
@@ -33,12 +35,13 @@ mod system;
 pub use commit::NEVER;
 pub use error::StoreError;
 pub use layout::{Block, Layout, Sections, Tensor};
-pub use owner::{Owner, SharedOwner, Update};
+pub use owner::{Begun, Owner, SharedOwner, Update};
 pub use page::{Gradients, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView};
 pub use process::ProcessIdentity;
 pub use read::Part;
 pub use record::{StepPhase, StepRecord};
 pub use registry::{Registration, Registry};
+pub use snapshot::Snapshot;
 pub use spec::{BlockSpec, GradientFormat, MomentFormat, PageId, StoreSpec, TensorSpec};
 pub use store::{PageEntry, Store};
 pub use system::{ram_available_bytes, shm_free_bytes, shm_total_bytes};

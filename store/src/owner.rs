@@ -13,12 +13,14 @@
 use crate::commit::{Expect, Spares, Ticket};
 use crate::error::StoreError;
 use crate::page::{Gradients, PageMut, PageView, gradients, page_mut, page_view};
+use crate::snapshot::{Pins, Snapshot};
 use crate::spec::PageId;
 use crate::store::Store;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use ramtorch_failpoint::{Point, hit};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// The right to update the pages of one rank. Ends when dropped.
 #[derive(Debug)]
@@ -200,7 +202,11 @@ impl Owner<'_> {
     }
 
     fn start(&mut self, page: PageId, step: u64, expect: Expect) -> Result<Option<Update>, StoreError> {
-        let begun = self.spares.begin(self.store.mapping(), page, step, expect);
+        self.start_in(page, step, expect, |_| true)
+    }
+
+    fn start_in(&mut self, page: PageId, step: u64, expect: Expect, usable: impl Fn(u32) -> bool) -> Result<Option<Update>, StoreError> {
+        let begun = self.spares.begin_in(self.store.mapping(), page, step, expect, usable);
         let ticket = begun.map_err(|e| self.store.refusal(e, Some(self.spares.rank())))?;
         if ticket.is_some() {
             hit(Point::PageBegun);
@@ -226,12 +232,26 @@ pub struct SharedOwner<'a> {
     store: &'a Store,
     /// Never handed out, so the claim lasts as long as this value.
     owner: Mutex<Owner<'a>>,
+    /// Spares that hold state which a snapshot needs.
+    pins: Pins,
+}
+
+/// Answer of [`SharedOwner::try_begin`].
+#[derive(Debug)]
+#[must_use = "an update takes effect when it is published"]
+pub enum Begun {
+    /// It is under way.
+    Update(Update),
+    /// The page is at the step already.
+    Done,
+    /// A snapshot holds every spare that is free.
+    Pinned,
 }
 
 impl<'a> SharedOwner<'a> {
     /// Shares an owner.
     pub fn new(owner: Owner<'a>) -> SharedOwner<'a> {
-        SharedOwner { store: owner.store, owner: Mutex::new(owner) }
+        SharedOwner { store: owner.store, owner: Mutex::new(owner), pins: Pins::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Owner<'a>> {
@@ -281,12 +301,49 @@ impl<'a> SharedOwner<'a> {
         Ok(true)
     }
 
-    /// As [`Owner::begin`].
+    /// As [`Owner::begin`]. Waits while a [`Snapshot`] holds every spare that is free.
     ///
     /// # Errors
     /// As [`Owner::begin`].
     pub fn begin(&self, page: PageId, step: u64) -> Result<Option<Update>, StoreError> {
-        self.lock().begin(page, step)
+        loop {
+            let version = self.pins.version();
+            match self.try_begin(page, step)? {
+                Begun::Update(update) => return Ok(Some(update)),
+                Begun::Done => return Ok(None),
+                // Not under the lock: others publish meanwhile.
+                Begun::Pinned => self.pins.wait(version),
+            }
+        }
+    }
+
+    /// As [`SharedOwner::begin`], without waiting.
+    ///
+    /// # Errors
+    /// As [`Owner::begin`].
+    pub fn try_begin(&self, page: PageId, step: u64) -> Result<Begun, StoreError> {
+        let begun = self.lock().start_in(page, step, Expect::StepBefore, |physical| !self.pins.holds(physical));
+        match begun {
+            Ok(Some(update)) => Ok(Begun::Update(update)),
+            Ok(None) => Ok(Begun::Done),
+            Err(StoreError::Pinned(_)) => Ok(Begun::Pinned),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Holds the state of all pages, which must be at `step`, while they are updated: what an update would overwrite is
+    /// not overwritten before it is released. Every other part of an update goes on.
+    ///
+    /// # Errors
+    /// [`StoreError::Step`] for a page at another step.
+    pub fn snapshot(&self, step: u64) -> Result<Snapshot<'_>, StoreError> {
+        let owner = self.lock();
+        Snapshot::of(self.store, &self.pins, step, owner.pages())
+    }
+
+    /// Time in which at least one update waited for a snapshot, since this owner was made.
+    pub fn waited(&self) -> Duration {
+        self.pins.waited()
     }
 
     /// As [`Owner::publish`].
@@ -294,7 +351,9 @@ impl<'a> SharedOwner<'a> {
     /// # Errors
     /// As [`Owner::publish`].
     pub fn publish(&self, update: Update) -> Result<(), StoreError> {
-        self.lock().publish(update)
+        self.lock().publish(update)?;
+        self.pins.touch();
+        Ok(())
     }
 
     /// As [`Owner::abandon`].
@@ -302,7 +361,9 @@ impl<'a> SharedOwner<'a> {
     /// # Errors
     /// As [`Owner::publish`].
     pub fn abandon(&self, update: Update) -> Result<(), StoreError> {
-        self.lock().abandon(update)
+        self.lock().abandon(update)?;
+        self.pins.touch();
+        Ok(())
     }
 }
 

@@ -285,6 +285,7 @@ impl Store {
             Refusal::Uninitialised(page) => StoreError::Uninitialised(page),
             Refusal::StepRange(step) => StoreError::StepRange(step),
             Refusal::NoSpare => StoreError::NoSpare(rank),
+            Refusal::Pinned => StoreError::Pinned(rank),
             Refusal::UnderWay(page) => StoreError::UnderWay(page),
             Refusal::Foreign(page) => StoreError::ForeignUpdate(page),
             Refusal::Busy(page) => StoreError::Busy(page),

@@ -32,6 +32,7 @@ fn every_line_of_the_metrics_file_has_its_keys() {
         "bytes_from_device",
         "copy_wait_seconds",
         "optimizer_wait_seconds",
+        "checkpoint_wait_seconds",
         "optimizer_seconds",
         "optimizer_pages_cpu",
         "optimizer_pages_device",

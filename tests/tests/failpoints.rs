@@ -42,6 +42,10 @@ groups! {
         "page.written=20*off->kill,recover.recorded=kill"]
     deaths_in_a_checkpoint: ["checkpoint.begun=kill", "checkpoint.shard=kill", "checkpoint.named=kill", "checkpoint.latest=1*off->kill",
         "checkpoint.done=kill"]
+    deaths_while_pages_are_copied: ["checkpoint.pinned=kill", "checkpoint.page=2*off->kill", "checkpoint.copied=kill",
+        "checkpoint.agreed=kill", "checkpoint.pinned=1*off->kill"]
+    deaths_of_training_while_a_checkpoint_is_written: ["checkpoint.begun=sleep(150),step.swept=kill",
+        "checkpoint.copied=sleep(150),page.written=3*off->kill", "checkpoint.shard=1*off->sleep(150),step.committed=kill"]
     deaths_at_changes_of_files: ["file.change=kill", "file.change=6*off->kill", "file.change=13*off->kill", "file.change=20*off->kill",
         "file.change=27*off->kill", "file.change=34*off->kill", "file.change=41*off->kill"]
     deaths_at_the_end: ["export.done=kill", "rank.done=kill", "export.done=kill", "checkpoint.done=3*off->kill"]
@@ -61,7 +65,7 @@ groups! {
 
     stopped_processes_are_replaced: ["step.swept=2*off->stop", "page.written=30*off->stop"]
     errors_and_panics: ["step.agreed=2*off->panic", "file.change=5*off->error", "optimizer.updated=2*off->panic",
-        "record.written=3*off->error", "step.forward=3*off->sleep(300)"]
+        "record.written=3*off->error", "step.forward=3*off->sleep(300)", "checkpoint.copied=panic", "checkpoint.shard=1*off->panic"]
 }
 
 /// Points that [`a_successor_goes_on_where_the_daemon_was_asked_to_stop`] passes.

@@ -323,6 +323,10 @@ pub struct PlanRequest {
     /// Bytes that a new segment may take: the least of what RAM and /dev/shm have free, less what the daemon
     /// promised to others.
     pub segment_bytes_available: u64,
+    /// Bytes of RAM that the segment and the workers together may take, less what the daemon promised to others. Not
+    /// limited by the size of /dev/shm.
+    #[serde(default)]
+    pub ram_bytes_available: u64,
 }
 
 /// The plan, as the daemon sees it. `detail` is the engine's own.
@@ -387,6 +391,9 @@ pub struct StepMetrics {
     /// It stood still for pages that the optimizer had not published.
     #[serde(default)]
     pub optimizer_wait_seconds: f64,
+    /// Its optimizer stood still for state that a checkpoint had not copied yet.
+    #[serde(default)]
+    pub checkpoint_wait_seconds: f64,
     /// Updating this step's pages, on the first rank, and who updated how many.
     #[serde(default)]
     pub optimizer_seconds: f64,

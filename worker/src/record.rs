@@ -25,6 +25,8 @@ pub(crate) struct StepNumbers {
     pub optimizer_seconds: f64,
     pub optimizer_pages_cpu: u64,
     pub optimizer_pages_device: u64,
+    /// Of the leader: for state that a checkpoint had not copied yet.
+    pub checkpoint_wait: f64,
     /// NaN where none was taken.
     pub validation_loss: f64,
     /// Validation loss before the first step, on step 1's line; NaN elsewhere.
@@ -53,6 +55,7 @@ impl StepNumbers {
             self.optimizer_pages_cpu as f64,
             self.optimizer_pages_device as f64,
             self.optimizer_wait,
+            self.checkpoint_wait,
         ];
         values[..mine.len()].copy_from_slice(&mine);
         StepRecord { step: self.step, phase, values }
@@ -80,6 +83,7 @@ impl StepNumbers {
             optimizer_pages_cpu: v[15] as u64,
             optimizer_pages_device: v[16] as u64,
             optimizer_wait: v[17],
+            checkpoint_wait: v[18],
         }
     }
 
@@ -101,6 +105,7 @@ impl StepNumbers {
             bytes_from_device: self.bytes_out,
             copy_wait_seconds: self.copy_wait,
             optimizer_wait_seconds: self.optimizer_wait,
+            checkpoint_wait_seconds: self.checkpoint_wait,
             optimizer_seconds: self.optimizer_seconds,
             optimizer_pages_cpu: self.optimizer_pages_cpu,
             optimizer_pages_device: self.optimizer_pages_device,
@@ -129,6 +134,7 @@ mod tests {
             bytes_out: 5,
             copy_wait: 6.5,
             optimizer_wait: 13.5,
+            checkpoint_wait: 14.5,
             optimizer_seconds: 7.5,
             optimizer_pages_cpu: 11,
             optimizer_pages_device: 12,

@@ -175,6 +175,7 @@ impl Session {
     pub fn join(&mut self, comm: &Arc<Collectives>) -> Result<(), EngineError> {
         self.weights.join(comm);
         self.ranks = comm.ranks();
+        self.own_pages_of(comm.rank() as u32);
         if comm.world() == 1 {
             return Ok(());
         }
@@ -328,7 +329,7 @@ impl Session {
     }
 
     /// This rank's pages are those that it may stage.
-    pub fn own_pages_of(&mut self, rank: u32) {
+    fn own_pages_of(&mut self, rank: u32) {
         let part = self.part_bytes();
         let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| (buf.bytes / part) as usize).sum();
         let rooms: Vec<usize> = self.saved.iter().map(parts).collect();

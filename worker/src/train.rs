@@ -11,11 +11,12 @@
 //!   killed after it: pages still at s-1 are updated from the gradients in the segment
 //! ```
 //! The optimizer of step s runs on a thread of its own beside the forward sweep of step s+1, which takes each page as
-//! soon as it is published. Nothing of step s+1 leaves the device before step s is committed.
+//! soon as it is published. Nothing of step s+1 leaves the device before step s is committed. A checkpoint of step s is
+//! begun on the same thread as soon as s is committed, and written beside the steps that follow (`checkpoint::writer`).
 
 use crate::api::*;
 use crate::batch::{Part, Reader};
-use crate::checkpoint;
+use crate::checkpoint::{self, Checkpoints, Due};
 use crate::metrics::MetricsFile;
 use crate::model::{Block, Model};
 use crate::optimizer::{StepScalars, factors, sum_of_squares};
@@ -32,7 +33,6 @@ use ramtorch_job::schedule::learning_rate;
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{NEVER, Owner, SharedOwner, StepPhase, Store};
 use ramtorch_trace::{Kind, Label, Recorder, Row};
-use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
@@ -57,6 +57,9 @@ struct OptimizerJob {
     begun: Instant,
     /// Pages whose state the device has already.
     staged: Vec<StagedPage>,
+    sent: Instant,
+    /// A checkpoint of this step is due; one above the request that asked for it, or 0.
+    checkpoint: Option<u64>,
 }
 
 /// Its answer.
@@ -184,9 +187,12 @@ impl Rank<'_> {
     ) -> Result<Committed, EngineError> {
         hit(Point::OptimizerBegun);
         let step = job.numbers.step;
+        // This thread may have waited for an earlier checkpoint when the job came.
+        let (late, waited) = (job.sent.elapsed(), owner.waited());
         let span = self.recorder.scope(Row::Optimizer, Label::work("update pages").step(step));
         let done = self.update_pages(owner, &job.numbers, updater, std::mem::take(&mut job.staged))?;
         drop(span);
+        job.numbers.checkpoint_wait = (late + owner.waited().saturating_sub(waited)).as_secs_f64();
         hit(Point::OptimizerUpdated);
         job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         job.numbers.optimizer_pages_cpu = done.cpu;
@@ -237,7 +243,6 @@ impl Rank<'_> {
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
         session.join(&self.comm)?;
-        session.own_pages_of(rank as u32);
         let committed = self.store.record().step;
         let (mut metrics, last_line) = if self.leader() {
             MetricsFile::open(self.spec.output.metrics.as_deref(), committed)?
@@ -253,6 +258,11 @@ impl Rank<'_> {
             .thread_name(move |i| format!("adamw{rank}-{i}"))
             .build()
             .map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's threads: {e}")))?;
+        let (steps, staging) = (self.prepared.steps, self.plan.checkpoint_staging);
+        // Beside a GPU the processor has little else to do; on a CPU device it is the one that trains.
+        let share = if self.assignment.device.kind == DeviceKind::Cuda { 2 } else { 4 };
+        let copiers = (self.assignment.device.threads / share).clamp(1, 16);
+        let checkpoints = Checkpoints::new(self.spec, &self.architecture, steps, &self.store, &self.comm, self.control, copiers, staging)?;
         let mut state = Loop {
             rank: self,
             reader: Reader {
@@ -265,8 +275,7 @@ impl Rank<'_> {
             session,
             committed: StepNumbers::from_record(&self.store.record()),
             commit_time: Instant::now(),
-            newest_checkpoint: None,
-            missing_result: None,
+            checkpoints: &checkpoints,
             initial_validation: f64::NAN,
             tracing: Tracing::new(self.recorder.clone(), rank, device, self.prepared.steps),
             pool: &pool,
@@ -284,19 +293,18 @@ impl Rank<'_> {
                 self.report(&mut metrics, &n)?;
             }
         }
-        state.owed_checkpoint()?;
         let (to_optimizer, jobs) = mpsc::channel::<OptimizerJob>();
         let (done, from_optimizer) = mpsc::channel::<Result<Committed, EngineError>>();
         let metrics = std::sync::Mutex::new(metrics);
         let stopped = std::thread::scope(|scope| {
-            let metrics = &metrics;
-            let pool = &pool;
+            let (metrics, pool, owner, checkpoints) = (&metrics, &pool, &owner, &checkpoints);
             // Moved, not borrowed: the updater goes with the optimizer's thread, before the device does.
             let spawned = std::thread::Builder::new().name(format!("optimizer{rank}")).spawn_scoped(scope, move || {
                 for job in jobs {
+                    let checkpoint = job.checkpoint;
                     let result = {
                         let mut guard = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                        let (file, owner) = (&mut *guard, &owner);
+                        let file = &mut *guard;
                         let updater: Option<&mut dyn PageUpdater> = match &mut updater {
                             Some(u) => Some(u.as_mut()),
                             None => None,
@@ -306,13 +314,21 @@ impl Rank<'_> {
                     if result.is_err() {
                         self.comm.abort(); // the step loop may be waiting for pages that will not come
                     }
+                    let due = checkpoint.and_then(|request| Some(Due::of(&result.as_ref().ok()?.numbers, request)));
                     if done.send(result).is_err() {
                         return;
+                    }
+                    // Before the next job, which would overwrite what belongs to this step.
+                    if let Some(Err(e)) = due.map(|due| checkpoints.begin(scope, owner, due)) {
+                        self.comm.abort();
+                        let _ = done.send(Err(e));
                     }
                 }
             });
             spawned.map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's thread: {e}")))?;
-            let result = state.run(&to_optimizer, &from_optimizer, metrics);
+            checkpoints.warm(scope);
+            let owed = state.owed_checkpoint().and_then(|due| due.map_or(Ok(()), |due| checkpoints.begin(scope, owner, due)));
+            let result = owed.and_then(|()| state.run(&to_optimizer, &from_optimizer, metrics));
             if result.is_err() {
                 self.comm.abort();
             }
@@ -323,8 +339,9 @@ impl Rank<'_> {
                 (result, _) => result,
             }
         })?;
-        let Loop { session, committed, newest_checkpoint, missing_result, .. } = state;
+        let Loop { session, committed, .. } = state;
         session.close(); // frees the device for the sample
+        let (newest_checkpoint, missing_result) = checkpoints.results();
         let outcome = self.finish(committed.step, stopped, newest_checkpoint)?;
         missing_result.map_or(Ok(outcome), Err)
     }
@@ -358,9 +375,7 @@ struct Loop<'a> {
     session: Session,
     committed: StepNumbers,
     commit_time: Instant,
-    newest_checkpoint: Option<std::path::PathBuf>,
-    /// Why the checkpoint that is one of the job's results could not be written.
-    missing_result: Option<EngineError>,
+    checkpoints: &'a Checkpoints<'a>,
     initial_validation: f64,
     tracing: Tracing,
     pool: &'a rayon::ThreadPool,
@@ -411,29 +426,35 @@ impl Loop<'_> {
         step > 0 && ((spec.every_steps > 0 && step.is_multiple_of(spec.every_steps)) || (spec.at_end && step == self.rank.prepared.steps))
     }
 
-    /// Writes the checkpoint of the committed step if the gang before this one died before it was whole, and removes what
-    /// that one left unfinished.
-    fn owed_checkpoint(&mut self) -> Result<(), EngineError> {
+    /// Removes what the gang before this one left of a checkpoint. Where it died before the last one that was due was whole,
+    /// there is one of the committed step to be written in its place.
+    fn owed_checkpoint(&mut self) -> Result<Option<Due>, EngineError> {
         let r = self.rank;
         let (step, spec) = (self.committed.step, &r.spec.checkpoint);
-        let Some(folder) = spec.path.as_deref() else { return Ok(()) };
+        let Some(folder) = spec.path.as_deref() else { return Ok(None) };
+        let last_due = match step.checked_div(spec.every_steps).map_or(0, |n| n * spec.every_steps) {
+            _ if self.checkpoint_due(step) => step,
+            due => due,
+        };
         let mut owed = false;
         if r.leader() {
             match ramtorch_modelio::tidy_checkpoints(folder, step, &r.spec.name, spec.keep) {
                 Ok(there) => {
-                    owed = self.checkpoint_due(step) && there.is_none();
-                    self.newest_checkpoint = there;
+                    owed = last_due > there.as_ref().map_or(0, |(newest, _)| *newest);
+                    self.checkpoints.set_newest(there.map(|(_, path)| path));
                 }
                 Err(e) => r.control.event(Level::Warn, &format!("unfinished checkpoints were not looked for: {e}")),
             }
         }
-        if r.comm.gather(Channel::Step, [f64::from(u8::from(owed)), 0.0, 0.0, 0.0])?[0][0] > 0.0 {
-            if r.leader() {
-                r.control.event(Level::Info, &format!("the checkpoint of step {step} was interrupted; it is written now"));
-            }
-            self.checkpoint(step, 0)?;
+        if r.comm.gather(Channel::Step, [f64::from(u8::from(owed)), 0.0, 0.0, 0.0])?[0][0] == 0.0 {
+            return Ok(None);
         }
-        Ok(())
+        if r.leader() {
+            let now = if step == last_due { "it is written".to_string() } else { format!("that of step {step} is written in its place") };
+            r.control.event(Level::Info, &format!("the checkpoint of step {last_due} was interrupted; {now} now"));
+        }
+        self.checkpoints.announce();
+        Ok(Some(Due::of(&self.committed, 0)))
     }
 
     /// Runs to the last step; true when told to stop before it.
@@ -498,10 +519,17 @@ impl Loop<'_> {
             let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0;
             let validation_due = self.validation_due(step);
             r.control.heartbeat(step, "optimizing");
+            let stop = wishes.stop && step < steps;
+            let checkpoint = (checkpoint_due || (stop && wishes.checkpoint_then_stop)).then_some(wishes.checkpoint);
+            if checkpoint.is_some() {
+                self.checkpoints.announce();
+            }
+            wishes.checkpoint = 0;
             let staged = self.session.take_staged()?;
-            to_optimizer.send(OptimizerJob { numbers, line_later: validation_due, begun, staged }).map_err(|_| gone())?;
+            let job = OptimizerJob { numbers, line_later: validation_due, begun, staged, sent: Instant::now(), checkpoint };
+            to_optimizer.send(job).map_err(|_| gone())?;
             pending = true;
-            if checkpoint_due || validation_due || wishes.stop || step == steps {
+            if validation_due || wishes.stop || step == steps {
                 let c = from_optimizer.recv().map_err(|_| gone())??;
                 self.took(&c);
                 pending = false;
@@ -514,18 +542,17 @@ impl Loop<'_> {
                     }
                     self.commit_time = Instant::now();
                 }
-                let stop = wishes.stop && step < steps;
-                if checkpoint_due || (stop && wishes.checkpoint_then_stop) {
-                    self.checkpoint(step, wishes.checkpoint)?;
-                    self.commit_time = Instant::now();
-                }
-                wishes.checkpoint = 0;
                 if stop {
+                    if checkpoint.is_none() {
+                        self.checkpoints.give_up();
+                    }
+                    self.checkpoints.finish(step);
                     self.tracing.end(r.control);
                     return Ok(true);
                 }
             }
         }
+        self.checkpoints.finish(steps);
         self.tracing.end(r.control);
         Ok(false)
     }
@@ -671,40 +698,6 @@ impl Loop<'_> {
         let gathered = r.comm.gather(Channel::Step, [sum, weight, 0.0, 0.0])?;
         let (sum, weight) = gathered.iter().fold((0.0, 0.0), |(s, w), v| (s + v[0], w + v[1]));
         Ok(sum / weight.max(1.0))
-    }
-
-    /// A checkpoint of committed step `step`, by all ranks. A failure is an event and not the end of training; the job
-    /// fails at its end where the checkpoint is one of its results.
-    fn checkpoint(&mut self, step: u64, request: u64) -> Result<(), EngineError> {
-        let r = self.rank;
-        r.control.heartbeat(step, "checkpointing");
-        let Some(folder) = r.spec.checkpoint.path.as_deref() else {
-            if r.leader() && request > 0 {
-                r.control.checkpoint(Path::new(""), step, request - 1, Some("the job has no [checkpoint] path"));
-            }
-            return Ok(());
-        };
-        let result = checkpoint::write(folder, step, self.committed.tokens_total, r.spec, &r.architecture, &r.store, &r.comm);
-        hit(Point::CheckpointDone);
-        if r.leader() {
-            match &result {
-                Ok((path, warnings)) => {
-                    for warning in warnings {
-                        r.control.event(Level::Warn, warning);
-                    }
-                    self.newest_checkpoint = Some(path.clone());
-                    r.control.checkpoint(path, step, request.saturating_sub(1), None);
-                }
-                Err(e) => {
-                    r.control.event(Level::Error, &format!("checkpoint of step {step} failed, training goes on: {e}"));
-                    r.control.checkpoint(folder, step, request.saturating_sub(1), Some(&e.message));
-                }
-            }
-        }
-        if r.spec.checkpoint.at_end && step == r.prepared.steps {
-            self.missing_result = result.err();
-        }
-        Ok(())
     }
 }
 

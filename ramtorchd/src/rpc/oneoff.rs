@@ -37,7 +37,13 @@ pub async fn plan(context: &Context, spec: JobSpec) -> Result<(Prepared, Plan), 
     let place = context.handle.ask(|reply| Message::PlanContext { ranks, memory_bytes, reply }).await?;
     let task = Task::Prepare { spec: spec.clone(), cache_dir: context.cache.clone() };
     let prepared: Prepared = result(context, task, false).await?;
-    let request = PlanRequest { spec, prepared: prepared.clone(), devices: place.devices, segment_bytes_available: place.segment_bytes };
+    let request = PlanRequest {
+        spec,
+        prepared: prepared.clone(),
+        devices: place.devices,
+        segment_bytes_available: place.segment_bytes,
+        ram_bytes_available: place.ram_bytes,
+    };
     let engine = context.engine.clone();
     let plan = tokio::task::spawn_blocking(move || guard(|| engine.plan(&request)));
     let plan = plan.await.map_err(|e| EngineError::internal(format!("planning was broken off: {e}")))??;

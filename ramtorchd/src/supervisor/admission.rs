@@ -35,8 +35,12 @@ pub enum Verdict {
 
 /// Bytes that a new segment may take, with `pending` promised to others but not allocated yet.
 pub fn segment_limit(memory: Memory, pending: Need) -> u64 {
-    let ram = memory.available.saturating_sub(pending.segment).saturating_sub(pending.host);
-    ram.min(memory.shm_free.saturating_sub(pending.segment))
+    ram_limit(memory, pending).min(memory.shm_free.saturating_sub(pending.segment))
+}
+
+/// Bytes of RAM that a new job may take in all, with `pending` promised to others but not allocated yet.
+pub fn ram_limit(memory: Memory, pending: Need) -> u64 {
+    memory.available.saturating_sub(pending.segment).saturating_sub(pending.host)
 }
 
 /// The memory that would be free if nothing that is `held` by other jobs were.

@@ -210,7 +210,9 @@ impl Supervisor {
             |d: &DeviceSpec| DeviceSpec { memory_bytes: memory_bytes.map_or(d.memory_bytes, |m| m.min(d.memory_bytes)), ..d.clone() };
         let devices = (0..wanted).map(|i| limit(self.pool.spec(i))).collect();
         let (pending, _) = self.promises(JobKey(0));
-        Ok(PlanContext { devices, segment_bytes: admission::segment_limit(self.out.memory(), pending) })
+        let memory = self.out.memory();
+        let (segment_bytes, ram_bytes) = (admission::segment_limit(memory, pending), admission::ram_limit(memory, pending));
+        Ok(PlanContext { devices, segment_bytes, ram_bytes })
     }
 
     fn books(&mut self) -> Books {

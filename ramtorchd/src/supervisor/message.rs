@@ -121,6 +121,8 @@ pub struct PlanContext {
     pub devices: Vec<DeviceSpec>,
     /// Bytes a new segment may take now.
     pub segment_bytes: u64,
+    /// Bytes of RAM a new job may take in all.
+    pub ram_bytes: u64,
 }
 
 /// The daemon's books.

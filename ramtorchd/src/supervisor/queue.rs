@@ -144,7 +144,8 @@ impl Supervisor {
         let Some(prepared) = job.record.prepared.clone() else { return };
         let segment_bytes_available = admission::segment_limit(memory, pending);
         let alone = admission::segment_limit(admission::alone(memory, held), Need::default());
-        let request = PlanRequest { spec: job.spec.clone(), prepared, devices, segment_bytes_available };
+        let ram_bytes_available = admission::ram_limit(memory, pending);
+        let request = PlanRequest { spec: job.spec.clone(), prepared, devices, segment_bytes_available, ram_bytes_available };
         self.enter(key, Phase::Planning, "makes the plan".into());
         self.out.plan(key, request, alone);
     }

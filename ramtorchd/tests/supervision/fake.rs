@@ -351,6 +351,7 @@ fn metrics(step: u64) -> StepMetrics {
         bytes_from_device: 0,
         copy_wait_seconds: 0.0,
         optimizer_wait_seconds: 0.0,
+        checkpoint_wait_seconds: 0.0,
         optimizer_seconds: 0.0,
         optimizer_pages_cpu: 0,
         optimizer_pages_device: 0,

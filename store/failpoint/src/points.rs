@@ -188,10 +188,18 @@ points! {
     RecoverRecorded = "recover.recorded", Rank;
 
     // A checkpoint.
-    /// It was begun.
+    /// The state of its step is held; nothing is copied.
+    CheckpointPinned = "checkpoint.pinned", Rank;
+    /// A page is copied, or written, and let go.
+    CheckpointPage = "checkpoint.page", Rank;
+    /// All pages of the rank are; not all of them are on the disk.
+    CheckpointCopied = "checkpoint.copied", Rank;
+    /// It was begun: its files are there, without content.
     CheckpointBegun = "checkpoint.begun", Rank;
-    /// This rank's shard is written.
+    /// This rank's part is on the disk.
     CheckpointShard = "checkpoint.shard", Rank;
+    /// Those of all ranks are; it has no name.
+    CheckpointAgreed = "checkpoint.agreed", Rank;
     /// It has its name.
     CheckpointNamed = "checkpoint.named", Rank;
     /// `latest` names it; older ones are not removed.

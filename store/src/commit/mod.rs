@@ -105,6 +105,8 @@ pub(crate) enum Refusal {
     StepRange(u64),
     /// Every spare is being filled.
     NoSpare,
+    /// Spares are free, but none that may be taken now.
+    Pinned,
     /// The page is being updated.
     UnderWay(PageId),
     /// The ticket is not of this list of spares.
@@ -278,7 +280,20 @@ impl Spares {
 
     /// Takes a spare to write the state of `page` at `step` into. `None`: the page is at that step already (only with
     /// [`Expect::StepBefore`]).
+    #[cfg(test)]
     pub fn begin(&mut self, memory: &impl Memory, page: PageId, step: u64, expect: Expect) -> Result<Option<Ticket>, Refusal> {
+        self.begin_in(memory, page, step, expect, |_| true)
+    }
+
+    /// As `begin`, in a spare that is `usable`.
+    pub fn begin_in(
+        &mut self,
+        memory: &impl Memory,
+        page: PageId,
+        step: u64,
+        expect: Expect,
+        usable: impl Fn(u32) -> bool,
+    ) -> Result<Option<Ticket>, Refusal> {
         if step > STEP_MAX {
             return Err(Refusal::StepRange(step));
         }
@@ -298,7 +313,9 @@ impl Spares {
         if self.under_way.iter().any(|(p, _)| *p == page) {
             return Err(Refusal::UnderWay(page));
         }
-        let new = self.free.pop_front().ok_or(Refusal::NoSpare)?;
+        let place = self.free.iter().position(|physical| usable(*physical));
+        let none = if self.free.is_empty() { Refusal::NoSpare } else { Refusal::Pinned };
+        let new = place.and_then(|place| self.free.remove(place)).ok_or(none)?;
         self.under_way.push((page, new));
         // The spare was live once, and a reader may still be copying it. Whoever sees a byte of what is written from
         // here on must also see that the entry has moved away from it.

@@ -6,3 +6,4 @@ mod api;
 mod common;
 mod damage;
 mod processes;
+mod snapshots;

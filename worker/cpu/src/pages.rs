@@ -15,7 +15,7 @@
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, PageUpdater, StagedPage};
-use ramtorch_store::{PageId, SharedOwner, Update};
+use ramtorch_store::{Begun, PageId, SharedOwner, Update};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -51,11 +51,11 @@ impl Queue {
         Queue { pages, next: AtomicUsize::new(0), staged, next_staged: AtomicUsize::new(0), stopped: AtomicBool::new(false) }
     }
 
-    fn from_memory(&self) -> Option<PageId> {
+    fn next_unstaged(&self) -> Option<PageId> {
         self.pages.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
     }
 
-    fn from_device(&self) -> Option<&StagedPage> {
+    fn next_staged_page(&self) -> Option<&StagedPage> {
         self.staged.get(self.next_staged.fetch_add(1, Ordering::Relaxed))
     }
 
@@ -64,7 +64,7 @@ impl Queue {
         if self.stopped.load(Ordering::Relaxed) {
             return None;
         }
-        self.from_memory().or_else(|| self.from_device().map(|s| s.page))
+        self.next_unstaged().or_else(|| self.next_staged_page().map(|s| s.page))
     }
 
     /// The device's next page, and its state where it is there.
@@ -72,9 +72,9 @@ impl Queue {
         if self.stopped.load(Ordering::Relaxed) {
             return None;
         }
-        match self.from_device() {
+        match self.next_staged_page() {
             Some(s) => Some((s.page, &s.state)),
-            None => self.from_memory().map(|page| (page, [].as_slice())),
+            None => self.next_unstaged().map(|page| (page, [].as_slice())),
         }
     }
 
@@ -158,16 +158,28 @@ pub(crate) fn on_device(
     let layout = owner.store().layout();
     let mut in_hand: VecDeque<Update> = VecDeque::new();
     let mut done = 0;
+    // A page that was taken and has no spare yet: a snapshot needs what is in them.
+    let mut taken = None;
     // After an error the updates in hand stay taken until the claim ends: the device may still write their spares.
     loop {
-        let page = if in_hand.len() < depth { queue.take_for_device() } else { None };
+        let page = taken.take().or_else(|| if in_hand.len() < depth { queue.take_for_device() } else { None });
         if let Some((page, state)) = page {
-            if let Some(update) = owner.begin(page, k.step)? {
-                let runs = DecayRun::of(layout, &layout.page_range(page));
-                updater.submit(k, &update, &runs, state)?;
-                in_hand.push_back(update);
+            let begun = if in_hand.is_empty() {
+                owner.begin(page, k.step)?.map_or(Begun::Done, Begun::Update)
+            } else {
+                owner.try_begin(page, k.step)?
+            };
+            match begun {
+                Begun::Update(update) => {
+                    let runs = DecayRun::of(layout, &layout.page_range(page));
+                    updater.submit(k, &update, &runs, state)?;
+                    in_hand.push_back(update);
+                    continue;
+                }
+                Begun::Done => continue,
+                // What is in hand is waited for, too: it is published first.
+                Begun::Pinned => taken = Some((page, state)),
             }
-            continue;
         }
         let Some(update) = in_hand.pop_front() else { return Ok(done) };
         updater.finish()?;

@@ -157,6 +157,9 @@ impl JobSpec {
         if (c.every_steps > 0 || c.at_end) && c.path.is_none() {
             return no("checkpoint.path", "is needed where checkpoints are written".into());
         }
+        if let Some(gib) = c.staging_gib.filter(|gib| !(0.0..=1e6).contains(gib)) {
+            return no("checkpoint.staging_gib", format!("{gib} is not between 0 and 1000000"));
+        }
         if let Some(p) = &self.sample {
             if !(p.temperature >= 0.0 && p.temperature.is_finite()) {
                 return no("sample.temperature", format!("{} must be zero or more", p.temperature));
@@ -234,6 +237,8 @@ mod tests {
             ("name = \"a\"", "name = \"a/b\"", "name", 1),
             ("path = \"m\"", "path = \"m\"\nconfig = \"c\"", "model", 2),
             ("sequence_length = 8", "sequence_length = 0", "data.sequence_length", 7),
+            ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = -1", "checkpoint.staging_gib", 12),
+            ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = nan", "checkpoint.staging_gib", 12),
         ] {
             let e = parse(&GOOD.replace(from, to)).unwrap_err().to_string();
             assert!(e.contains(&format!("`{key}`")) && e.contains(&format!("line {line}")), "{to}: {e}");

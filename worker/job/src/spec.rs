@@ -296,11 +296,16 @@ pub struct CheckpointSpec {
     pub resume: bool,
     /// Write one when training ends.
     pub at_end: bool,
+    /// GiB of RAM, over all ranks, in which copies of pages wait for the disk while training goes on (0: pages are written
+    /// straight from where they are). Default: half of the RAM that is left beside the segment and the workers, at most
+    /// what a checkpoint takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub staging_gib: Option<f64>,
 }
 
 impl Default for CheckpointSpec {
     fn default() -> Self {
-        CheckpointSpec { every_steps: 0, keep: 2, path: None, resume: true, at_end: false }
+        CheckpointSpec { every_steps: 0, keep: 2, path: None, resume: true, at_end: false, staging_gib: None }
     }
 }
 

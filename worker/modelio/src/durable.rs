@@ -5,9 +5,10 @@
 
 use crate::error::ModelError;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, FallocateFlags, Flock, FlockArg, RenameFlags, fallocate, renameat2};
+use nix::fcntl::{AT_FDCWD, FallocateFlags, Flock, FlockArg, PosixFadviseAdvice, RenameFlags, fallocate, posix_fadvise, renameat2};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// A new file that is being written.
@@ -20,6 +21,12 @@ pub(crate) struct DurableFile {
 pub(crate) fn create(path: &Path) -> Result<DurableFile, ModelError> {
     let open = || OpenOptions::new().write(true).create_new(true).open(path);
     let file = step().and_then(|()| open()).map_err(|e| ModelError::write(path, e))?;
+    Ok(DurableFile { file, path: path.to_owned() })
+}
+
+/// Open a file that another writer created, to write into it at given places.
+pub(crate) fn open(path: &Path) -> Result<DurableFile, ModelError> {
+    let file = OpenOptions::new().write(true).open(path).map_err(|e| ModelError::write(path, e))?;
     Ok(DurableFile { file, path: path.to_owned() })
 }
 
@@ -42,8 +49,32 @@ impl DurableFile {
         step().and_then(|()| self.file.write_all(bytes)).map_err(|e| ModelError::write(&self.path, e))
     }
 
+    /// Give the file its final length before there is content.
+    pub(crate) fn set_len(&self, bytes: u64) -> Result<(), ModelError> {
+        step().and_then(|()| self.file.set_len(bytes)).map_err(|e| ModelError::write(&self.path, e))
+    }
+
+    /// Write at a given place; several threads and processes may write into one file.
+    pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), ModelError> {
+        step().and_then(|()| self.file.write_all_at(bytes, offset)).map_err(|e| ModelError::write(&self.path, e))
+    }
+
+    /// Bring what was written so far to the disk, and let the page cache go: without it, the kernel collects a share of
+    /// RAM in unwritten bytes, and writes all of it when the end is waited for.
+    pub(crate) fn write_back(&self) -> Result<(), ModelError> {
+        step().and_then(|()| self.file.sync_data()).map_err(|e| ModelError::write(&self.path, e))?;
+        // Advice: where it is not taken, nothing is lost.
+        let _ = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        Ok(())
+    }
+
     /// Make the content durable. The name becomes so with [`sync_folder`].
     pub(crate) fn finish(self) -> Result<(), ModelError> {
+        self.sync()
+    }
+
+    /// As [`DurableFile::finish`], of all that was written so far.
+    pub(crate) fn sync(&self) -> Result<(), ModelError> {
         step().and_then(|()| self.file.sync_all()).map_err(|e| ModelError::write(&self.path, e))
     }
 }

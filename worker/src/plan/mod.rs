@@ -82,6 +82,9 @@ pub(crate) struct EnginePlan {
     #[serde(default)]
     pub squares_on_device: bool,
     pub uses: DeviceUse,
+    /// Bytes of RAM of each rank in which pages of a checkpoint wait for the disk.
+    #[serde(default)]
+    pub checkpoint_staging: u64,
 }
 
 /// Bytes of device memory by purpose; each is what the engine allocates, rounded as devices round.
@@ -433,11 +436,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         cost: &cost,
         workspace: &workspace,
     };
-    let found = match search::run(&space)? {
-        Ok(mut found) => {
-            found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
-            found
-        }
+    let mut found = match search::run(&space)? {
+        Ok(found) => found,
         Err(need) => {
             return Err(EngineError::new(
                 ErrorKind::Resources,
@@ -450,9 +450,13 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
             ));
         }
     };
-    let p = &found.plan;
-    let device = p.uses.total();
+    found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
+    let device = found.plan.uses.total();
     let host = if first.kind == DeviceKind::Cpu { device * world as u64 } else { 0 };
+    let left = request.ram_bytes_available.max(request.segment_bytes_available).saturating_sub(layout.bytes()).saturating_sub(host);
+    found.plan.checkpoint_staging = crate::checkpoint::staging_bytes(spec, &layout, left);
+    let host = host + found.plan.checkpoint_staging * world as u64;
+    let p = &found.plan;
     Ok(Plan {
         parameters: layout.parameters(),
         segment_bytes: layout.bytes(),
@@ -506,6 +510,7 @@ pub(crate) fn inference(
         staged_pages: 0,
         squares_on_device: false,
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
+        checkpoint_staging: 0,
     };
     p.uses = device_use(model, &p, workspace)?;
     // Give up resident blocks from the last one on until it fits.

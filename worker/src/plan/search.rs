@@ -223,6 +223,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             staged_pages: 0,
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
+            checkpoint_staging: 0,
         };
         let sizes = Sizes::new(s.model, &start);
         // cuDNN may be asked for each shape: once is enough.

@@ -39,6 +39,7 @@ fn request(architecture: &Architecture, world: usize, batch: usize, memory_bytes
         },
         devices: (0..world as u32).map(|index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes }).collect(),
         segment_bytes_available: 1 << 40,
+        ram_bytes_available: 1 << 40,
     }
 }
 
@@ -170,6 +171,30 @@ fn too_small_a_segment_is_refused_with_the_bytes() {
     let e = plan(&r).unwrap_err();
     assert_eq!(e.kind, ErrorKind::Resources);
     assert!(e.message.contains("1000 are free") && e.message.contains("are missing"), "{e}");
+}
+
+/// RAM in which checkpoints wait for the disk: half of what is left, never more than a checkpoint, as the job file says, and
+/// counted among what the job takes.
+#[test]
+fn room_for_checkpoints_is_part_of_the_plan() {
+    let a = llama(4, true);
+    let of = |more: &str, ram: u64| {
+        let mut r = request(&a, 2, 4, 1 << 30, more);
+        (r.segment_bytes_available, r.ram_bytes_available) = (ram, ram);
+        let p = plan(&r).unwrap();
+        (EnginePlan::of(&p).unwrap().checkpoint_staging * 2, p.host_bytes, p)
+    };
+    let (none, without, p) = of("", 1 << 40);
+    assert_eq!(none, 0, "no checkpoint can be written");
+    let path = "[checkpoint]\npath = \"/x\"\n";
+    let (whole, host, with) = of(path, 1 << 40);
+    assert!(whole >= p.parameters * 12 && whole < p.parameters * 16 + (64 << 20), "all of it: {whole}");
+    assert_eq!(host, without + whole);
+    assert!(with.text.contains("of a checkpoint"), "{}", with.text);
+    let (half, host, _) = of(path, p.segment_bytes + without + whole);
+    assert!(half <= whole / 2 && half > 0 && host == without + half, "{half} of {whole}");
+    assert_eq!(of(&format!("{path}staging_gib = 0\n"), 1 << 40).0, 0);
+    assert_eq!(of(&format!("{path}staging_gib = 1000\n"), 1 << 40).0, whole);
 }
 
 /// Room for pages in flight stays small however many ranks there are, and the staging is in the plan.

@@ -67,6 +67,12 @@ pub(crate) fn describe(
             let _ = writeln!(t, "  {what:<20} {:>12}", size(bytes));
         }
     }
+    if p.checkpoint_staging > 0 {
+        let (each, all) = (p.checkpoint_staging, layout.span() * (4 + 2 * p.store.moments.bytes()));
+        let staged = each * p.world as u64;
+        let share = 100.0 * staged as f64 / all.max(1) as f64;
+        let _ = writeln!(t, "host         {} of RAM beside it hold {share:.0} % of a checkpoint until it is on the disk", size(staged));
+    }
     choice(&mut t, model, found);
     time(&mut t, found, devices.first().map_or(DeviceKind::Cpu, |d| d.kind), prepared, cost);
     t

@@ -337,3 +337,62 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
         }
     }
 }
+
+/// The three numbers of every parameter at a step.
+fn image(store: &Store, step: u64) -> Vec<Vec<u32>> {
+    let parts = [ramtorch_store::Part::Weight, ramtorch_store::Part::Moment1, ramtorch_store::Part::Moment2];
+    let of = |part| {
+        let mut out = vec![0f32; store.layout().span() as usize];
+        store.read_at_step(0, part, step, &mut out).unwrap();
+        out.into_iter().map(f32::to_bits).collect()
+    };
+    parts.map(of).to_vec()
+}
+
+/// The CPU and a device go on for two steps while the state of the one before is read, page by page and slowly: it is what it
+/// was, and what comes of the updates is what comes without a reader.
+#[test]
+fn a_snapshot_changes_nothing_and_is_not_changed() {
+    let mut ends = Vec::new();
+    for (who, spares, read) in [("cpu", 1, false), ("cpu", 1, true), ("device", 1, true), ("both", 2, true), ("both", 3, true)] {
+        let store = store(&format!("snapshot{who}{spares}{read}"), MomentFormat::F32, GradientFormat::Bf16, spares);
+        let mut device = CpuDevice::open(0, Dtype::F32, 1, 1 << 20).unwrap();
+        let mut updater = device.page_updater(&store).unwrap().unwrap();
+        let owner = SharedOwner::new(store.claim(0).unwrap());
+        for first in (1..=7).step_by(2) {
+            let before = image(&store, first - 1);
+            std::thread::scope(|scope| {
+                let mut snapshot = owner.snapshot(first - 1).unwrap();
+                let (store, updater, owner, before) = (&store, updater.as_mut(), &owner, &before);
+                scope.spawn(move || {
+                    for page in if read { snapshot.pages() } else { Vec::new() } {
+                        std::thread::sleep(std::time::Duration::from_micros(200));
+                        let range = store.layout().page_range(page);
+                        let mut out = vec![0f32; (range.end - range.start) as usize];
+                        for (i, part) in [ramtorch_store::Part::Weight, ramtorch_store::Part::Moment1, ramtorch_store::Part::Moment2]
+                            .into_iter()
+                            .enumerate()
+                        {
+                            snapshot.read(range.start, part, &mut out).unwrap();
+                            let was = &before[i][range.start as usize..range.end as usize];
+                            assert!(out.iter().zip(was).all(|(a, b)| a.to_bits() == *b), "page {page}");
+                        }
+                        snapshot.release(page);
+                    }
+                });
+                for step in first..=first + 1 {
+                    put(store, step);
+                    let k = AdamwStep { step, ..K };
+                    match who {
+                        "cpu" => drop(update_pages(owner, &k, None).unwrap()),
+                        "device" => drop(on_device(owner, &k, &Queue::new(owner), updater, 1).unwrap()),
+                        _ => drop(update_pages(owner, &k, Some(updater)).unwrap()),
+                    }
+                }
+            });
+        }
+        assert!(!read || owner.waited() > std::time::Duration::ZERO, "{who}: with so few spares somebody waits for a slow reader");
+        ends.push(image(&store, 8));
+    }
+    assert!(ends.windows(2).all(|w| w[0] == w[1]));
+}

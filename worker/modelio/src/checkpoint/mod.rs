@@ -1,9 +1,9 @@
 //! Checkpoints: the whole training state on disk, written by any number of ranks and read by any number.
 //!
 //! ```text
-//!                 begin                    write_shard (every rank)               commit
-//!  (nothing) ───────────► step-N.partial ─────────────────────────► ... + infos ─────────► step-N, latest
-//!      ▲                        │                                        │                     │
+//!                 begin                  every rank: its pages, into all files      commit
+//!  (nothing) ───────────► step-N.partial ─────────────────────────► ... + notes ─────────► step-N, latest
+//!      ▲                  files, headers                                 │                     │
 //!      └────────────────────────┴──── abort, error, or death: the next   ┘                     │ only now: older ones
 //!                                     begin removes what is left                               ▼ beyond `keep` go
 //! ```
@@ -13,7 +13,9 @@
 
 mod find;
 mod format;
+mod part;
 mod partition;
+mod pieces;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -21,7 +23,9 @@ mod write;
 
 pub use find::{FindOptions, Search, Skipped, find_sound};
 pub use format::{CheckpointMeta, ShardInfo, TensorChecksums, VERSION};
+pub use part::PartWriter;
 pub use partition::partition;
+pub use pieces::{CheckpointFiles, Piece, encode as encode_pieces};
 pub use read::Checkpoint;
 pub use write::{CheckpointWriter, Committed, check_folder, tidy};
 

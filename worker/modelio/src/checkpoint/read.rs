@@ -2,7 +2,7 @@
 
 use super::MANIFEST_FILE;
 use super::format::{CheckpointMeta, FORMAT, Manifest, PART_SUFFIXES, VERSION};
-use super::write::part_dtype;
+use super::pieces::part_dtype;
 use crate::assets::ModelAssets;
 use crate::error::ModelError;
 use crate::files::{plain_name, read_limited};

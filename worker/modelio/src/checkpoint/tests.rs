@@ -6,6 +6,7 @@ use crate::{ModelAssets, ModelError};
 use proptest::prelude::*;
 use ramtorch_store::{MomentFormat, Store};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 fn meta(step: u64) -> CheckpointMeta {
     let values = vec![1.5, f64::NAN, f64::NEG_INFINITY, 0.1];
@@ -16,12 +17,17 @@ fn assets() -> ModelAssets {
     ModelAssets { config: Some(TINY_LLAMA.into()), files: vec![("tokenizer.json".into(), b"{}".to_vec())] }
 }
 
+fn files(step: u64, shards: u32, store: &Store) -> Arc<CheckpointFiles> {
+    Arc::new(CheckpointFiles::new(store.layout(), shards, step).unwrap())
+}
+
 fn write(root: &Path, step: u64, shards: u32, store: &Store, keep: usize) -> Result<Committed, ModelError> {
-    let first = CheckpointWriter::begin(root, step)?;
-    for shard in (1..shards).rev() {
-        CheckpointWriter::join(root, step)?.write_shard(shard, shards, store)?;
+    let files = files(step, shards, store);
+    let first = CheckpointWriter::begin(root, &files)?;
+    for rank in (1..shards).rev() {
+        CheckpointWriter::join(root, &files)?.part(rank, shards)?.write_all(store)?;
     }
-    first.write_shard(0, shards, store)?;
+    first.part(0, shards)?.write_all(store)?;
     first.commit(&meta(step), &assets(), keep)
 }
 
@@ -196,8 +202,8 @@ fn what_another_run_or_a_later_step_left_is_not_removed() {
         assert_eq!(removed, Vec::<PathBuf>::new(), "step {step}");
     }
     let (store, _) = state(1, 3);
-    let writer = CheckpointWriter::begin(folder.path(), 3).unwrap();
-    writer.write_shard(0, 1, &store).unwrap();
+    let writer = CheckpointWriter::begin(folder.path(), &files(3, 1, &store)).unwrap();
+    writer.part(0, 1).unwrap().write_all(&store).unwrap();
     writer.commit(&CheckpointMeta { run: "run-2".into(), ..meta(3) }, &assets(), 1).unwrap();
     assert_eq!(entries(folder.path()), ["latest", "step-00000002", "step-00000003", "step-00000009"]);
     let (store, _) = state(1, 4);
@@ -209,27 +215,28 @@ fn what_another_run_or_a_later_step_left_is_not_removed() {
 #[test]
 fn one_writer_at_a_time() {
     let folder = empty_folder();
-    let writer = CheckpointWriter::begin(folder.path(), 1).unwrap();
-    let second = CheckpointWriter::begin(folder.path(), 2).err().unwrap();
+    let (store, _) = state(1, 1);
+    let writer = CheckpointWriter::begin(folder.path(), &files(1, 1, &store)).unwrap();
+    let second = CheckpointWriter::begin(folder.path(), &files(2, 1, &store)).err().unwrap();
     assert!(second.to_string().contains("another process is writing"), "{second}");
     writer.abort().unwrap();
     assert_eq!(entries(folder.path()), Vec::<String>::new());
-    drop(CheckpointWriter::begin(folder.path(), 2).unwrap());
+    drop(CheckpointWriter::begin(folder.path(), &files(2, 1, &store)).unwrap());
     assert_eq!(entries(folder.path()), Vec::<String>::new());
-    assert!(CheckpointWriter::join(folder.path(), 2).is_err());
+    assert!(CheckpointWriter::join(folder.path(), &files(2, 1, &store)).is_err());
 }
 
 #[test]
 fn an_incomplete_checkpoint_is_not_committed() {
     let folder = empty_folder();
     let (store, _) = state(1, 1);
-    let writer = CheckpointWriter::begin(folder.path(), 1).unwrap();
-    writer.write_shard(0, 2, &store).unwrap();
+    let writer = CheckpointWriter::begin(folder.path(), &files(1, 2, &store)).unwrap();
+    writer.part(0, 2).unwrap().write_all(&store).unwrap();
     let error = writer.commit(&meta(1), &assets(), 0).unwrap_err().to_string();
-    assert!(error.contains("shard-00001.json"), "{error}");
+    assert!(error.contains("rank-00001.json"), "{error}");
 
-    let writer = CheckpointWriter::begin(folder.path(), 1).unwrap();
-    writer.write_shard(0, 1, &store).unwrap();
+    let writer = CheckpointWriter::begin(folder.path(), &files(1, 1, &store)).unwrap();
+    writer.part(0, 1).unwrap().write_all(&store).unwrap();
     let note = writer_note(folder.path(), 1);
     let text = std::fs::read_to_string(&note).unwrap();
     let (_, rest) = text.split_once("\"writer\":\"").unwrap();
@@ -238,16 +245,51 @@ fn an_incomplete_checkpoint_is_not_committed() {
     let error = writer.commit(&meta(1), &assets(), 0).unwrap_err().to_string();
     assert!(error.contains("does not belong to this checkpoint"), "{error}");
 
-    let writer = CheckpointWriter::begin(folder.path(), 2).unwrap();
-    let error = writer.write_shard(0, 1, &store).unwrap_err().to_string();
+    // A page that nobody wrote is room that was reserved, and no content.
+    for (missing, twice) in [(true, false), (false, true)] {
+        let files = files(1, 1, &store);
+        let writer = CheckpointWriter::begin(folder.path(), &files).unwrap();
+        let part = writer.part(0, 1).unwrap();
+        for page in files.pages(0, 1) {
+            for _ in 0..if page == 1 { usize::from(!missing) + usize::from(twice) } else { 1 } {
+                part.write_page(page, |start, part, out| store.read_at_step(start, part, 1, out)).unwrap();
+            }
+        }
+        part.finish().unwrap();
+        let error = writer.commit(&meta(1), &assets(), 0).unwrap_err().to_string();
+        assert!(error.contains("was written by no rank"), "{error}");
+    }
+
+    let writer = CheckpointWriter::begin(folder.path(), &files(2, 1, &store)).unwrap();
+    let error = writer.part(0, 1).unwrap().write_all(&store).unwrap_err().to_string();
     assert!(error.contains("step 1") && error.contains("2"), "the store is at another step: {error}");
-    assert!(writer.write_shard(3, 2, &store).is_err());
+    assert!(writer.part(3, 2).is_err());
     drop(writer);
     assert!(verified(folder.path()).found.is_none());
 }
 
+/// After a death, the newest whole checkpoint of this run is told, `latest` names it, and nothing unfinished is left.
+#[test]
+fn a_folder_is_put_in_order_after_a_death() {
+    let folder = empty_folder();
+    let root = folder.path();
+    assert_eq!(tidy(&root.join("none"), 9, "run-1", 1).unwrap(), None);
+    for step in [4, 8, 12] {
+        let (store, _) = state(1, step);
+        write(root, step, 1, &store, 0).unwrap();
+    }
+    std::fs::write(root.join(LATEST_FILE), "step-00000004\n").unwrap();
+    std::fs::create_dir(root.join("step-00000016.partial")).unwrap();
+    std::fs::remove_file(root.join("step-00000008/shard-00000-of-00001.safetensors")).unwrap();
+    assert_eq!(tidy(root, 9, "run-2", 1).unwrap(), None, "another run's");
+    assert_eq!(tidy(root, 9, "run-1", 2).unwrap(), Some((4, root.join(folder_name(4)))), "8 is damaged, 12 is later");
+    assert_eq!(tidy(root, 14, "run-1", 1).unwrap(), Some((12, root.join(folder_name(12)))));
+    assert_eq!(std::fs::read_to_string(root.join(LATEST_FILE)).unwrap(), "step-00000012\n");
+    assert_eq!(entries(root), ["latest", "step-00000012"]);
+}
+
 fn writer_note(root: &Path, step: u64) -> PathBuf {
-    root.join(format!("{}.partial", folder_name(step))).join("shard-00000.json")
+    root.join(format!("{}.partial", folder_name(step))).join("rank-00000.json")
 }
 
 fn damage(path: &Path, at: u64) {

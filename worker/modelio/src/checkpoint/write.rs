@@ -1,33 +1,34 @@
 //! Writing a checkpoint.
 
-use super::format::{CheckpointMeta, FORMAT, Manifest, PART_SUFFIXES, ShardInfo, TensorChecksums, VERSION};
-use super::{LATEST_FILE, MANIFEST_FILE, PARTIAL, REPLACED, folder_name, partition, step_of};
+use super::format::{CheckpointMeta, FORMAT, Manifest, ShardInfo, TensorChecksums, VERSION};
+use super::part::{Note, PartWriter, join, note_name};
+use super::pieces::CheckpointFiles;
+use super::{LATEST_FILE, MANIFEST_FILE, PARTIAL, REPLACED, folder_name, step_of};
 use crate::assets::ModelAssets;
-use crate::dtype::Dtype;
 use crate::durable::{self, FolderLock};
 use crate::error::ModelError;
-use crate::files::{plain_name, read_limited};
-use crate::source::StoreWeights;
-use crate::stream::{PIECE_ELEMENTS, Stream};
-use crate::tensorfile::{PlannedTensor, StreamWriter};
+use crate::files::read_limited;
+use crate::stream::PIECE_ELEMENTS;
 use ramtorch_failpoint::{Point, hit};
-use ramtorch_store::{MomentFormat, Part, Store};
+use ramtorch_store::Store;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Holds the identity of the writer inside the temporary folder.
 const WRITER_FILE: &str = "writer";
 /// Longest note of a rank that is read, in bytes.
 const MAX_NOTE_BYTES: u64 = 512 << 20;
-const PARTS: [Part; 3] = [Part::Weight, Part::Moment1, Part::Moment2];
 
 /// A checkpoint under way.
 ///
-/// One rank calls [`begin`](Self::begin); when it has, the others [`join`](Self::join). Each rank writes its shard; when all
-/// have, one calls [`commit`](Self::commit). Dropping the first rank's writer without a commit removes what was written.
+/// One rank calls [`begin`](Self::begin); when it has, the others [`join`](Self::join). Each rank writes its
+/// [`part`](Self::part); when all have, one calls [`commit`](Self::commit). Dropping the first rank's writer without a
+/// commit removes what was written.
 pub struct CheckpointWriter {
     root: PathBuf,
     partial: PathBuf,
+    files: Arc<CheckpointFiles>,
     step: u64,
     writer: String,
     /// Held by the rank that began.
@@ -57,22 +58,33 @@ pub fn check_folder(folder: &Path) -> Result<(), ModelError> {
 }
 
 impl CheckpointWriter {
-    /// Begin the checkpoint of `step` in folder `root`, which is created. What a dead writer left there is removed.
+    /// Begin the checkpoint of these files in folder `root`, which is created: all of its files get their names, their room
+    /// and their headers. What a dead writer left there is removed.
     ///
     /// # Errors
-    /// The folder cannot be written, or another process is writing a checkpoint into it.
-    pub fn begin(root: &Path, step: u64) -> Result<CheckpointWriter, ModelError> {
+    /// The folder cannot be written, the disk is too full, or another process is writing a checkpoint into the folder.
+    pub fn begin(root: &Path, files: &Arc<CheckpointFiles>) -> Result<CheckpointWriter, ModelError> {
         durable::create_folder(root)?;
         let lock = FolderLock::take(root)?.ok_or_else(|| ModelError::Exists {
             path: root.to_owned(),
             message: "another process is writing a checkpoint into this folder; give every job a folder of its own".into(),
         })?;
         clean(root)?;
+        let step = files.step();
         let partial = root.join(format!("{}{PARTIAL}", folder_name(step)));
         durable::create_folder(&partial)?;
         let writer = identity();
-        let this = CheckpointWriter { root: root.to_owned(), partial, step, writer, lock: Some(lock), committed: false };
+        let files = files.clone();
+        let this = CheckpointWriter { root: root.to_owned(), partial, files, step, writer, lock: Some(lock), committed: false };
         durable::write_file(&this.partial.join(WRITER_FILE), this.writer.as_bytes())?;
+        durable::check_space(&this.partial, this.files.bytes())?;
+        for shard in &this.files.shards {
+            let mut file = durable::create(&this.partial.join(&shard.name))?;
+            file.reserve(shard.bytes)?;
+            file.set_len(shard.bytes)?;
+            file.write_all(&shard.head)?;
+            file.finish()?;
+        }
         Ok(this)
     }
 
@@ -80,11 +92,12 @@ impl CheckpointWriter {
     ///
     /// # Errors
     /// No such checkpoint is under way.
-    pub fn join(root: &Path, step: u64) -> Result<CheckpointWriter, ModelError> {
+    pub fn join(root: &Path, files: &Arc<CheckpointFiles>) -> Result<CheckpointWriter, ModelError> {
+        let step = files.step();
         let partial = root.join(format!("{}{PARTIAL}", folder_name(step)));
         let writer = read_limited(&partial.join(WRITER_FILE), 4096)?;
         let writer = String::from_utf8(writer).map_err(|_| ModelError::format(&partial.join(WRITER_FILE), "is not text"))?;
-        Ok(CheckpointWriter { root: root.to_owned(), partial, step, writer, lock: None, committed: false })
+        Ok(CheckpointWriter { root: root.to_owned(), partial, files: files.clone(), step, writer, lock: None, committed: false })
     }
 
     /// Bytes that a checkpoint of this store takes on disk, headers aside.
@@ -92,57 +105,13 @@ impl CheckpointWriter {
         store.layout().parameters().saturating_mul(4 + 2 * store.layout().spec().moments.bytes())
     }
 
-    /// Write shard `shard` of `shards`: the tensors that are its share, from `store` at the checkpoint's step.
-    ///
-    /// Streams through 32 MiB of private memory on the caller's rayon pool. The note that [`commit`](Self::commit) needs is
-    /// left in the temporary folder, and returned.
+    /// The part of rank `rank` of `ranks`: every `ranks`-th page from its own number on. The note that
+    /// [`commit`](Self::commit) needs is left in the temporary folder when it is finished.
     ///
     /// # Errors
-    /// The disk is full or fails; a page of the store is not at the checkpoint's step.
-    pub fn write_shard(&self, shard: u32, shards: u32, store: &Store) -> Result<ShardInfo, ModelError> {
-        if shard >= shards {
-            return Err(ModelError::Invalid(format!("shard {shard} of {shards} does not exist")));
-        }
-        let layout = store.layout();
-        let moments = layout.spec().moments;
-        let sizes: Vec<u64> = layout.tensors().iter().map(|t| t.len.saturating_mul(4 + 2 * moments.bytes())).collect();
-        let owners = partition(&sizes, shards);
-        let mine = layout.tensors().iter().zip(&owners).filter(|&(_, &owner)| owner == shard).map(|(t, _)| t);
-
-        let mut planned = Vec::new();
-        for (number, tensor) in mine.clone().enumerate() {
-            for (part, suffix) in PART_SUFFIXES.iter().enumerate() {
-                let Some(dtype) = part_dtype(moments, part) else { continue };
-                planned.push((
-                    number,
-                    part,
-                    PlannedTensor { name: format!("{}{suffix}", tensor.name), dtype, shape: tensor.shape.clone() },
-                ));
-            }
-        }
-        planned.sort_by_key(|(_, _, t)| std::cmp::Reverse(t.dtype.size()));
-        let plans: Vec<PlannedTensor> = planned.iter().map(|(_, _, t)| t.clone()).collect();
-        durable::check_space(&self.partial, plans.iter().map(PlannedTensor::bytes).sum())?;
-
-        let file = format!("shard-{shard:05}-of-{shards:05}.safetensors");
-        let metadata = [("format", "pt".to_owned()), ("step", self.step.to_string())];
-        let mut out = StreamWriter::create(&self.partial.join(&file), &plans, &metadata)?;
-        let names: Vec<&str> = mine.map(|t| t.name.as_str()).collect();
-        let empty =
-            |name: &&str| TensorChecksums { name: (*name).to_owned(), weight: Vec::new(), exp_avg: Vec::new(), exp_avg_sq: Vec::new() };
-        let mut tensors: Vec<TensorChecksums> = names.iter().map(empty).collect();
-        let source = StoreWeights::at_step(store, self.step);
-        let mut stream = Stream::new();
-        for (number, part, plan) in &planned {
-            let read = |start, values: &mut [f32]| source.part(names[*number], PARTS[*part], start, values);
-            *tensors[*number].part_mut(*part) = stream.copy(plan.elements(), plan.dtype, read, |bytes| out.write_all(bytes))?;
-        }
-        let bytes = out.finish()?;
-        let info = ShardInfo { shard, shards, step: self.step, writer: self.writer.clone(), moments, file, bytes, tensors };
-        let note = serde_json::to_vec(&info).map_err(|e| ModelError::Invalid(e.to_string()))?;
-        durable::write_file(&self.partial.join(note_name(shard)), &note)?;
-        durable::sync_folder(&self.partial)?;
-        Ok(info)
+    /// The files cannot be opened, or there is no such rank.
+    pub fn part(&self, rank: u32, ranks: u32) -> Result<PartWriter, ModelError> {
+        PartWriter::new(&self.partial, &self.writer, rank, ranks, &self.files)
     }
 
     /// Make the checkpoint final once every shard is written, then remove those of the same run that are older than
@@ -151,7 +120,9 @@ impl CheckpointWriter {
     /// # Errors
     /// A shard is missing or not of this writer, or the disk fails: the checkpoints before are then as they were.
     pub fn commit(mut self, meta: &CheckpointMeta, assets: &ModelAssets, keep: usize) -> Result<Committed, ModelError> {
-        let shards = self.notes()?;
+        let notes = self.notes()?;
+        let ranks = notes.len() as u32;
+        let shards = self.shards(notes)?;
         let bytes = shards.iter().map(|s| s.bytes).sum();
         let manifest = self.manifest(meta, shards)?;
         let text = serde_json::to_vec(&manifest).map_err(|e| ModelError::Invalid(e.to_string()))?;
@@ -159,8 +130,8 @@ impl CheckpointWriter {
             durable::write_file(&self.partial.join(name), content)?;
         }
         durable::write_file(&self.partial.join(MANIFEST_FILE), &text)?;
-        for shard in 0..manifest.shards.len() as u32 {
-            durable::remove_file(&self.partial.join(note_name(shard)))?;
+        for rank in 0..ranks {
+            durable::remove_file(&self.partial.join(note_name(rank)))?;
         }
         durable::remove_file(&self.partial.join(WRITER_FILE))?;
         durable::sync_folder(&self.partial)?;
@@ -203,33 +174,52 @@ impl CheckpointWriter {
         durable::remove_folder(&self.partial)
     }
 
-    /// The notes of all ranks, checked against each other and against the files.
-    fn notes(&self) -> Result<Vec<ShardInfo>, ModelError> {
-        let mut notes = Vec::new();
+    /// The notes of all ranks, checked against each other.
+    fn notes(&self) -> Result<Vec<Note>, ModelError> {
+        let mut notes: Vec<Note> = Vec::new();
         let mut count = 1;
         while (notes.len() as u32) < count {
             let path = self.partial.join(note_name(notes.len() as u32));
             let bad = |text: &str| ModelError::format(&path, text);
-            let note: ShardInfo = serde_json::from_slice(&read_limited(&path, MAX_NOTE_BYTES)?).map_err(|e| bad(&e.to_string()))?;
+            let note: Note = serde_json::from_slice(&read_limited(&path, MAX_NOTE_BYTES)?).map_err(|e| bad(&e.to_string()))?;
             if notes.is_empty() {
-                count = note.shards;
+                count = note.ranks;
             }
             if note.writer != self.writer
                 || note.step != self.step
-                || note.shard != notes.len() as u32
-                || note.shards != count
-                || !plain_name(&note.file)
+                || note.rank != notes.len() as u32
+                || note.ranks != count
+                || note.moments != self.files.moments
             {
                 return Err(bad("does not belong to this checkpoint"));
-            }
-            let file = self.partial.join(&note.file);
-            let size = std::fs::metadata(&file).map_err(|e| ModelError::read(&file, e))?.len();
-            if size != note.bytes {
-                return Err(ModelError::format(&file, format_args!("has {size} bytes, {} were written", note.bytes)));
             }
             notes.push(note);
         }
         Ok(notes)
+    }
+
+    /// What the manifest says of each file, checked: every element was written once, and every file has its size.
+    fn shards(&self, notes: Vec<Note>) -> Result<Vec<ShardInfo>, ModelError> {
+        let sums = join(&self.files, notes).map_err(|e| ModelError::Invalid(format!("checkpoint of step {}: {e}", self.step)))?;
+        let mut sums: Vec<Option<TensorChecksums>> = sums.into_iter().map(Some).collect();
+        let one = |(number, shard): (usize, &super::pieces::ShardFile)| {
+            let file = self.partial.join(&shard.name);
+            let size = std::fs::metadata(&file).map_err(|e| ModelError::read(&file, e))?.len();
+            if size != shard.bytes {
+                return Err(ModelError::format(&file, format_args!("has {size} bytes, {} were written", shard.bytes)));
+            }
+            Ok(ShardInfo {
+                shard: number as u32,
+                shards: self.files.shards.len() as u32,
+                step: self.step,
+                writer: self.writer.clone(),
+                moments: self.files.moments,
+                file: shard.name.clone(),
+                bytes: shard.bytes,
+                tensors: shard.tensors.iter().filter_map(|t| sums[*t].take()).collect(),
+            })
+        };
+        self.files.shards.iter().enumerate().map(one).collect()
     }
 
     fn manifest(&self, meta: &CheckpointMeta, shards: Vec<ShardInfo>) -> Result<Manifest, ModelError> {
@@ -271,19 +261,6 @@ impl Drop for CheckpointWriter {
     }
 }
 
-/// Type of a part of a tensor in the files; none for a part that is not kept.
-pub(super) fn part_dtype(moments: MomentFormat, part: usize) -> Option<Dtype> {
-    match (part, moments) {
-        (0, _) | (_, MomentFormat::F32) => Some(Dtype::F32),
-        (_, MomentFormat::Bf16) => Some(Dtype::BF16),
-        (_, MomentFormat::None) => None,
-    }
-}
-
-fn note_name(shard: u32) -> String {
-    format!("shard-{shard:05}.json")
-}
-
 /// Tells this writer from all others: process, start of this call, and a counter.
 fn identity() -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -293,31 +270,31 @@ fn identity() -> String {
 }
 
 /// Put a checkpoint folder in order after a death: what was left unfinished is removed, `latest` moved on, and older ones
-/// than the `keep` newest of `run` go. Returns the folder of step `step`, if `run` has a whole one. Does nothing while
+/// than the `keep` newest of `run` go. Returns the newest whole checkpoint of `run` up to step `step`. Does nothing while
 /// another process writes there, and nothing to a folder that is not there.
 ///
 /// # Errors
 /// The folder cannot be read or written.
-pub fn tidy(root: &Path, step: u64, run: &str, keep: usize) -> Result<Option<PathBuf>, ModelError> {
+pub fn tidy(root: &Path, step: u64, run: &str, keep: usize) -> Result<Option<(u64, PathBuf)>, ModelError> {
     if !root.is_dir() {
         return Ok(None);
     }
-    let path = root.join(folder_name(step));
-    let whole = super::Checkpoint::open(&path).is_ok_and(|c| c.step() == step && c.meta().run == run);
+    let whole = |&(s, ref path): &(u64, PathBuf)| super::Checkpoint::open(path).is_ok_and(|c| c.step() == s && c.meta().run == run);
+    let newest = super::find::list(root)?.into_iter().filter(|(s, _)| *s <= step).find(whole);
     if let Some(_lock) = FolderLock::take(root)? {
         clean(root)?;
         let latest = root.join(LATEST_FILE);
         let named = read_limited(&latest, 4096).ok().and_then(|t| step_of(String::from_utf8_lossy(&t).trim()));
-        if whole && named.is_none_or(|named| named < step) {
-            durable::replace_file(&latest, format!("{}\n", folder_name(step)).as_bytes())?;
-        }
-        if whole {
-            for old in superseded(root, keep, step, run) {
+        if let Some((newest, _)) = newest {
+            if named.is_none_or(|named| named < newest) {
+                durable::replace_file(&latest, format!("{}\n", folder_name(newest)).as_bytes())?;
+            }
+            for old in superseded(root, keep, newest, run) {
                 remove(&old)?;
             }
         }
     }
-    Ok(whole.then_some(path))
+    Ok(newest.map(|(step, _)| (step, root.join(folder_name(step)))))
 }
 
 /// Remove a checkpoint. It loses its name first: one that is only half there would count as damaged, and for ever.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::checkpoint::{CheckpointMeta, CheckpointWriter};
+use crate::checkpoint::{CheckpointFiles, CheckpointMeta, CheckpointWriter};
 use crate::export::{ExportOptions, export_hf};
 use crate::inspect::inspect;
 use crate::source::StoreWeights;
@@ -75,8 +75,9 @@ fn paths_are_recognised() {
     let config = TINY_LLAMA.replace("\"tie_word", "\"torch_dtype\": \"bfloat16\", \"tie_word");
     for step in [5, 6] {
         let store = store(&tiny_llama(), 1, MomentFormat::F32, step, &source);
-        let writer = CheckpointWriter::begin(folder.path(), step).unwrap();
-        writer.write_shard(0, 1, &store).unwrap();
+        let files = std::sync::Arc::new(CheckpointFiles::new(store.layout(), 1, step).unwrap());
+        let writer = CheckpointWriter::begin(folder.path(), &files).unwrap();
+        writer.part(0, 1).unwrap().write_all(&store).unwrap();
         let meta = CheckpointMeta { step, run: "r".into(), architecture: tiny_llama(), job: serde_json::Value::Null, values: vec![] };
         let assets = ModelAssets { config: Some(config.clone().into_bytes()), files: vec![] };
         writer.commit(&meta, &assets, 0).unwrap();

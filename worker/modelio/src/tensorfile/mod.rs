@@ -12,7 +12,7 @@ mod writer;
 
 pub use header::TensorInfo;
 pub(crate) use header::parse;
-pub(crate) use writer::{PlannedTensor, StreamWriter};
+pub(crate) use writer::{PlannedTensor, StreamWriter, head};
 
 use crate::error::ModelError;
 use std::collections::{HashMap, HashSet};

@@ -35,14 +35,12 @@ impl StreamWriter {
     /// Create the file, reserve its room and write the header. The tensors' bytes must follow in this order, F64 first,
     /// then F32, then the 2-byte formats, so that every tensor is aligned to its element.
     pub(crate) fn create(path: &Path, tensors: &[PlannedTensor], metadata: &[(&str, String)]) -> Result<StreamWriter, ModelError> {
-        debug_assert!(tensors.is_sorted_by_key(|t| std::cmp::Reverse(t.dtype.size())));
-        let header = header_text(tensors, metadata);
+        let head = head(tensors, metadata);
         let data: u64 = tensors.iter().map(PlannedTensor::bytes).sum();
-        let size = 8 + header.len() as u64 + data;
+        let size = head.len() as u64 + data;
         let mut file = durable::create(path)?;
         file.reserve(size)?;
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
+        file.write_all(&head)?;
         Ok(StreamWriter { file, left: data, size })
     }
 
@@ -61,6 +59,15 @@ impl StreamWriter {
         self.file.finish()?;
         Ok(self.size)
     }
+}
+
+/// What stands before the tensors' bytes, which follow in this order: F64 first, then F32, then the 2-byte formats.
+pub(crate) fn head(tensors: &[PlannedTensor], metadata: &[(&str, String)]) -> Vec<u8> {
+    debug_assert!(tensors.is_sorted_by_key(|t| std::cmp::Reverse(t.dtype.size())));
+    let text = header_text(tensors, metadata);
+    let mut head = (text.len() as u64).to_le_bytes().to_vec();
+    head.extend_from_slice(&text);
+    head
 }
 
 fn header_text(tensors: &[PlannedTensor], metadata: &[(&str, String)]) -> Vec<u8> {

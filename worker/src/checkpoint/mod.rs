@@ -1,14 +1,21 @@
 //! Checkpoints and model folders, as the engine writes and reads them.
+//!
+//! [`Checkpoints`] writes checkpoints while training goes on; [`stage`] is where pages wait for the disk.
+
+mod link;
+mod stage;
+mod writer;
+
+pub(crate) use stage::staging_bytes;
+pub(crate) use writer::{Checkpoints, Due};
 
 use crate::api::*;
 use crate::errors;
-use ramtorch_cpu::{Channel, Collectives};
-use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::{JobSpec, Precision};
 use ramtorch_modelio::{Architecture, Dtype, ExportOptions, StoreWeights, WeightSource, export_hf, fill_page, open_weights, resolve};
-use ramtorch_modelio::{Checkpoint, CheckpointMeta, CheckpointWriter, FindOptions, checkpoint_folder_name, find_sound};
+use ramtorch_modelio::{Checkpoint, FindOptions, find_sound};
 use ramtorch_store::{Layout, Owner, Store};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Where a run's first weights come from.
 pub(crate) struct FirstWeights {
@@ -52,73 +59,6 @@ pub(crate) fn find(spec: &JobSpec, architecture: &Architecture) -> Result<(Optio
         )));
     }
     Ok((Some(ResumePoint { path: found.path().to_path_buf(), step: found.step() }), skipped))
-}
-
-/// Writes the checkpoint of committed step `step`; every rank calls it. All ranks return the same success: where it is, and
-/// what went wrong once it was safe.
-pub(crate) fn write(
-    folder: &Path,
-    step: u64,
-    tokens_total: u64,
-    spec: &JobSpec,
-    architecture: &Architecture,
-    store: &Store,
-    comm: &Collectives,
-) -> Result<(PathBuf, Vec<String>), EngineError> {
-    let leader = comm.rank() == 0;
-    // Each stage ends with all ranks knowing whether all were well: nobody is left waiting.
-    let agree = |ok: bool| -> Result<bool, EngineError> {
-        Ok(comm.gather(Channel::Checkpoint, [f64::from(u8::from(ok)), 0.0, 0.0, 0.0])?.iter().all(|v| v[0] > 0.0))
-    };
-    let other = || EngineError::new(ErrorKind::Output, "another rank could not write its part");
-    let begun = if leader { Some(CheckpointWriter::begin(folder, step).map_err(errors::model)) } else { None };
-    hit(Point::CheckpointBegun);
-    let mut failure: Option<EngineError> = None;
-    let mut writer = None;
-    match begun {
-        Some(Ok(w)) => writer = Some(w),
-        Some(Err(e)) => failure = Some(e),
-        None => {}
-    }
-    if !agree(failure.is_none())? {
-        return Err(failure.unwrap_or_else(other));
-    }
-    if !leader {
-        match CheckpointWriter::join(folder, step) {
-            Ok(w) => writer = Some(w),
-            Err(e) => failure = Some(errors::model(e)),
-        }
-    }
-    if let Some(w) = &writer {
-        if let Err(e) = w.write_shard(comm.rank() as u32, comm.world() as u32, store) {
-            failure = Some(errors::model(e));
-        }
-    }
-    hit(Point::CheckpointShard);
-    if !agree(failure.is_none())? {
-        return Err(failure.unwrap_or_else(other)); // dropping the leader's writer removes what was written
-    }
-    let (mut path, mut warnings) = (folder.join(checkpoint_folder_name(step)), Vec::new());
-    if let (true, Some(w)) = (leader, writer.take()) {
-        let committed = resolve(&spec.model).and_then(|input| {
-            let meta = CheckpointMeta {
-                step,
-                run: spec.name.clone(),
-                architecture: architecture.clone(),
-                job: serde_json::json!({ "tokens_total": tokens_total, "batch_size": spec.train.batch_size, "sequence_length": spec.data.sequence_length }),
-                values: store.record().values.to_vec(),
-            };
-            w.commit(&meta, &input.assets, spec.checkpoint.keep)
-        });
-        match committed {
-            Ok(c) => (path, warnings) = (c.path, c.warnings),
-            Err(e) => failure = Some(errors::model(e)),
-        }
-    }
-    if !agree(failure.is_none())? {
-        return Err(failure.unwrap_or_else(other));
-    }
-    Ok((path, warnings))
 }
 
 /// Writes the model folder of a job that has ended.

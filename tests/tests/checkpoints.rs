@@ -1,0 +1,206 @@
+//! Checkpoints that are written beside training: what they cost it, what becomes of them when the disk is full, when the
+//! gang dies meanwhile, and when the machine is started again.
+#![allow(clippy::unwrap_used)]
+
+use nix::sys::signal::Signal;
+use ramtorch_failpoint::{MARKS_VARIABLE, VARIABLE};
+use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names};
+use ramtorch_tests::{Binary, Fixture, JobFile, MetricsLine, Sandbox, assert_same_tensors, bits, read_metrics, read_tensors, settled};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn waited(lines: &[MetricsLine]) -> Vec<f64> {
+    lines.iter().map(|l| l.rest["checkpoint_wait_seconds"].as_f64().unwrap()).collect()
+}
+
+/// A disk that answers after half a second only: with room for a copy nobody waits for it, without any the next optimizer
+/// does, and the numbers are the same in both cases, and those of a run without checkpoints.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn training_goes_on_while_a_checkpoint_is_written() {
+    let whole = Sandbox::new();
+    let job = everything(12).set("checkpoint.every_steps", 6);
+    whole.run_job("whole", &job.clone().unset("checkpoint.every_steps").set("checkpoint.at_end", false), "cpu:2").expect_success();
+    let run = |job: &JobFile| {
+        let sandbox = Sandbox::new();
+        let path = sandbox.write_job("slow", job);
+        let mut command = sandbox.command(Binary::Daemon);
+        command.arg("run").arg(path).args(["--devices", "cpu:2"]).env(VARIABLE, "checkpoint.begun=sleep(500)");
+        let finished = sandbox.start(command).wait(LIMIT).expect_success();
+        let lines = read_metrics(&sandbox.path("metrics.jsonl"));
+        assert_eq!(bits(&lines), bits(&read_metrics(&whole.path("metrics.jsonl"))));
+        assert_same_tensors(&read_tensors(&sandbox.path("model")), &read_tensors(&whole.path("model")), "the model folder");
+        let said = finished.text();
+        assert!(said.contains("checkpoint of step 6: ") && said.contains("the optimizer stood still for "), "{said}");
+        waited(&lines)
+    };
+    let direct = run(&job.clone().set("checkpoint.staging_gib", 0.0));
+    assert!(direct[6] > 0.3, "step 7 would have overwritten what step 6 left: {direct:?}");
+    assert!(direct.iter().enumerate().all(|(i, w)| i == 6 || *w < 0.3), "{direct:?}");
+    let staged = run(&job);
+    assert!(staged.iter().all(|w| *w < 0.3), "{staged:?}");
+}
+
+/// The gang dies at a later step while a checkpoint is written: one of that later step takes its place, and this is said.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_checkpoint_that_was_interrupted_is_written_of_a_later_step() {
+    let job = everything(18).set("checkpoint.every_steps", 8).set("checkpoint.at_end", false).set("checkpoint.keep", 0);
+    let whole = Outcome::undisturbed(&job);
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    // Both ranks pass `step.announced` five times and more before the checkpoint of step 8 gets to the disk.
+    let armed = "checkpoint.begun=sleep(2000);step.announced=12*off->kill";
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let id = daemon.submit(&job);
+    let ended = daemon.wait(&id, LIMIT, |_| {});
+    assert_eq!(ended["state"], "succeeded", "{ended:#}");
+    let said = daemon.alive().process().stderr();
+    let later = "the checkpoint of step 8 was interrupted; that of step 1";
+    assert!(said.contains(later) && said.contains("is written in its place now"), "{said}");
+    daemon.stop();
+    let there = names(&sandbox.path("checkpoints"));
+    assert!(there.len() == 3 && there.contains(&"step-00000016".to_string()), "in place of 8, then 16: {there:?}");
+    let lines = read_metrics(&sandbox.path("metrics.jsonl"));
+    assert_eq!(lines.len(), 18);
+    Outcome::read(&sandbox).assert_same_run(&whole, "after the death");
+}
+
+/// The disk has room for one checkpoint and no second: the first stays although `keep` is 1, and training goes on.
+#[test]
+fn a_disk_with_room_for_one_keeps_the_one() {
+    let sandbox = Sandbox::new();
+    let job = Fixture::load("llama").job("full").set("train.steps", 8).set("checkpoint.path", "small/c");
+    let job = job.set("checkpoint.every_steps", 3).set("checkpoint.keep", 1);
+    let measure = Sandbox::new();
+    measure.run_job("measure", &job.clone().set("checkpoint.path", "c").set("checkpoint.every_steps", 8), "cpu:2").expect_success();
+    let folder = measure.path("c/step-00000008");
+    let bytes: u64 = std::fs::read_dir(folder).unwrap().flatten().map(|e| e.metadata().unwrap().len().next_multiple_of(4096)).sum();
+    std::fs::create_dir(sandbox.path("small")).unwrap();
+    let mount = format!("mount -t tmpfs -o size={} none small", bytes * 3 / 2);
+    let namespace = |script: String| {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]).arg(script);
+        sandbox.prepare(command)
+    };
+    if !namespace(mount.clone()).output().is_ok_and(|o| o.status.success()) {
+        println!("skipped: this user may not mount a file system in a namespace");
+        return;
+    }
+    let file = sandbox.write_job("full", &job);
+    let daemon = ramtorch_tests::binary(Binary::Daemon);
+    let script = format!("{mount}; {} run {} --devices cpu:2; ls small/c; cat small/c/latest", daemon.display(), file.display());
+    let finished = sandbox.start(namespace(script)).wait(LIMIT).expect_success();
+    sandbox.assert_clean();
+    let said = finished.text();
+    assert!(said.contains("checkpoint of step 6 failed, training goes on") && said.contains("free"), "{said}");
+    assert!(said.ends_with("latest\nstep-00000003\nstep-00000003\n") || said.contains("latest\nstep-00000003\nstep-00000003\n"), "{said}");
+    assert_eq!(read_metrics(&sandbox.path("metrics.jsonl")).len(), 8);
+}
+
+/// Power is cut, and the machine comes back: another boot id, no shared memory, pids that are somebody else's. The daemon is
+/// started by nobody's hand but its service manager's, and the job goes on from its newest sound checkpoint, to the bit.
+#[test]
+fn after_a_reboot_the_job_goes_on_from_its_newest_sound_checkpoint() {
+    let job = everything(300).set("checkpoint.every_steps", 10).set("checkpoint.keep", 3);
+    let whole = Outcome::undisturbed(&job);
+    for damaged in [false, true] {
+        let sandbox = Sandbox::new();
+        let mut daemon = sandbox.start_daemon("cpu:2", &[]);
+        let id = daemon.submit("rebooted", &job);
+        daemon.wait_for(&id, "checkpoints", |j| j["step"].as_u64() >= Some(60));
+        let name = daemon.job(&id)["segment"].as_str().unwrap().to_owned();
+        daemon.process().signal(Signal::SIGKILL);
+        drop(daemon);
+        assert!(settled(|| sandbox.processes()).is_empty(), "workers outlive their daemon");
+        let reached = read_metrics(&sandbox.path("metrics.jsonl")).len();
+
+        std::fs::remove_file(Path::new("/dev/shm").join(name.trim_start_matches('/'))).unwrap();
+        let mut innocent = sandbox.prepare(Command::new("sleep")).arg("100").spawn().unwrap();
+        another_boot(&sandbox.path("state"), innocent.id());
+        let checkpoints = checkpoints(&sandbox.path("checkpoints"));
+        let newest = checkpoints.last().unwrap();
+        if damaged {
+            damage(newest);
+        }
+
+        let mut daemon = sandbox.start_daemon("cpu:2", &[]);
+        let ended = daemon.wait_for_state(&id, "succeeded");
+        assert_eq!(ended["restarts"], 0, "{ended:#}");
+        let said = daemon.process().stderr();
+        assert!(said.contains("parameter store is gone; it is prepared again, from its newest checkpoint"), "{said}");
+        let named = newest.file_name().unwrap().to_str().unwrap();
+        assert_eq!(said.contains(&format!("{named} is not used")), damaged, "the damaged one is named: {said}");
+        assert!(innocent.try_wait().unwrap().is_none(), "a process that has an old worker's pid is not ended");
+        innocent.kill().unwrap();
+        innocent.wait().unwrap();
+        daemon.stop();
+        eprintln!("{reached} steps before, {} checkpoints there", checkpoints.len());
+        Outcome::read(&sandbox).assert_same_run(&whole, "after the reboot");
+    }
+}
+
+/// Makes everything that a daemon has written down of an earlier boot, and its workers' pids another process's.
+fn another_boot(state: &Path, pid: u32) {
+    let now = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let mut changed = 0;
+    let mut folders = vec![state.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).unwrap().flatten().map(|e| e.path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "json") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                changed += text.matches(now.trim()).count();
+                let mut json: Value = serde_json::from_str(&text.replace(now.trim(), "01234567-89ab-cdef-0123-456789abcdef")).unwrap();
+                for worker in json.get_mut("workers").and_then(Value::as_array_mut).into_iter().flatten() {
+                    worker["identity"]["pid"] = pid.into();
+                }
+                std::fs::write(&path, json.to_string()).unwrap();
+            }
+        }
+    }
+    assert!(changed >= 4, "a segment, its registration and two workers are of a boot: {changed}");
+}
+
+/// Folders of checkpoints, oldest first.
+fn checkpoints(folder: &Path) -> Vec<PathBuf> {
+    names(folder).iter().filter(|n| n.starts_with("step-") && !n.contains('.')).map(|n| folder.join(n)).collect()
+}
+
+/// Changes one bit of a checkpoint's first file.
+fn damage(checkpoint: &Path) {
+    let file = checkpoint.join(names(checkpoint).into_iter().find(|n| n.starts_with("shard-")).unwrap());
+    let mut bytes = std::fs::read(&file).unwrap();
+    let at = bytes.len() - 1000;
+    bytes[at] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+}
+
+/// Asked for while others are being written, each is answered when it is on the disk.
+#[test]
+fn requests_are_answered_when_the_checkpoint_is_durable() {
+    let sandbox = Sandbox::new();
+    let daemon = sandbox.start_daemon("cpu:2", &[]);
+    let id = daemon.submit("asked", &everything(100_000).set("checkpoint.every_steps", 3).set("checkpoint.keep", 2));
+    daemon.wait_for(&id, "a step", |j| j["step"].as_u64() >= Some(2));
+    let begun = Instant::now();
+    let mut last = 0;
+    for _ in 0..5 {
+        let answer = daemon.ask(["checkpoint", &id]);
+        let (path, step) = (answer["path"].as_str().unwrap(), answer["step"].as_u64().unwrap());
+        assert!(step > last && path.ends_with(&format!("step-{step:08}")), "{answer}");
+        last = step;
+    }
+    assert!(begun.elapsed() < LIMIT);
+    daemon.client(["cancel", &id]).expect_success();
+    daemon.wait_for_state(&id, "cancelled");
+    daemon.stop();
+    let left = names(&sandbox.path("checkpoints"));
+    assert!(left.iter().all(|n| !n.contains("partial")), "nothing unfinished: {left:?}");
+}
