@@ -18,12 +18,13 @@
 mod client;
 mod endpoint;
 mod error;
+mod tls;
 pub mod exit;
 pub mod json;
 pub mod trace;
 pub mod ui;
 
 pub use client::{Client, Deadlines, Events, MAX_ANSWER_BYTES, MAX_REQUEST_BYTES};
-pub use endpoint::{Endpoint, SOCKET_VARIABLE};
+pub use endpoint::{ADDRESS_VARIABLE, Endpoint, SOCKET_VARIABLE, TcpEndpoint};
 pub use error::{ClientError, EXIT_CODE_METADATA};
 pub use ramtorch_proto::v1;

@@ -37,6 +37,11 @@ pub fn main() -> ExitCode {
         eprintln!("ramtorchd worker: {e}");
         return ExitCode::from(e.kind.exit_code());
     }
+    // Before there are threads: the confinement is inherited, not spread.
+    if let Err(e) = crate::access::sandbox::enter_from_environment() {
+        eprintln!("ramtorchd worker: {e}");
+        return ExitCode::from(ramtorch_client::exit::INTERNAL);
+    }
     run(ramtorch_worker::run)
 }
 

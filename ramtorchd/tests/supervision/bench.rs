@@ -3,7 +3,7 @@
 use crate::fake::{FakeEngine, Script};
 use ramtorch_client::{Client, ClientError, Endpoint, v1};
 use ramtorch_worker::{DeviceKind, DeviceSpec};
-use ramtorchd::config::{JobLimits, Settings, Supervision, WorkerCommand};
+use ramtorchd::config::{JobLimits, Service, Settings, Supervision, WorkerCommand};
 use ramtorchd::daemon::{Daemon, StartError, Stopper};
 use ramtorchd::devices::Device;
 use std::path::{Path, PathBuf};
@@ -45,6 +45,7 @@ pub fn settings(dir: &Path, devices: u32) -> Settings {
             kill_timeout_seconds: 5.0,
         },
         jobs: JobLimits::default(),
+        service: Service::default(),
     }
 }
 
