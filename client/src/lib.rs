@@ -16,11 +16,12 @@
 #![forbid(unsafe_code)]
 
 mod client;
+pub mod doctor;
 mod endpoint;
 mod error;
-mod tls;
 pub mod exit;
 pub mod json;
+mod tls;
 pub mod trace;
 pub mod ui;
 

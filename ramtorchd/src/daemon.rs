@@ -1,12 +1,12 @@
 //! Puts a daemon together, and takes it apart again.
 
+use crate::access::Policy;
 use crate::access::config::TcpConfig;
 use crate::access::gate::Gate;
 use crate::access::paths::Roots;
 use crate::access::sandbox::{self, Sandbox};
 use crate::access::serve::{self, Running};
 use crate::access::tls::{Tls, TlsError};
-use crate::access::Policy;
 use crate::config::Settings;
 use crate::disk::Disk;
 use crate::faults::kernel_log;

@@ -5,8 +5,8 @@ use crate::config::LogFormat;
 use std::fmt::{self, Write};
 use std::os::fd::AsFd;
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::fmt::format::{Format, FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::FmtContext;
+use tracing_subscriber::fmt::format::{Format, FormatEvent, FormatFields, Writer};
 use tracing_subscriber::registry::LookupSpan;
 
 /// The format for where standard error goes.

@@ -83,8 +83,9 @@ impl Socket {
     pub fn give_to(&self, group: &str) -> Result<(), String> {
         let found = nix::unistd::Group::from_name(group).map_err(|e| format!("cannot look up the group {group}: {e}"))?;
         let gid = found.ok_or_else(|| format!("there is no group {group} on this machine"))?.gid;
-        nix::unistd::chown(&self.path, None, Some(gid))
-            .map_err(|e| format!("cannot give {} to the group {group}: {e}; the daemon's user has to be a member of it", self.path.display()))
+        nix::unistd::chown(&self.path, None, Some(gid)).map_err(|e| {
+            format!("cannot give {} to the group {group}: {e}; the daemon's user has to be a member of it", self.path.display())
+        })
     }
 
     /// Where it is.

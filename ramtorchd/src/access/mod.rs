@@ -98,7 +98,8 @@ impl Policy {
         let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
         let name = user.as_ref().map_or_else(|| format!("user {uid}"), |u| format!("user {} ({uid})", u.name));
         let named = |list: &[UserRef]| list.iter().any(|r| r.is(uid, user.as_ref().map(|u| u.name.as_str())));
-        let groups = if c.groups.is_empty() && c.admin_groups.is_empty() { Vec::new() } else { user.as_ref().map(groups_of).unwrap_or_default() };
+        let groups =
+            if c.groups.is_empty() && c.admin_groups.is_empty() { Vec::new() } else { user.as_ref().map(groups_of).unwrap_or_default() };
         let member = |list: &[String]| list.iter().any(|g| groups.iter().any(|have| have == g));
         let admin = named(&c.admins) || member(&c.admin_groups);
         if admin || named(&c.users) || member(&c.groups) {

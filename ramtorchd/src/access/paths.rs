@@ -151,7 +151,12 @@ impl Roots {
     /// As [`Roots::check`]; the key of the job file is named.
     pub fn check_job(&self, spec: &JobSpec) -> Result<(), PathError> {
         let m = &spec.model;
-        let read = [("`model.path`", &m.path), ("`model.config`", &m.config), ("`model.weights`", &m.weights), ("`model.tokenizer`", &m.tokenizer)];
+        let read = [
+            ("`model.path`", &m.path),
+            ("`model.config`", &m.config),
+            ("`model.weights`", &m.weights),
+            ("`model.tokenizer`", &m.tokenizer),
+        ];
         let write = [
             ("`data.cache`", &spec.data.cache),
             ("`checkpoint.path`", &spec.checkpoint.path),
@@ -314,7 +319,9 @@ mod tests {
     fn a_jobs_paths_are_all_looked_at() {
         let p = Place::new();
         let job = |more: &str| {
-            let text = format!("name = \"a\"\n[model]\npath = \"in\"\n[data]\nformat = \"text\"\ntrain = \"in/a.txt\"\n{more}\n[train]\nsteps = 3\nbatch_size = 2\n");
+            let text = format!(
+                "name = \"a\"\n[model]\npath = \"in\"\n[data]\nformat = \"text\"\ntrain = \"in/a.txt\"\n{more}\n[train]\nsteps = 3\nbatch_size = 2\n"
+            );
             let spec = JobSpec::parse(&text, p.dir.path(), "j").unwrap();
             p.roots.check_job(&spec).map_err(|e| e.to_string())
         };

@@ -4,7 +4,9 @@
 //! Applied by a worker to itself, before it has threads or has read anything of a user. Programs, libraries, devices,
 //! /proc and /sys stay in reach; so do folders for temporary files, the daemon's state folder, and shared memory.
 
-use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, path_beneath_rules};
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, path_beneath_rules,
+};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -51,7 +53,8 @@ impl Sandbox {
         let read: Vec<PathBuf> = system.filter(|p| p.is_absolute()).chain(self.read.iter().cloned()).collect();
         let write: Vec<PathBuf> = SYSTEM_WRITE.iter().map(PathBuf::from).chain(self.write.iter().cloned()).collect();
         let apply = || -> Result<RulesetStatus, landlock::RulesetError> {
-            let created = Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(AccessFs::from_all(KNOWN))?.create()?;
+            let created =
+                Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(AccessFs::from_all(KNOWN))?.create()?;
             let created = created.add_rules(path_beneath_rules(&read, AccessFs::from_read(KNOWN)))?;
             let created = created.add_rules(path_beneath_rules(&write, AccessFs::from_all(KNOWN)))?;
             Ok(created.restrict_self()?.ruleset)
@@ -75,7 +78,9 @@ pub fn enter_from_environment() -> Result<(), String> {
     match sandbox.enter()? {
         Confined::Fully => {}
         Confined::Partly => tracing::warn!("this kernel confines workers to [paths] only in part (Linux 6.2 or later does it wholly)"),
-        Confined::Not => tracing::warn!("this kernel cannot confine workers to [paths] (no Landlock); paths were checked at submission only"),
+        Confined::Not => {
+            tracing::warn!("this kernel cannot confine workers to [paths] (no Landlock); paths were checked at submission only")
+        }
     }
     Ok(())
 }

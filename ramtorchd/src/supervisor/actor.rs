@@ -1,8 +1,8 @@
 //! The task that owns the books, and the ways to it.
 
 use super::Supervisor;
-use crate::notify::Watchdog;
 use super::message::{Message, Refusal, RefusalKind, Reply};
+use crate::notify::Watchdog;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 

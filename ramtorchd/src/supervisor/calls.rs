@@ -112,7 +112,8 @@ impl Supervisor {
             return Ok(job.record.id.clone());
         }
         let (id, uid) = (&job.record.id, job.record.uid);
-        let text = format!("job {id} is that of user {uid}; only that user and administrators ([access] admins) may look into it or end it");
+        let text =
+            format!("job {id} is that of user {uid}; only that user and administrators ([access] admins) may look into it or end it");
         Err(Refusal::new(RefusalKind::Denied, text))
     }
 

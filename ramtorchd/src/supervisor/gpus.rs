@@ -30,7 +30,10 @@ impl Supervisor {
                     if self.pool.quarantine_faulty(error.device) {
                         tracing::error!("{name} is out of use: {}; reset or replace it, then start ramtorchd again", error.describe());
                     }
-                    text.push_str(&format!("\n{name} is out of use until it was reset or replaced and ramtorchd started again: {}", error.describe()));
+                    text.push_str(&format!(
+                        "\n{name} is out of use until it was reset or replaced and ramtorchd started again: {}",
+                        error.describe()
+                    ));
                     gravest = Some(Verdict::Quarantine);
                 }
                 Verdict::Fail if gravest != Some(Verdict::Quarantine) => {

@@ -315,7 +315,7 @@ impl From<HistoryLine> for pb::Metrics {
             bytes_to_device: l.bytes_to_device,
             bytes_from_device: l.bytes_from_device,
             copy_wait_seconds: l.copy_wait_seconds,
-        optimizer_wait_seconds: l.optimizer_wait_seconds,
+            optimizer_wait_seconds: l.optimizer_wait_seconds,
             epoch: l.epoch,
             json: l.line,
         }

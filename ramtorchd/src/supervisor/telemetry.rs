@@ -137,7 +137,7 @@ fn sample(job: &Job) -> JobSample {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A snapshot with something of everything.

@@ -43,7 +43,10 @@ pub fn serve(listener: TcpListener, handle: Handle, counters: Arc<RpcCounters>) 
             let (handle, counters) = (handle.clone(), counters.clone());
             open.spawn(async move {
                 let service = service_fn(move |request| answer(request, handle.clone(), counters.clone()));
-                let connection = http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).serve_connection(TokioIo::new(io), service);
+                let connection = http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(HEAD_LIMIT)
+                    .serve_connection(TokioIo::new(io), service);
                 // A peer that goes away is no news.
                 let _ = connection.await;
                 drop(place);

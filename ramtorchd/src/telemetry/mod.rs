@@ -1,7 +1,8 @@
 //! What the daemon tells Prometheus.
 //!
 //! One prefix, base units, `_total` for what only grows. Labels have few values: jobs that have ended are not told one by
-//! one, and of active ones at most [`JOBS_MAX`]. Clocks, temperatures and power of GPUs are dcgm-exporter's.
+//! one, and of active ones at most [`JOBS_MAX`]. The label is `job_id`: `job` is Prometheus's own, for what it scrapes.
+//! Clocks, temperatures and power of GPUs are dcgm-exporter's.
 
 pub mod exposition;
 pub mod http;
@@ -25,18 +26,39 @@ const JOB_METRICS: [JobMetric; 19] = [
     ("ramtorch_job_grad_norm", Kind::Gauge, "Gradient norm of the last step, before clipping.", |j| j.last.as_ref().map(|m| m.grad_norm)),
     ("ramtorch_job_learning_rate", Kind::Gauge, "Learning rate of the last step.", |j| j.last.as_ref().map(|m| m.lr)),
     ("ramtorch_job_epoch", Kind::Gauge, "Passes over the data so far.", |j| j.last.as_ref().map(|m| m.epoch)),
-    ("ramtorch_job_tokens_total", Kind::Counter, "Target tokens trained on, padding not counted.", |j| j.last.as_ref().map(|m| m.tokens_total as f64)),
-    ("ramtorch_job_tokens_per_second", Kind::Gauge, "Target tokens a second, in the last step.", |j| j.last.as_ref().map(|m| m.tokens_per_second)),
+    ("ramtorch_job_tokens_total", Kind::Counter, "Target tokens trained on, padding not counted.", |j| {
+        j.last.as_ref().map(|m| m.tokens_total as f64)
+    }),
+    ("ramtorch_job_tokens_per_second", Kind::Gauge, "Target tokens a second, in the last step.", |j| {
+        j.last.as_ref().map(|m| m.tokens_per_second)
+    }),
     ("ramtorch_job_step_seconds", Kind::Gauge, "Duration of the last step.", |j| j.last.as_ref().map(|m| m.step_seconds)),
-    ("ramtorch_job_copy_wait_seconds", Kind::Gauge, "Time in the last step that arithmetic waited for copies.", |j| j.last.as_ref().map(|m| m.copy_wait_seconds)),
-    ("ramtorch_job_optimizer_wait_seconds", Kind::Gauge, "Time in the last step that arithmetic waited for updated weights.", |j| j.last.as_ref().map(|m| m.optimizer_wait_seconds)),
-    ("ramtorch_job_flops", Kind::Gauge, "Floating-point operations a second of the whole job, in the last step, nothing recomputed counted.", |j| j.last.as_ref().map(|m| m.tflops * 1e12)),
+    ("ramtorch_job_copy_wait_seconds", Kind::Gauge, "Time in the last step that arithmetic waited for copies.", |j| {
+        j.last.as_ref().map(|m| m.copy_wait_seconds)
+    }),
+    ("ramtorch_job_optimizer_wait_seconds", Kind::Gauge, "Time in the last step that arithmetic waited for updated weights.", |j| {
+        j.last.as_ref().map(|m| m.optimizer_wait_seconds)
+    }),
+    (
+        "ramtorch_job_flops",
+        Kind::Gauge,
+        "Floating-point operations a second of the whole job, in the last step, nothing recomputed counted.",
+        |j| j.last.as_ref().map(|m| m.tflops * 1e12),
+    ),
     ("ramtorch_job_segment_bytes", Kind::Gauge, "Bytes of the parameter store.", |j| Some(j.segment_bytes as f64)),
     ("ramtorch_job_restarts_total", Kind::Counter, "Gangs started again after a failure.", |j| Some(f64::from(j.restarts))),
-    ("ramtorch_job_checkpoints_total", Kind::Counter, "Checkpoints that became durable since the daemon started.", |j| Some(j.checkpoints as f64)),
-    ("ramtorch_job_checkpoint_failures_total", Kind::Counter, "Checkpoints that could not be written since the daemon started.", |j| Some(j.checkpoint_failures as f64)),
-    ("ramtorch_job_checkpoint_step", Kind::Gauge, "Step of the newest durable checkpoint written since the daemon started.", |j| j.checkpoint_step.map(|s| s as f64)),
-    ("ramtorch_job_checkpoint_timestamp_seconds", Kind::Gauge, "When it became durable, seconds since 1970.", |j| j.checkpoint_unix_ms.map(|t| t as f64 / 1000.0)),
+    ("ramtorch_job_checkpoints_total", Kind::Counter, "Checkpoints that became durable since the daemon started.", |j| {
+        Some(j.checkpoints as f64)
+    }),
+    ("ramtorch_job_checkpoint_failures_total", Kind::Counter, "Checkpoints that could not be written since the daemon started.", |j| {
+        Some(j.checkpoint_failures as f64)
+    }),
+    ("ramtorch_job_checkpoint_step", Kind::Gauge, "Step of the newest durable checkpoint written since the daemon started.", |j| {
+        j.checkpoint_step.map(|s| s as f64)
+    }),
+    ("ramtorch_job_checkpoint_timestamp_seconds", Kind::Gauge, "When it became durable, seconds since 1970.", |j| {
+        j.checkpoint_unix_ms.map(|t| t as f64 / 1000.0)
+    }),
 ];
 
 /// The page in the text format, version 0.0.4.
@@ -52,13 +74,13 @@ pub fn page(s: &Snapshot, calls: &RpcCounters) -> String {
     let shown: Vec<&JobSample> = s.jobs.iter().take(JOBS_MAX).collect();
     p.family("ramtorch_job_info", Kind::Gauge, "An active job; always 1.");
     for j in &shown {
-        p.sample("ramtorch_job_info", &[("job", &j.id), ("name", &j.name), ("state", &j.state)], 1.0);
+        p.sample("ramtorch_job_info", &[("job_id", &j.id), ("name", &j.name), ("state", &j.state)], 1.0);
     }
     for (name, kind, help, value) in JOB_METRICS {
         p.family(name, kind, help);
         for j in &shown {
             if let Some(v) = value(j) {
-                p.sample(name, &[("job", &j.id)], v);
+                p.sample(name, &[("job_id", &j.id)], v);
             }
         }
     }
@@ -128,8 +150,8 @@ mod tests {
             let value = line.rsplit(' ').next().unwrap();
             assert!(value.parse::<f64>().is_ok() || ["NaN", "+Inf", "-Inf"].contains(&value), "{line}");
         }
-        assert!(page.contains("ramtorch_job_loss{job=\"abc\"} NaN\n"), "{page}");
-        assert!(page.contains("ramtorch_job_info{job=\"abc\",name=\"one\",state=\"running\"} 1\n"), "{page}");
+        assert!(page.contains("ramtorch_job_loss{job_id=\"abc\"} NaN\n"), "{page}");
+        assert!(page.contains("ramtorch_job_info{job_id=\"abc\",name=\"one\",state=\"running\"} 1\n"), "{page}");
         assert!(page.contains("ramtorch_gpu_errors_total{device=\"cuda:0\",source=\"xid\",code=\"79\"} 2\n"), "{page}");
     }
 

@@ -42,7 +42,11 @@ pub fn trials() -> Vec<Trial> {
             let id = client.submit(bench.job("one", 12, "")).await.unwrap().id;
             let job = wait_state(&mut client, &id, JobState::Failed).await;
             assert_eq!((job.exit_code, job.restarts), (u32::from(exit::RESOURCES), 0), "{}", job.message);
-            assert!(job.message.contains("CUDA_ERROR_OUT_OF_MEMORY") && job.message.contains("restart would meet the same"), "{}", job.message);
+            assert!(
+                job.message.contains("CUDA_ERROR_OUT_OF_MEMORY") && job.message.contains("restart would meet the same"),
+                "{}",
+                job.message
+            );
             bench.end().await;
         }),
     ]

@@ -14,8 +14,8 @@ mod failures;
 mod fake;
 mod gpus;
 mod life;
-mod recovery;
 mod metrics;
+mod recovery;
 mod stop;
 mod tls;
 

@@ -34,9 +34,9 @@ pub fn trials() -> Vec<Trial> {
         assert!(client.get("nobody").await.is_err());
         let page = get(address, "GET /metrics").await;
         assert!(page.starts_with("HTTP/1.1 200") && page.contains("content-type: text/plain; version=0.0.4"), "{page}");
-        assert!(value(&page, &format!("ramtorch_job_step{{job=\"{id}\"}}")) > 5.0);
-        assert_eq!(value(&page, &format!("ramtorch_job_info{{job=\"{id}\",name=\"one\",state=\"running\"}}")), 1.0);
-        assert_eq!(value(&page, &format!("ramtorch_job_checkpoints_total{{job=\"{id}\"}}")), 1.0);
+        assert!(value(&page, &format!("ramtorch_job_step{{job_id=\"{id}\"}}")) > 5.0);
+        assert_eq!(value(&page, &format!("ramtorch_job_info{{job_id=\"{id}\",name=\"one\",state=\"running\"}}")), 1.0);
+        assert_eq!(value(&page, &format!("ramtorch_job_checkpoints_total{{job_id=\"{id}\"}}")), 1.0);
         assert_eq!(value(&page, "ramtorch_jobs{state=\"running\"}"), 1.0);
         assert_eq!(value(&page, "ramtorch_restarts_total{cause=\"exited\"}"), 1.0);
         assert_eq!(value(&page, "ramtorch_segments_bytes"), f64::from(1 << 20));
