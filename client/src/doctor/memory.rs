@@ -45,7 +45,7 @@ fn shm(facts: &Facts) -> Finding {
 fn huge_pages(facts: &Facts) -> Finding {
     const CHECK: &str = "huge pages";
     let mounts = facts.read("/proc/mounts").unwrap_or_default();
-    let options = mounts.lines().filter_map(|l| l.split_once(" /dev/shm ")).last().map(|(_, rest)| rest).unwrap_or_default();
+    let options = mounts.lines().filter_map(|l| l.split_once(" /dev/shm ")).next_back().map(|(_, rest)| rest).unwrap_or_default();
     let of_mount = options.split([',', ' ']).find_map(|o| o.strip_prefix("huge="));
     let forced = facts.read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
     match of_mount {
