@@ -3,7 +3,7 @@
 use crate::commands::Command;
 use clap::{Args, Parser, ValueEnum};
 use ramtorch_client::ui::Format;
-use ramtorch_client::{Client, ClientError, Deadlines, Endpoint};
+use ramtorch_client::{Client, ClientError, Deadlines, Endpoint, TcpEndpoint};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -37,6 +37,26 @@ pub(crate) struct Global {
     #[arg(long, global = true, value_name = "PATH", help_heading = "Global options")]
     socket: Option<PathBuf>,
 
+    /// Daemon on another machine, as HOST:PORT; needs the three files below
+    #[arg(long, global = true, value_name = "HOST:PORT", env = ramtorch_client::ADDRESS_VARIABLE, conflicts_with = "socket", help_heading = "Global options")]
+    address: Option<String>,
+
+    /// Certificates (PEM) of those who issue the daemon's certificate
+    #[arg(long, global = true, value_name = "FILE", env = "RAMTORCH_TLS_CA", help_heading = "Global options")]
+    tls_ca: Option<PathBuf>,
+
+    /// Certificate to show (PEM)
+    #[arg(long, global = true, value_name = "FILE", env = "RAMTORCH_TLS_CERT", help_heading = "Global options")]
+    tls_cert: Option<PathBuf>,
+
+    /// Its key (PEM)
+    #[arg(long, global = true, value_name = "FILE", env = "RAMTORCH_TLS_KEY", help_heading = "Global options")]
+    tls_key: Option<PathBuf>,
+
+    /// Name in the daemon's certificate [default: HOST]
+    #[arg(long, global = true, value_name = "NAME", env = "RAMTORCH_TLS_NAME", help_heading = "Global options")]
+    tls_name: Option<String>,
+
     /// How results are written; `json` is one object a line
     #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t = OutputFormat::Human, help_heading = "Global options")]
     output: OutputFormat,
@@ -64,9 +84,24 @@ impl Global {
         }
     }
 
+    /// The daemon that the options name.
+    pub fn endpoint(&self) -> Result<Endpoint, ClientError> {
+        if let Some(path) = &self.socket {
+            return Ok(Endpoint::unix(path.clone()));
+        }
+        let Some(address) = self.address.clone().filter(|a| !a.is_empty()) else { return Ok(Endpoint::default()) };
+        let file = |value: &Option<PathBuf>, flag: &str| {
+            let missing = || ClientError::Usage(format!("--address needs {flag}: both sides of a connection show certificates"));
+            value.clone().ok_or_else(missing)
+        };
+        let ca = file(&self.tls_ca, "--tls-ca FILE")?;
+        let (certificate, key) = (file(&self.tls_cert, "--tls-cert FILE")?, file(&self.tls_key, "--tls-key FILE")?);
+        Ok(Endpoint::Tcp(TcpEndpoint { address, ca, certificate, key, server_name: self.tls_name.clone() }))
+    }
+
     /// Connects to the daemon that the options name.
     pub async fn connect(&self) -> Result<Client, ClientError> {
-        let endpoint = self.socket.as_ref().map_or_else(Endpoint::default, |path| Endpoint::unix(path.clone()));
+        let endpoint = self.endpoint()?;
         let deadlines = Deadlines { quick: Duration::from_secs(self.timeout), ..Deadlines::default() };
         Ok(Client::connect(endpoint).await?.with_deadlines(deadlines))
     }
@@ -89,5 +124,15 @@ mod tests {
             assert_eq!(cli.global.format(), Format::Json);
             assert!(cli.global.quiet);
         }
+    }
+
+    #[test]
+    fn an_address_needs_certificates() {
+        let endpoint = |line: &str| Cli::try_parse_from(line.split(' ')).unwrap().global.endpoint();
+        let error = endpoint("ramtorch --address h:1 --tls-ca a --tls-cert c list").unwrap_err().to_string();
+        assert!(error.contains("--tls-key"), "{error}");
+        let Endpoint::Tcp(tcp) = endpoint("ramtorch list --address h:1 --tls-ca a --tls-cert c --tls-key k").unwrap() else { panic!() };
+        assert_eq!((tcp.address.as_str(), tcp.server_name), ("h:1", None));
+        assert!(Cli::try_parse_from("ramtorch --address h:1 --socket s list".split(' ')).is_err());
     }
 }

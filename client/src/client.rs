@@ -45,16 +45,28 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the first socket of `endpoint` that answers.
+    /// Connects to the first socket of `endpoint` that answers, or to its address.
     ///
     /// # Errors
-    /// [`ClientError::Unreachable`] names every socket that was tried, and why it did not answer.
+    /// [`ClientError::Unreachable`] names every socket that was tried, and why it did not answer; [`ClientError::Read`] a
+    /// certificate that cannot be read.
     pub async fn connect(endpoint: Endpoint) -> Result<Self, ClientError> {
         let mut tried = Vec::new();
-        for path in endpoint.candidates() {
-            match connect_unix(path).await {
-                Ok(channel) => return Ok(Client::over(channel, path.clone())),
-                Err(why) => tried.push((path.clone(), why)),
+        match endpoint {
+            Endpoint::Unix(candidates) => {
+                for path in candidates {
+                    match connect_unix(&path).await {
+                        Ok(channel) => return Ok(Client::over(channel, path)),
+                        Err(why) => tried.push((path, why)),
+                    }
+                }
+            }
+            Endpoint::Tcp(tcp) => {
+                let place = PathBuf::from(format!("https://{}", tcp.address));
+                match crate::tls::connect(&tcp, CONNECT_LIMIT).await? {
+                    Ok(channel) => return Ok(Client::over(channel, place)),
+                    Err(why) => tried.push((place, why)),
+                }
             }
         }
         Err(ClientError::Unreachable { tried })
@@ -73,7 +85,7 @@ impl Client {
         self
     }
 
-    /// The socket that answered.
+    /// The socket that answered; for a daemon on another machine its address, as `https://host:port`.
     pub fn socket(&self) -> &Path {
         &self.socket
     }

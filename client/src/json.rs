@@ -62,7 +62,8 @@ pub fn metrics(m: &v1::Metrics) -> Value {
         "step": m.step, "loss": m.loss, "grad_norm": m.grad_norm, "lr": m.lr, "tokens": m.tokens,
         "tokens_per_second": m.tokens_per_second, "validation_loss": m.validation_loss, "step_seconds": m.step_seconds,
         "tokens_total": m.tokens_total, "tflops": m.tflops, "bytes_to_device": m.bytes_to_device,
-        "bytes_from_device": m.bytes_from_device, "copy_wait_seconds": m.copy_wait_seconds, "epoch": m.epoch,
+        "bytes_from_device": m.bytes_from_device, "copy_wait_seconds": m.copy_wait_seconds,
+        "optimizer_wait_seconds": m.optimizer_wait_seconds, "epoch": m.epoch,
         "initial_validation_loss": m.initial_validation_loss, "json": nested(&m.json),
     })
 }

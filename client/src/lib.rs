@@ -16,14 +16,16 @@
 #![forbid(unsafe_code)]
 
 mod client;
+pub mod doctor;
 mod endpoint;
 mod error;
 pub mod exit;
 pub mod json;
+mod tls;
 pub mod trace;
 pub mod ui;
 
 pub use client::{Client, Deadlines, Events, MAX_ANSWER_BYTES, MAX_REQUEST_BYTES};
-pub use endpoint::{Endpoint, SOCKET_VARIABLE};
+pub use endpoint::{ADDRESS_VARIABLE, Endpoint, SOCKET_VARIABLE, TcpEndpoint};
 pub use error::{ClientError, EXIT_CODE_METADATA};
 pub use ramtorch_proto::v1;

@@ -4,6 +4,7 @@ use crate::config::{ConfigFile, LogFormat, Overrides, Settings};
 use crate::daemon::Daemon;
 use crate::devices::{DeviceRequest, Host, parse_bytes};
 use crate::gpus;
+use crate::journal;
 use crate::notify::notify;
 use crate::run;
 use crate::supervisor::outside::LinkedEngine;
@@ -154,7 +155,7 @@ impl Common {
 
 fn start_command(start: Start) -> Result<u8, (u8, String)> {
     let file = start.common.file()?;
-    log(start.common.log_format.or(file.log_format).unwrap_or_default(), "info");
+    log(start.common.log_format.or(file.log_format).unwrap_or_else(journal::format_of_stderr), "info");
     let socket = start.socket.filter(|s| !s.as_os_str().is_empty());
     let settings = start.common.resolve(file, socket)?;
     runtime()?.block_on(async {
@@ -235,6 +236,7 @@ fn log(format: LogFormat, level: &str) {
     let _ = match format {
         LogFormat::Text => builder.with_target(false).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Journal => builder.with_ansi(false).event_format(journal::Lines).try_init(),
     };
 }
 

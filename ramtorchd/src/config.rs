@@ -1,5 +1,6 @@
 //! Configuration: a TOML file, flags over it, defaults under it. Everything is checked before anything is opened.
 
+use crate::access::config::{AccessConfig, LimitsConfig, MetricsConfig, PathsConfig, TcpConfig};
 use crate::devices::{self, Device, DeviceError, DeviceRequest, Host};
 use nix::unistd::{AccessFlags, access, geteuid};
 use serde::Deserialize;
@@ -29,6 +30,16 @@ pub struct ConfigFile {
     pub supervision: Supervision,
     /// `[jobs]`
     pub jobs: JobLimits,
+    /// `[access]`
+    pub access: AccessConfig,
+    /// `[limits]`
+    pub limits: LimitsConfig,
+    /// `[tcp]`
+    pub tcp: Option<TcpConfig>,
+    /// `[paths]`
+    pub paths: PathsConfig,
+    /// `[metrics]`
+    pub metrics: MetricsConfig,
 }
 
 /// How log lines are written.
@@ -40,6 +51,8 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+    /// For journald: a level before each line, and no time. Chosen by itself where the log goes to the journal.
+    Journal,
 }
 
 /// `[supervision]`: deadlines and budgets.
@@ -134,6 +147,23 @@ pub struct Settings {
     pub supervision: Supervision,
     /// Limits.
     pub jobs: JobLimits,
+    /// Who may call, and how much.
+    pub service: Service,
+}
+
+/// Ways in, and what may be done there.
+#[derive(Debug, Clone, Default)]
+pub struct Service {
+    /// Users.
+    pub access: AccessConfig,
+    /// What one of them may ask for.
+    pub limits: LimitsConfig,
+    /// TCP, if any.
+    pub tcp: Option<TcpConfig>,
+    /// Folders.
+    pub paths: PathsConfig,
+    /// Prometheus.
+    pub metrics: MetricsConfig,
 }
 
 /// The program that is started as a worker process.
@@ -240,7 +270,9 @@ impl ConfigFile {
         if self.device_memory_bytes == Some(0) {
             return Err(ConfigError::Value { key: "device_memory_bytes", detail: "must be more than 0".into() });
         }
-        Ok(())
+        self.limits.check()?;
+        self.paths.check()?;
+        self.tcp.as_ref().map_or(Ok(()), TcpConfig::check)
     }
 
     /// Puts flags over the file and defaults under it.
@@ -276,6 +308,7 @@ impl ConfigFile {
             worker: WorkerCommand::default(),
             supervision: self.supervision,
             jobs: self.jobs,
+            service: Service { access: self.access, limits: self.limits, tcp: self.tcp, paths: self.paths, metrics: self.metrics },
         })
     }
 }

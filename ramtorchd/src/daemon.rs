@@ -1,28 +1,36 @@
 //! Puts a daemon together, and takes it apart again.
 
+use crate::access::Policy;
+use crate::access::config::TcpConfig;
+use crate::access::gate::Gate;
+use crate::access::paths::Roots;
+use crate::access::sandbox::{self, Sandbox};
+use crate::access::serve::{self, Running};
+use crate::access::tls::{Tls, TlsError};
 use crate::config::Settings;
 use crate::disk::Disk;
+use crate::faults::kernel_log;
 use crate::node;
+use crate::notify::Watchdog;
 use crate::process::Spawner;
 use crate::recovery;
-use crate::rpc::{Context, JobsService, MAX_REQUEST_BYTES, MAX_WORKER_BYTES, NodeService, WorkerService};
+use crate::rpc::{Context, MAX_WORKER_BYTES, WorkerService};
 use crate::socket::{PATH_MAX_BYTES, Socket, SocketError};
 use crate::statedir::{StateDir, StateDirError};
 use crate::supervisor::devices::DevicePool;
 use crate::supervisor::outside::Engine;
 use crate::supervisor::{self, Handle, Message, Supervisor};
+use crate::telemetry;
 use crate::world::World;
-use ramtorch_proto::FILE_DESCRIPTOR_SET;
-use ramtorch_proto::v1::jobs_server::JobsServer;
-use ramtorch_proto::v1::node_server::NodeServer;
 use ramtorch_proto::v1::worker_server::WorkerServer;
 use ramtorch_store::{Registry, StoreError};
+use ramtorch_worker::DeviceKind;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
@@ -58,6 +66,22 @@ pub enum StartError {
         /// Why not.
         source: std::io::Error,
     },
+    /// An address of [tcp] or [metrics].
+    #[error("[{section}] cannot listen on {address}: {source}")]
+    Listen {
+        /// Section of the configuration.
+        section: &'static str,
+        /// Its address.
+        address: std::net::SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// `[access] socket_group`.
+    #[error("[access] socket_group: {0}")]
+    SocketGroup(String),
     /// Reflection.
     #[error("cannot set up reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -70,6 +94,7 @@ impl StartError {
         match self {
             StartError::State(StateDirError::InUse { .. }) | StartError::Socket(SocketError::InUse(_)) => exit::ALREADY_RUNNING,
             StartError::Socket(SocketError::NotASocket(_) | SocketError::TooLong(_)) => exit::USAGE,
+            StartError::Listen { .. } | StartError::Tls(_) | StartError::SocketGroup(_) => exit::USAGE,
             StartError::State(StateDirError::Io { .. }) | StartError::Socket(SocketError::Io { .. }) | StartError::Store(_) => exit::OUTPUT,
             StartError::System { .. } | StartError::Reflection(_) => exit::INTERNAL,
         }
@@ -80,10 +105,13 @@ impl StartError {
 pub struct Daemon {
     handle: Handle,
     supervisor: JoinHandle<Vec<String>>,
-    servers: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
+    servers: Vec<Running>,
+    tcp_address: Option<std::net::SocketAddr>,
+    metrics_address: Option<std::net::SocketAddr>,
     sockets: Vec<Socket>,
     registry: Registry,
     keep_segments: Arc<AtomicBool>,
+    _kernel_log: Option<kernel_log::Watch>,
     // The last to go: the lock on the state folder.
     _state: StateDir,
     _short_run_dir: Option<tempfile::TempDir>,
@@ -99,6 +127,19 @@ impl Daemon {
         let state = StateDir::lock(&settings.state_dir)?;
         // First of all: nothing is touched that belongs to a daemon on the same socket.
         let (socket, clients) = Socket::bind(&settings.socket, 0o660).await?;
+        let service = settings.service;
+        if let Some(group) = &service.access.socket_group {
+            socket.give_to(group).map_err(StartError::SocketGroup)?;
+        }
+        // Whatever the configuration has wrong is told before anything of an earlier daemon is touched.
+        let tcp = match service.tcp {
+            Some(config) => Some(open_tcp(config).await?),
+            None => None,
+        };
+        let metrics = match service.metrics.listen {
+            Some(address) => Some(listen("metrics", address).await?),
+            None => None,
+        };
         let (run_dir, short_run_dir) = worker_socket_dir(&state).map_err(system("make a folder for the workers' socket"))?;
         let (worker_socket, workers) = Socket::bind(&run_dir.join("worker.sock"), 0o600).await?;
         let registry = Registry::open(state.segments())?;
@@ -108,6 +149,7 @@ impl Daemon {
             let recovery = tokio::task::spawn_blocking(move || recovery::recover(&jobs, &registry, &boot_id, history));
             recovery.await.map_err(|e| system("recover")(std::io::Error::other(e)))??
         };
+        let roots = Arc::new(Roots::new(service.paths, vec![settings.cache_dir.clone(), settings.state_dir.clone()]));
         let (handle, answers, inbox) = supervisor::channel();
         let reports = answers.clone();
         let report = move |event| drop(reports.send(Message::Process(event)));
@@ -125,10 +167,13 @@ impl Daemon {
             cache: settings.cache_dir.clone(),
             boot_id: boot_id.clone(),
             signals: HashMap::new(),
+            sandbox: worker_sandbox(&roots)?,
         };
         tracing::info!(socket = %settings.socket.display(), state = %settings.state_dir.display(), "{}", settings.devices_note);
         let keep_segments = Arc::new(AtomicBool::new(settings.jobs.keep_segments_on_stop));
+        let has_gpus = settings.devices.iter().any(|d| d.spec.kind == DeviceKind::Cuda);
         let pool = DevicePool::new(settings.devices);
+        let kernel_log = has_gpus.then(|| watch_kernel_log(answers.clone())).flatten();
         let mut supervisor = Supervisor::new(settings.supervision, settings.jobs, pool, Box::new(world));
         for (identity, device) in found.survivors {
             supervisor.quarantine_survivor(&device, identity.pid);
@@ -137,7 +182,7 @@ impl Daemon {
         for (record, spec, history) in found.jobs {
             supervisor.adopt(record, spec, history);
         }
-        let supervisor = tokio::spawn(supervisor::run(supervisor, inbox));
+        let supervisor = tokio::spawn(supervisor::run(supervisor, inbox, Watchdog::from_environment()));
         let context = Context {
             handle: handle.clone(),
             engine,
@@ -145,18 +190,48 @@ impl Daemon {
             cache: settings.cache_dir,
             state_dir: settings.state_dir,
             started_unix_ms: node::unix_ms(),
+            request_bytes: service.limits.request_bytes,
+            roots,
         };
-        let servers = vec![serve_clients(context, clients).await?, serve_workers(handle.clone(), workers)];
+        let counters = Arc::new(telemetry::rpc::RpcCounters::default());
+        let most = service.limits.connections;
+        let gate = Gate::new(Policy::new(service.access), service.limits, counters.clone());
+        let mut servers = vec![serve_workers(handle.clone(), workers)];
+        let (mut tcp_address, mut metrics_address) = (None, None);
+        servers.push(serve::unix(context.clone(), gate.clone(), most, clients).await?);
+        if let Some((listener, tls, reflection)) = tcp {
+            tcp_address = listener.local_addr().ok();
+            tracing::info!("listening on {} with mutual TLS", tcp_address.map(|a| a.to_string()).unwrap_or_default());
+            servers.push(serve::tcp(context, gate, most, listener, tls, reflection).await?);
+        }
+        if let Some(listener) = metrics {
+            metrics_address = listener.local_addr().ok();
+            tracing::info!("metrics on http://{}/metrics", metrics_address.map(|a| a.to_string()).unwrap_or_default());
+            servers.push(telemetry::http::serve(listener, handle.clone(), counters));
+        }
         Ok(Daemon {
             handle,
             supervisor,
             servers,
+            tcp_address,
+            metrics_address,
             sockets: vec![socket, worker_socket],
             registry,
             keep_segments,
+            _kernel_log: kernel_log,
             _state: state,
             _short_run_dir: short_run_dir,
         })
+    }
+
+    /// Where it listens for TCP, if it does; tells the port where the configuration left that to the kernel.
+    pub fn tcp_address(&self) -> Option<std::net::SocketAddr> {
+        self.tcp_address
+    }
+
+    /// Where it serves metrics, if it does.
+    pub fn metrics_address(&self) -> Option<std::net::SocketAddr> {
+        self.metrics_address
     }
 
     /// A way to stop it. The first stop is orderly and bounded, the second kills.
@@ -252,32 +327,39 @@ fn incoming(listener: UnixListener) -> impl tokio_stream::Stream<Item = std::io:
     })
 }
 
-async fn serve_clients(context: Context, listener: UnixListener) -> Result<(oneshot::Sender<()>, JoinHandle<()>), StartError> {
-    let jobs = JobsServer::new(JobsService::new(context.clone())).max_decoding_message_size(MAX_REQUEST_BYTES);
-    let node = NodeServer::new(NodeService::new(context)).max_decoding_message_size(MAX_REQUEST_BYTES);
-    let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_serving::<JobsServer<JobsService>>().await;
-    reporter.set_serving::<NodeServer<NodeService>>().await;
-    let reflection = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET);
-    let reflection = (
-        reflection().register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET).build_v1()?,
-        reflection().register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET).build_v1alpha()?,
-    );
-    let router =
-        Server::builder().add_service(jobs).add_service(node).add_service(health).add_service(reflection.0).add_service(reflection.1);
-    let (stop, stopped) = oneshot::channel::<()>();
-    let task = tokio::spawn(async move {
-        let signal = async {
-            let _ = stopped.await;
-        };
-        if let Err(e) = router.serve_with_incoming_shutdown(incoming(listener), signal).await {
-            tracing::error!("the service for clients ended: {e}");
-        }
-    });
-    Ok((stop, task))
+async fn listen(section: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address).await.map_err(|source| StartError::Listen { section, address, source })
 }
 
-fn serve_workers(handle: Handle, listener: UnixListener) -> (oneshot::Sender<()>, JoinHandle<()>) {
+async fn open_tcp(config: TcpConfig) -> Result<(TcpListener, Tls, bool), StartError> {
+    let (address, reflection) = (config.listen, config.reflection);
+    let tls = Tls::load(config)?;
+    Ok((listen("tcp", address).await?, tls, reflection))
+}
+
+/// Errors of GPUs, from the kernel's log where it can be read.
+fn watch_kernel_log(answers: mpsc::UnboundedSender<Message>) -> Option<kernel_log::Watch> {
+    match kernel_log::Watch::start(move |xid| drop(answers.send(Message::Xid(xid)))) {
+        Ok(watch) => Some(watch),
+        Err(e) => {
+            tracing::info!("/dev/kmsg cannot be read ({e}): errors of GPUs are known by what workers report");
+            None
+        }
+    }
+}
+
+/// What workers are told of `[paths]`.
+fn worker_sandbox(roots: &Roots) -> Result<Option<(&'static str, std::ffi::OsString)>, StartError> {
+    if roots.is_open() {
+        return Ok(None);
+    }
+    let (read, write) = roots.lists();
+    let system = |e: serde_json::Error| StartError::System { what: "encode [paths] for workers", source: e.into() };
+    let text = serde_json::to_string(&Sandbox { read, write }).map_err(system)?;
+    Ok(Some((sandbox::VARIABLE, text.into())))
+}
+
+fn serve_workers(handle: Handle, listener: UnixListener) -> Running {
     let service = WorkerServer::new(WorkerService::new(handle))
         .max_decoding_message_size(MAX_WORKER_BYTES)
         .max_encoding_message_size(MAX_WORKER_BYTES);

@@ -10,12 +10,15 @@
 //! opens a user's file, never loads CUDA, and never blocks its state task.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod devices;
 mod disk;
+pub mod faults;
 mod gpus;
+mod journal;
 mod logs;
 pub mod node;
 mod notify;
@@ -26,5 +29,6 @@ pub mod run;
 mod socket;
 mod statedir;
 pub mod supervisor;
+pub mod telemetry;
 pub mod worker;
 mod world;

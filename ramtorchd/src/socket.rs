@@ -76,6 +76,18 @@ impl Socket {
         Ok((Socket { path: path.into(), inode: (meta.dev(), meta.ino()) }, listener))
     }
 
+    /// Lets a group use it.
+    ///
+    /// # Errors
+    /// Text: there is no such group, or this user may not give files to it.
+    pub fn give_to(&self, group: &str) -> Result<(), String> {
+        let found = nix::unistd::Group::from_name(group).map_err(|e| format!("cannot look up the group {group}: {e}"))?;
+        let gid = found.ok_or_else(|| format!("there is no group {group} on this machine"))?.gid;
+        nix::unistd::chown(&self.path, None, Some(gid)).map_err(|e| {
+            format!("cannot give {} to the group {group}: {e}; the daemon's user has to be a member of it", self.path.display())
+        })
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

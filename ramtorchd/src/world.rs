@@ -43,6 +43,8 @@ pub struct World {
     pub cache: PathBuf,
     /// This boot.
     pub boot_id: String,
+    /// What workers are told of the folders that they may use.
+    pub sandbox: Option<(&'static str, std::ffi::OsString)>,
     /// Ways to signal the processes that live.
     pub signals: HashMap<ProcKey, mpsc::UnboundedSender<Signal>>,
 }
@@ -61,7 +63,7 @@ impl Outside for World {
     fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf, job: Option<&str>) {
         let (sender, signals) = mpsc::unbounded_channel();
         self.signals.insert(key, sender);
-        let env = vec![
+        let mut env = vec![
             (process::SOCKET_VARIABLE, self.worker_socket.clone().into_os_string()),
             (process::TOKEN_VARIABLE, token.into()),
             (process::PARENT_VARIABLE, std::process::id().to_string().into()),
@@ -73,6 +75,7 @@ impl Outside for World {
             // Sums that switches make (NVLink multicast) come in no fixed order.
             ("NCCL_NVLS_ENABLE", "0".into()),
         ];
+        env.extend(self.sandbox.clone());
         let request = SpawnRequest { key, exe: self.worker.exe.clone(), args: self.worker.args.clone(), env, log, signals };
         let (spawner, answers, witness) = (self.spawner.clone(), self.answers.clone(), self.disk.witness());
         let not_started = move |tail: &str| {

@@ -91,6 +91,7 @@ fn last_step(m: &v1::Metrics) -> String {
         ("time", text::duration(m.step_seconds)),
         ("copied", format!("{} to devices, {} from devices", text::bytes(m.bytes_to_device), text::bytes(m.bytes_from_device))),
         ("copy wait", text::duration(m.copy_wait_seconds)),
+        ("optimizer wait", text::duration(m.optimizer_wait_seconds)),
     ])
 }
 

@@ -4,6 +4,7 @@ mod cancel;
 mod checkpoint;
 mod completion;
 mod describe;
+mod doctor;
 mod eval;
 mod export;
 mod generate;
@@ -39,6 +40,7 @@ pub(crate) enum Command {
     Eval(eval::Eval),
     Generate(generate::Generate),
     Node(node::Node),
+    Doctor(doctor::Doctor),
     Stop(stop::Stop),
     Completion(completion::Completion),
 }
@@ -66,6 +68,7 @@ impl Command {
             Command::Eval(command) => command.run(global, printer).await,
             Command::Generate(command) => command.run(global, printer).await,
             Command::Node(command) => command.run(global, printer).await,
+            Command::Doctor(command) => command.run(global, printer).await,
             Command::Stop(command) => command.run(global, printer).await,
             Command::Completion(command) => command.run(printer),
         }

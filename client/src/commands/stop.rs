@@ -35,7 +35,7 @@ impl Stop {
             Ok(()) | Err(ClientError::Lost(_)) => {}
             Err(error) => return Err(error),
         }
-        wait_for_end(&client, info.pid).await?;
+        wait_for_end(global, &client, info.pid).await?;
         printer.confirmation(|| json!({ "stopped": true, "pid": info.pid }), || format!("ramtorchd (pid {}) has stopped\n", info.pid))?;
         Ok(exit::OK)
     }
@@ -62,10 +62,15 @@ fn is_yes(line: &str) -> bool {
 }
 
 /// Waits until nobody listens on the socket, or another daemon does.
-async fn wait_for_end(client: &Client, pid: i32) -> Result<(), ClientError> {
+async fn wait_for_end(global: &Global, client: &Client, pid: i32) -> Result<(), ClientError> {
+    let endpoint = match global.endpoint()? {
+        // Of several sockets, the one that answered.
+        Endpoint::Unix(_) => Endpoint::unix(client.socket()),
+        tcp @ Endpoint::Tcp(_) => tcp,
+    };
     let started = Instant::now();
     while started.elapsed() < STOP_LIMIT {
-        match Client::connect(Endpoint::unix(client.socket())).await {
+        match Client::connect(endpoint.clone()).await {
             Err(_) => return Ok(()),
             Ok(mut again) => match again.info().await {
                 Ok(info) if info.pid != pid => return Ok(()),

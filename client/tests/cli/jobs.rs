@@ -118,8 +118,8 @@ async fn describe_tells_everything() {
         "step      120 of 300 (40 %)\n",
         "created   2026-11-22 07:10:03 UTC\n",
         "segment   /ramtorch-7f3a-1 (1.00 GiB)\n",
-        "\nlast step\n  step           120\n  loss           1.5413\n",
-        "  tokens         4.10k (492k in all)\n",
+        "\nlast step\n  step            120\n  loss            1.5413\n",
+        "  tokens          4.10k (492k in all)\n",
         "\nworkers\n  RANK  DEVICE   PID  PHASE    STEP  HEARTBEAT  LOG\n     0  cpu:0   4300  forward   121          -\n",
         "\nplan\n  segment   1.00 GiB\n",
     ];

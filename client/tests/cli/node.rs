@@ -85,3 +85,14 @@ async fn every_command_has_help() {
     }
     assert!(end(&mut ramtorch(&["--version"])).await.succeeded().out.starts_with("ramtorch "));
 }
+
+#[tokio::test]
+async fn the_doctor_looks_at_the_machine_with_and_without_a_daemon() {
+    let mock = Mock::start(Stage::default());
+    let with = mock.run(&["doctor", "--json"]).await.json();
+    let checks = with[0]["checks"].as_array().unwrap();
+    assert!(checks.len() >= 12 && checks[0]["check"] == "daemon" && checks[0]["status"] == "ok", "{with:?}");
+    let without = end(ramtorch(&["doctor"]).env("RAMTORCH_SOCKET", "/no/such/socket")).await;
+    assert!(matches!(without.code, Some(0 | 1)), "{without:?}");
+    assert!(without.out.contains("warn: daemon") && without.out.contains("systemctl start ramtorchd"), "{without:?}");
+}

@@ -126,6 +126,9 @@ fn start(request: &SpawnRequest, boot_id: &str) -> std::io::Result<(tokio::proce
     let log = OpenOptions::new().create(true).append(true).mode(0o640).open(&request.log)?;
     let mut command = tokio::process::Command::new(&request.exe);
     command.args(&request.args).envs(request.env.iter().map(|(k, v)| (k, v)));
+    for name in crate::notify::VARIABLES {
+        command.env_remove(name);
+    }
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
     hit(Point::WorkerSpawning);
     let child = command.spawn()?;

@@ -1,7 +1,9 @@
 //! Requests of the protocol, checked and turned into the engine's terms.
 
-use super::invalid;
-use crate::supervisor::{Handle, Message, Refusal};
+use super::{Context, invalid};
+use crate::access::Caller;
+use crate::access::paths::Use;
+use crate::supervisor::{Message, Refusal};
 use ramtorch_job::{DataFormat, Precision};
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker as api;
@@ -31,13 +33,22 @@ pub fn precision(text: &str) -> Result<Option<Precision>, Refusal> {
     }
 }
 
-/// Where a model is read from. Jobs are looked up in the books.
-pub async fn source(handle: &Handle, model: Option<pb::ModelSource>) -> Result<api::Source, Refusal> {
-    match model.and_then(|m| m.source) {
-        Some(pb::model_source::Source::Path(path)) => Ok(api::Source::Path(absolute("model path", &path)?)),
-        Some(pb::model_source::Source::Job(id)) => handle.ask(|reply| Message::Source { id, reply }).await,
-        None => Err(invalid("name a model: a folder (`path`) or a `job`")),
+/// Where a model is read from: a path that may be read, or a job of the caller's.
+pub async fn source(context: &Context, caller: &Caller, model: Option<pb::ModelSource>) -> Result<api::Source, Refusal> {
+    let source = match model.and_then(|m| m.source) {
+        Some(pb::model_source::Source::Path(path)) => api::Source::Path(absolute("model path", &path)?),
+        Some(pb::model_source::Source::Job(id)) => {
+            let id = context.own(caller, id).await?;
+            context.handle.ask(|reply| Message::Source { id, reply }).await?
+        }
+        None => return Err(invalid("name a model: a folder (`path`) or a `job`")),
+    };
+    // What a job wrote was allowed when it was submitted; what is there now may be something else.
+    if let api::Source::Path(path) = &source {
+        let path = path.clone();
+        context.allowed(move |roots| roots.check("the model", &path, Use::Read)).await?;
     }
+    Ok(source)
 }
 
 /// Sampling.

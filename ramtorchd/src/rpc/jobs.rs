@@ -1,6 +1,8 @@
 //! `ramtorch.v1.Jobs`
 
-use super::{Context, MAX_JOB_FILE_BYTES, convert, invalid, oneoff, peer_uid};
+use super::{Context, MAX_JOB_FILE_BYTES, caller, convert, invalid, oneoff};
+use crate::access::Caller;
+use crate::access::paths::Use;
 use crate::disk;
 use crate::logs::LogReader;
 use crate::node;
@@ -74,6 +76,31 @@ pub(super) fn parse(request: &pb::SubmitRequest) -> Result<JobSpec, Refusal> {
     JobSpec::parse(&request.job_toml, &base, file).map_err(|e| EngineError::new(ErrorKind::JobFile, e).into())
 }
 
+/// Checks where a job reads and writes.
+pub(super) async fn check_paths(context: &Context, spec: &JobSpec) -> Result<(), Refusal> {
+    let spec = spec.clone();
+    context.allowed(move |roots| roots.check_job(&spec)).await
+}
+
+/// Somebody else's job, as far as it concerns everybody: that it is there, and what it holds.
+fn from_outside(job: pb::Job) -> pb::Job {
+    pb::Job {
+        id: job.id,
+        state: job.state,
+        uid: job.uid,
+        step: job.step,
+        steps: job.steps,
+        world_size: job.world_size,
+        restarts: job.restarts,
+        created_unix_ms: job.created_unix_ms,
+        started_unix_ms: job.started_unix_ms,
+        ended_unix_ms: job.ended_unix_ms,
+        exit_code: job.exit_code,
+        segment_bytes: job.segment_bytes,
+        ..Default::default()
+    }
+}
+
 /// Eight letters and digits, a letter first, none that are easily confused.
 fn new_id() -> std::io::Result<String> {
     const LETTERS: &[u8] = b"abcdefghjkmnpqrstuvwxyz";
@@ -88,9 +115,10 @@ fn new_id() -> std::io::Result<String> {
 #[tonic::async_trait]
 impl Jobs for JobsService {
     async fn submit(&self, request: Request<pb::SubmitRequest>) -> Result<Response<pb::Job>, Status> {
-        let uid = peer_uid(&request);
+        let Caller { uid, .. } = caller(&request)?;
         let request = request.into_inner();
         let spec = parse(&request)?;
+        check_paths(&self.context, &spec).await?;
         if request.dry_run {
             let name = spec.name.clone();
             let spec_toml = spec.to_toml();
@@ -112,19 +140,24 @@ impl Jobs for JobsService {
     }
 
     async fn get(&self, request: Request<pb::GetJobRequest>) -> Result<Response<pb::Job>, Status> {
-        let id = request.into_inner().id;
+        let caller = caller(&request)?;
+        let id = self.context.own(&caller, request.into_inner().id).await?;
         Ok(Response::new(self.context.handle.ask(|reply| Message::Get { id, reply }).await?))
     }
 
     async fn list(&self, request: Request<pb::ListJobsRequest>) -> Result<Response<pb::ListJobsResponse>, Status> {
+        let caller = caller(&request)?;
         let all = request.into_inner().all;
         let jobs = self.context.handle.ask(|reply| Message::List { all, reply }).await?;
+        let jobs = jobs.into_iter().map(|job| if caller.may_touch(job.uid) { job } else { from_outside(job) }).collect();
         Ok(Response::new(pb::ListJobsResponse { jobs }))
     }
 
     type WatchStream = ReceiverStream<Result<pb::WatchEvent, Status>>;
     async fn watch(&self, request: Request<pb::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let caller = caller(&request)?;
         let pb::WatchRequest { id, history } = request.into_inner();
+        let id = self.context.own(&caller, id).await?;
         let history = history as usize;
         let mut watching = self.context.handle.ask(|reply| Message::Watch { id, history, reply }).await?;
         if let Some(path) = watching.history_file.take() {
@@ -140,18 +173,22 @@ impl Jobs for JobsService {
     }
 
     async fn cancel(&self, request: Request<pb::CancelRequest>) -> Result<Response<pb::Job>, Status> {
-        let id = request.into_inner().id;
+        let caller = caller(&request)?;
+        let id = self.context.own(&caller, request.into_inner().id).await?;
         Ok(Response::new(self.context.handle.ask(|reply| Message::Cancel { id, reply }).await?))
     }
 
     async fn checkpoint(&self, request: Request<pb::CheckpointRequest>) -> Result<Response<pb::CheckpointResponse>, Status> {
-        let id = request.into_inner().id;
+        let caller = caller(&request)?;
+        let id = self.context.own(&caller, request.into_inner().id).await?;
         Ok(Response::new(self.context.handle.ask(|reply| Message::Checkpoint { id, reply }).await?))
     }
 
     type TraceStream = ReceiverStream<Result<pb::TracePart, Status>>;
     async fn trace(&self, request: Request<pb::TraceRequest>) -> Result<Response<Self::TraceStream>, Status> {
+        let caller = caller(&request)?;
         let pb::TraceRequest { id, steps, first_step } = request.into_inner();
+        let id = self.context.own(&caller, id).await?;
         let mut parts = self.context.handle.ask(|reply| Message::Trace { id, first_step, steps, reply }).await?;
         let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
         tokio::spawn(async move {
@@ -171,7 +208,9 @@ impl Jobs for JobsService {
 
     type LogsStream = ReceiverStream<Result<pb::LogChunk, Status>>;
     async fn logs(&self, request: Request<pb::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        let caller = caller(&request)?;
         let pb::LogsRequest { id, rank, follow, tail_lines } = request.into_inner();
+        let id = self.context.own(&caller, id).await?;
         let source = self.context.handle.ask(|reply| Message::Logs { id, reply }).await?;
         let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
         tokio::spawn(serve_logs(source, rank, follow, tail_lines, tx));
@@ -180,10 +219,11 @@ impl Jobs for JobsService {
 
     type GenerateStream = ReceiverStream<Result<pb::GenerateEvent, Status>>;
     async fn generate(&self, request: Request<pb::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let caller = caller(&request)?;
         let mut request = request.into_inner();
         let model = request.model.take();
         let work = convert::generate(&request)?;
-        let source = convert::source(&self.context.handle, model).await?;
+        let source = convert::source(&self.context, &caller, model).await?;
         let events = oneoff::start(&self.context, Task::Generate { source, request: work }, true).await?;
         let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
         tokio::spawn(serve_text(events, tx));
@@ -191,27 +231,34 @@ impl Jobs for JobsService {
     }
 
     async fn eval(&self, request: Request<pb::EvalRequest>) -> Result<Response<pb::EvalResponse>, Status> {
+        let caller = caller(&request)?;
         let mut request = request.into_inner();
         let model = request.model.take();
         let work = convert::eval(&request, self.context.cache.clone())?;
-        let source = convert::source(&self.context.handle, model).await?;
+        let files = work.files.clone();
+        self.context.allowed(move |roots| files.iter().try_for_each(|f| roots.check_pattern("the data file", f))).await?;
+        let source = convert::source(&self.context, &caller, model).await?;
         let r: EvalResult = oneoff::result(&self.context, Task::Eval { source, request: work }, true).await?;
         Ok(Response::new(pb::EvalResponse { loss: r.loss, perplexity: r.perplexity, tokens: r.tokens, seconds: r.seconds }))
     }
 
     async fn export(&self, request: Request<pb::ExportRequest>) -> Result<Response<pb::ExportResponse>, Status> {
+        let caller = caller(&request)?;
         let request = request.into_inner();
         let (path, dtype) = (convert::absolute("path", &request.path)?, convert::precision(&request.dtype)?);
-        let source = convert::source(&self.context.handle, request.model).await?;
+        let source = convert::source(&self.context, &caller, request.model).await?;
+        let target = path.clone();
+        self.context.allowed(move |roots| roots.check("the model folder", &target, Use::Write)).await?;
         let task = Task::Export { source, path, dtype, overwrite: request.overwrite };
         let r: Exported = oneoff::result(&self.context, task, false).await?;
         Ok(Response::new(pb::ExportResponse { path: r.path.to_string_lossy().into_owned(), step: r.step, bytes: r.bytes }))
     }
 
     async fn inspect(&self, request: Request<pb::InspectRequest>) -> Result<Response<pb::InspectResponse>, Status> {
+        let caller = caller(&request)?;
         let request = request.into_inner();
         let values = convert::values(request.values)?;
-        let source = convert::source(&self.context.handle, request.model).await?;
+        let source = convert::source(&self.context, &caller, request.model).await?;
         let task = Task::Inspect { source, names: request.names, values };
         let r: Inspected = oneoff::result(&self.context, task, false).await?;
         let tensors = r.tensors.into_iter().map(convert::tensor).collect();
@@ -330,6 +377,14 @@ mod tests {
         assert!(error(&request("nonsense = 1", "/")).message().contains("nonsense"));
         assert!(error(&request("", "relative")).message().contains("absolute"));
         assert!(error(&request(&"#".repeat(MAX_JOB_FILE_BYTES + 1), "/")).message().contains("bytes"));
+    }
+
+    #[test]
+    fn somebody_elses_job_tells_no_secrets() {
+        let job = pb::Job { id: "abc".into(), uid: 7, segment_bytes: 9, spec_toml: "s".into(), name: "n".into(), ..Default::default() };
+        let job = pb::Job { message: "m".into(), sample: "s".into(), segment: "s".into(), workers: vec![Default::default()], ..job };
+        let seen = from_outside(job);
+        assert_eq!(seen, pb::Job { id: "abc".into(), uid: 7, segment_bytes: 9, ..Default::default() });
     }
 
     #[tokio::test]

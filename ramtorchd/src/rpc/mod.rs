@@ -11,6 +11,9 @@ pub use jobs::JobsService;
 pub use node::NodeService;
 pub use worker::WorkerService;
 
+use crate::access::Caller;
+use crate::access::paths::{PathError, Roots};
+use crate::supervisor::Message;
 use crate::supervisor::outside::Engine;
 use crate::supervisor::{Handle, Refusal, RefusalKind};
 use std::path::PathBuf;
@@ -18,8 +21,6 @@ use std::sync::Arc;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Code, Request, Status};
 
-/// Largest message from a client, in bytes; the largest are job files.
-pub const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// Largest job file, in bytes.
 pub const MAX_JOB_FILE_BYTES: usize = 1 << 20;
 /// Largest message between daemon and worker, in bytes; the largest are plans of very large models.
@@ -40,6 +41,35 @@ pub struct Context {
     pub state_dir: PathBuf,
     /// Start of the daemon, milliseconds since 1970.
     pub started_unix_ms: i64,
+    /// Largest message from a client, in bytes; the largest are job files.
+    pub request_bytes: usize,
+    /// Folders below which is read and written.
+    pub roots: Arc<Roots>,
+}
+
+impl Context {
+    /// The id of the job that `caller` means, if it is the caller's to look into.
+    async fn own(&self, caller: &Caller, id: String) -> Result<String, Refusal> {
+        let caller = caller.clone();
+        self.handle.ask(|reply| Message::Resolve { id, caller, reply }).await
+    }
+
+    /// Checks paths, which touches the file system.
+    async fn allowed(&self, check: impl FnOnce(&Roots) -> Result<(), PathError> + Send + 'static) -> Result<(), Refusal> {
+        if self.roots.is_open() {
+            return Ok(());
+        }
+        let roots = self.roots.clone();
+        let checked = tokio::task::spawn_blocking(move || check(&roots)).await;
+        let checked = checked.map_err(|e| Refusal::new(RefusalKind::Denied, format!("cannot check paths: {e}")))?;
+        checked.map_err(|e| Refusal::new(RefusalKind::Denied, e.to_string()))
+    }
+}
+
+/// Who calls; the gate has found out.
+fn caller<T>(request: &Request<T>) -> Result<Caller, Refusal> {
+    let known = request.extensions().get::<Caller>().cloned();
+    known.ok_or_else(|| Refusal::new(RefusalKind::Denied, "nobody knows who calls"))
 }
 
 impl From<Refusal> for Status {
@@ -72,12 +102,6 @@ impl From<Refusal> for Status {
 /// A request that makes no sense.
 fn invalid(message: impl Into<String>) -> Refusal {
     Refusal::new(RefusalKind::Invalid, message)
-}
-
-/// Who calls, as the kernel says; the daemon's own user where it does not say.
-fn peer_uid<T>(request: &Request<T>) -> u32 {
-    let cred = request.extensions().get::<UdsConnectInfo>().and_then(|i| i.peer_cred);
-    cred.map_or_else(|| nix::unistd::geteuid().as_raw(), |c| c.uid())
 }
 
 /// Which process calls, as the kernel says.

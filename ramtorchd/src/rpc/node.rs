@@ -1,6 +1,6 @@
 //! `ramtorch.v1.Node`
 
-use super::{Context, jobs, oneoff};
+use super::{Context, caller, jobs, oneoff};
 use crate::node;
 use crate::supervisor::record::plan_to_pb;
 use crate::supervisor::{Message, Refusal, RefusalKind};
@@ -43,11 +43,15 @@ impl Node for NodeService {
 
     async fn plan(&self, request: Request<pb::SubmitRequest>) -> Result<Response<pb::Plan>, Status> {
         let spec = jobs::parse(&request.into_inner())?;
+        jobs::check_paths(&self.context, &spec).await?;
         let (_, plan) = oneoff::plan(&self.context, spec).await?;
         Ok(Response::new(plan_to_pb(&plan)))
     }
 
-    async fn shutdown(&self, _: Request<pb::ShutdownRequest>) -> Result<Response<pb::ShutdownResponse>, Status> {
+    async fn shutdown(&self, request: Request<pb::ShutdownRequest>) -> Result<Response<pb::ShutdownResponse>, Status> {
+        if !caller(&request)?.admin {
+            return Err(Refusal::new(RefusalKind::Denied, "only an administrator ([access] admins) may stop the daemon").into());
+        }
         if !self.context.handle.tell(Message::Stop).await {
             return Err(Refusal::new(RefusalKind::Stopping, "the daemon has stopped").into());
         }

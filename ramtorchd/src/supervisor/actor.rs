@@ -2,6 +2,7 @@
 
 use super::Supervisor;
 use super::message::{Message, Refusal, RefusalKind, Reply};
+use crate::notify::Watchdog;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
@@ -48,7 +49,9 @@ impl Handle {
 }
 
 /// Runs until the daemon was told to stop and is done, or its time is up. Returns what was left over.
-pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox) -> Vec<String> {
+///
+/// The service manager's watchdog is fed from here: a loop that hangs is noticed, whatever else still answers.
+pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Watchdog) -> Vec<String> {
     supervisor.begin(Instant::now());
     let mut next_tick = Instant::now();
     let mut callers = true;
@@ -56,6 +59,7 @@ pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox) -> Vec<String> {
         let now = Instant::now();
         if now >= next_tick {
             supervisor.tick(now);
+            watchdog.feed(now, || supervisor.status());
             next_tick = now + supervisor.idle_tick();
         }
         if supervisor.is_done() || supervisor.is_overdue(now) {

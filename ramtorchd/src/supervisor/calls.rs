@@ -6,6 +6,7 @@ use super::devices::Holder;
 use super::job::{Job, Phase, Stop};
 use super::message::{Books, JobKey, LogSource, Message, PlanContext, Refusal, RefusalKind, Reply, Watching};
 use super::record::Record;
+use crate::access::Caller;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker::{DeviceSpec, EngineError, ErrorKind, Level, Source};
@@ -17,6 +18,8 @@ impl Supervisor {
         // A caller who has gone away needs no answer.
         match message {
             Message::Submit { record, spec, reply } => drop(reply.send(self.submit(*record, *spec, now))),
+            Message::Resolve { id, caller, reply } => drop(reply.send(self.resolve(&id, &caller))),
+            Message::Telemetry { reply } => drop(reply.send(Ok(self.telemetry()))),
             Message::Get { id, reply } => drop(reply.send(self.find(&id).and_then(|k| self.view(k).ok_or_else(|| not_found(&id))))),
             Message::List { all, reply } => {
                 let keys = self.jobs.values().filter(|j| all || !j.has_ended()).map(|j| j.key);
@@ -83,6 +86,35 @@ impl Supervisor {
                 Err(Refusal::new(RefusalKind::Invalid, format!("`{id}` could be any of {}; give more of the id", ids.join(", "))))
             }
         }
+    }
+
+    /// As [`Supervisor::find`], among the jobs that are the caller's to look into.
+    fn resolve(&self, id: &str, caller: &Caller) -> Result<String, Refusal> {
+        let whole = |key: JobKey| self.jobs.get(&key).map(|j| j.record.id.clone()).ok_or_else(|| not_found(id));
+        if caller.admin {
+            return whole(self.find(id)?);
+        }
+        let own = |j: &&Job| caller.may_touch(j.record.uid);
+        // Names and prefixes of other users' jobs are not in the way.
+        if let Some(job) = self.jobs.values().filter(own).find(|j| j.record.id == id) {
+            return Ok(job.record.id.clone());
+        }
+        if let Some(job) = self.jobs.values().rev().filter(own).find(|j| j.record.name == id) {
+            return Ok(job.record.id.clone());
+        }
+        let mut begun = self.jobs.values().filter(own).filter(|j| !id.is_empty() && j.record.id.starts_with(id));
+        if let (Some(job), None) = (begun.next(), begun.next()) {
+            return Ok(job.record.id.clone());
+        }
+        let key = self.find(id)?;
+        let job = self.jobs.get(&key).ok_or_else(|| not_found(id))?;
+        if caller.may_touch(job.record.uid) {
+            return Ok(job.record.id.clone());
+        }
+        let (id, uid) = (&job.record.id, job.record.uid);
+        let text =
+            format!("job {id} is that of user {uid}; only that user and administrators ([access] admins) may look into it or end it");
+        Err(Refusal::new(RefusalKind::Denied, text))
     }
 
     fn watch(&mut self, id: &str, history: usize) -> Result<Watching, Refusal> {
@@ -152,8 +184,16 @@ impl Supervisor {
     }
 
     pub(super) fn checkpoint_written(&mut self, key: JobKey, written: pb::CheckpointWritten) {
+        let at = self.out.unix_ms();
         let Some(job) = self.jobs.get_mut(&key) else { return };
         let ok = written.error.is_empty();
+        match ok {
+            true => {
+                job.checkpoint_tally.written += 1;
+                job.checkpoint_tally.newest = Some((written.step, at));
+            }
+            false => job.checkpoint_tally.failed += 1,
+        }
         let (asked, others) = job.checkpoints.drain(..).partition::<Vec<_>, _>(|(request, _)| *request == written.request);
         job.checkpoints = others;
         if ok {
@@ -215,7 +255,7 @@ impl Supervisor {
         Ok(PlanContext { devices, segment_bytes, ram_bytes })
     }
 
-    fn books(&mut self) -> Books {
+    pub(super) fn books(&mut self) -> Books {
         let name = |holder: Option<Holder>| match holder {
             Some(Holder::Job(key)) => self.jobs.get(&key).map(|j| j.record.id.clone()).unwrap_or_default(),
             Some(Holder::OneOff(id)) => format!("one-off {id}"),

@@ -22,6 +22,8 @@ enum Quarantine {
     Proc(ProcKey),
     /// A process of an earlier daemon did.
     Survivor(i32),
+    /// It had an error that calls for an operator.
+    Fault,
 }
 
 #[derive(Debug)]
@@ -135,6 +137,16 @@ impl DevicePool {
         self.slots[index].quarantine.push(Quarantine::Survivor(pid));
     }
 
+    /// Takes a device out of use for as long as the daemon lives: an operator has to look at it. Whether that is news.
+    pub fn quarantine_faulty(&mut self, index: usize) -> bool {
+        let Some(slot) = self.slots.get_mut(index) else { return false };
+        let news = !slot.quarantine.contains(&Quarantine::Fault);
+        if news {
+            slot.quarantine.push(Quarantine::Fault);
+        }
+        news
+    }
+
     /// The process is gone after all: whether a device came back into use.
     pub fn absolve(&mut self, by: ProcKey) -> bool {
         self.lift(&Quarantine::Proc(by))
@@ -229,6 +241,15 @@ mod tests {
         assert!(!p.absolve(ProcKey(6)));
         assert!(p.absolve(ProcKey(5)));
         assert_eq!(p.lease(&spec(None), Some(&plan(vec![1, 1]))), Lease::Now(vec![0, 1]));
+    }
+
+    #[test]
+    fn a_faulty_device_stays_out_of_use() {
+        let mut p = pool(2);
+        assert!(p.quarantine_faulty(1) && !p.quarantine_faulty(1) && !p.quarantine_faulty(7));
+        p.quarantine(1, ProcKey(5));
+        assert!(p.absolve(ProcKey(5)));
+        assert_eq!(p.lease(&spec(None), None), Lease::Now(vec![0]), "its process is gone, its fault is not");
     }
 
     #[test]

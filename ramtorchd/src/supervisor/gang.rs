@@ -3,8 +3,9 @@
 use super::Supervisor;
 use super::job::{End, Phase, Rank, Stop};
 use super::message::{Commands, JobKey, Refusal, RefusalKind};
-use super::proc::{Cause, Outcome, Proc, Role};
+use super::proc::{Cause, Outcome, Proc, Role, Sign};
 use super::record::{State, WorkerRecord, history_line, push_history};
+use crate::faults::Verdict;
 use crate::process::{Identity, ProcKey};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_proto::v1 as pb;
@@ -99,7 +100,7 @@ impl Supervisor {
         }
         job.phase = Phase::Starting;
         let rank = job.ranks.len();
-        self.sign(key, rank, Cause { at: now, kind: e.kind, text: e.message, tail: String::new() }, now);
+        self.sign(key, rank, Cause { kind: e.kind, ..Cause::defect(now, Sign::Lost, e.message) }, now);
     }
 
     pub(super) fn started(&mut self, key: ProcKey, identity: Identity) {
@@ -203,7 +204,7 @@ impl Supervisor {
                             if let Some(proc) = self.procs.get_mut(&key) {
                                 proc.disbelieved = true;
                             }
-                            self.blame(key, job, 0, text, now);
+                            self.blame(key, job, 0, Cause::defect(now, Sign::Disbelieved, text), now);
                         }
                     }
                 }
@@ -259,8 +260,7 @@ impl Supervisor {
     }
 
     /// Something is wrong with a rank that does not know it.
-    fn blame(&mut self, key: ProcKey, job: JobKey, rank: usize, text: String, now: Instant) {
-        let cause = Cause { at: now, kind: ErrorKind::Internal, text, tail: String::new() };
+    pub(super) fn blame(&mut self, key: ProcKey, job: JobKey, rank: usize, cause: Cause, now: Instant) {
         if let Some(proc) = self.procs.get_mut(&key) {
             proc.cause.get_or_insert_with(|| cause.clone());
         }
@@ -294,7 +294,7 @@ impl Supervisor {
             suspect.still(now).unwrap_or_default().as_secs_f64()
         );
         let key = suspect.key;
-        self.blame(key, job_key, rank, text, now);
+        self.blame(key, job_key, rank, Cause::defect(now, Sign::Stalled, text), now);
     }
 
     /// A gang runs once every rank has left the phases of starting up.
@@ -436,7 +436,7 @@ impl Supervisor {
             }
             (_, None) => {
                 let text = "the gang stopped early without having been told to".to_string();
-                failures.push(Cause { at: now, kind: ErrorKind::Internal, text, tail: String::new() });
+                failures.push(Cause::defect(now, Sign::Reported, text));
                 self.judge(key, &failures, now);
             }
         }
@@ -446,9 +446,17 @@ impl Supervisor {
     pub(super) fn judge(&mut self, key: JobKey, causes: &[Cause], now: Instant) {
         let budget = self.limits.restart_budget;
         let Some(root) = causes.iter().min_by_key(|c| c.at) else { return };
-        let text = root.describe();
+        let mut text = root.describe();
+        let sign = root.sign.name();
+        *self.tally.failures_by_cause.entry(sign).or_default() += 1;
+        let verdict = self.judge_gpus(causes, &mut text);
         let Some(job) = self.jobs.get_mut(&key) else { return };
-        if root.kind != ErrorKind::Internal {
+        if verdict == Some(Verdict::Fail) {
+            let kind = if root.kind == ErrorKind::Internal { ErrorKind::Resources } else { root.kind };
+            return self.fail(key, EngineError::new(kind, text), now);
+        }
+        // An error of a GPU that another one would not have is worth a restart, whatever the worker made of it.
+        if root.kind != ErrorKind::Internal && verdict.is_none() {
             return self.fail(key, EngineError::new(root.kind, text), now);
         }
         job.failures += 1;
@@ -458,6 +466,7 @@ impl Supervisor {
             let message = format!("gave up after {budget} restart(s) without a newly committed step; the first failure: {first}{last}");
             return self.fail(key, EngineError::internal(message), now);
         }
+        *self.tally.restarts_by_cause.entry(sign).or_default() += 1;
         job.record.restarts += 1;
         let pause = self.limits.backoff(job.failures);
         job.phase = Phase::Backoff(now + pause);

@@ -3,6 +3,7 @@
 use super::message::{JobKey, Reply};
 use super::proc::{Cause, Outcome};
 use super::record::{self, Record, State};
+use super::telemetry::CheckpointTally;
 use super::timeline::Tracing;
 use crate::process::ProcKey;
 use ramtorch_job::JobSpec;
@@ -123,6 +124,8 @@ pub struct Job {
     pub longest: HashMap<String, Duration>,
     /// When progress was last told to watchers.
     pub progress_at: Option<Instant>,
+    /// What became of its checkpoints.
+    pub checkpoint_tally: CheckpointTally,
 }
 
 impl Job {
@@ -146,6 +149,7 @@ impl Job {
             trace: None,
             longest: HashMap::new(),
             progress_at: None,
+            checkpoint_tally: CheckpointTally::default(),
         }
     }
 

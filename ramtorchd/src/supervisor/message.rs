@@ -2,6 +2,9 @@
 
 use super::oneoff::OneOffEvent;
 use super::record::Record;
+use super::telemetry::Snapshot;
+use crate::access::Caller;
+use crate::faults::kernel_log::Xid;
 use crate::node::Memory;
 use crate::process;
 use crate::process::ProcKey;
@@ -32,6 +35,10 @@ pub type Commands = mpsc::Sender<Result<pb::Command, tonic::Status>>;
 pub enum Message {
     /// A job whose record is already durable.
     Submit { record: Box<Record>, spec: Box<JobSpec>, reply: Reply<pb::Job> },
+    /// The id of the job that a caller means, if it is the caller's to look into.
+    Resolve { id: String, caller: Caller, reply: Reply<String> },
+    /// What is told to Prometheus.
+    Telemetry { reply: Reply<Snapshot> },
     /// One job.
     Get { id: String, reply: Reply<pb::Job> },
     /// Jobs, oldest first.
@@ -73,6 +80,8 @@ pub enum Message {
     /// Answer to `Outside::remove_segment`.
     Removed { job: JobKey, outcome: Result<(), String> },
 
+    /// The kernel's log tells of an error of a GPU.
+    Xid(Xid),
     /// A process of an earlier daemon, which could not be ended, is gone.
     Survivor { pid: i32 },
     /// End the daemon. The second one does not wait any more.

@@ -51,6 +51,7 @@ pub mod admission;
 mod calls;
 pub mod devices;
 mod gang;
+mod gpus;
 mod job;
 pub mod message;
 pub mod oneoff;
@@ -58,6 +59,7 @@ pub mod outside;
 mod proc;
 mod queue;
 pub mod record;
+pub mod telemetry;
 #[cfg(test)]
 mod tests;
 mod timeline;
@@ -100,6 +102,7 @@ pub struct Supervisor {
     next: u64,
     stopping: Option<Stopping>,
     last_tick: Option<Instant>,
+    tally: telemetry::Tally,
 }
 
 /// The daemon is on its way out.
@@ -112,7 +115,9 @@ struct Stopping {
 impl Supervisor {
     /// Books without jobs.
     pub fn new(limits: Supervision, job_limits: JobLimits, pool: DevicePool, out: Box<dyn Outside>) -> Supervisor {
+        let tally = telemetry::Tally { started_unix_ms: out.unix_ms(), ..Default::default() };
         Supervisor {
+            tally,
             limits,
             job_limits,
             out,
@@ -167,6 +172,8 @@ impl Supervisor {
     pub fn handle(&mut self, message: Message, now: Instant) {
         match message {
             Message::Submit { .. }
+            | Message::Resolve { .. }
+            | Message::Telemetry { .. }
             | Message::Get { .. }
             | Message::List { .. }
             | Message::Watch { .. }
@@ -207,6 +214,7 @@ impl Supervisor {
                     self.schedule(now);
                 }
             }
+            Message::Xid(xid) => self.xid(xid, now),
             Message::Stop => self.stop_daemon(now),
             Message::StopKeeping => {
                 // Workers that were told to stop for good have written checkpoints already.
@@ -248,6 +256,17 @@ impl Supervisor {
     pub fn idle_tick(&self) -> Duration {
         let busy = !self.procs.is_empty() || self.stopping.is_some() || self.jobs.values().any(|j| matches!(j.phase, Phase::Backoff(_)));
         if busy { TICK } else { Duration::from_secs(1) }
+    }
+
+    /// One line about it all, for the service manager.
+    pub fn status(&self) -> String {
+        let count = |wanted: fn(&Job) -> bool| self.jobs.values().filter(|j| wanted(j)).count();
+        let running = count(|j| !j.has_ended() && !matches!(j.phase, Phase::Queued { .. }));
+        let queued = count(|j| matches!(j.phase, Phase::Queued { .. }));
+        let out_of_use = self.pool.each().filter(|(_, _, state)| *state == "quarantined").count();
+        let devices = if out_of_use == 0 { String::new() } else { format!(", {out_of_use} device(s) quarantined") };
+        let stopping = if self.stopping.is_some() { "stopping; " } else { "" };
+        format!("{stopping}{running} job(s) under way, {queued} waiting{devices}")
     }
 
     /// Whether the daemon was told to stop and nothing is left to wait for.

@@ -13,6 +13,7 @@
 
 use super::message::{Commands, JobKey};
 use crate::config::Supervision;
+use crate::faults::{GpuError, Source};
 use crate::process::{Ended, Identity, ProcKey, Status};
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker::{EngineError, ErrorKind};
@@ -53,11 +54,58 @@ pub enum Role {
     GivenUp,
 }
 
+/// How it showed that a worker failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sign {
+    /// It said so.
+    Reported,
+    /// It exited without a word.
+    Exited,
+    /// A signal ended it.
+    Signalled,
+    /// It could not be started, or nobody knows how it ended.
+    Lost,
+    /// It never called.
+    NeverCalled,
+    /// It sent no heartbeat.
+    Silent,
+    /// It closed its stream and stayed.
+    Stuck,
+    /// It made no progress.
+    Stalled,
+    /// It said what cannot be.
+    Disbelieved,
+    /// Its GPU did.
+    Gpu,
+}
+
+impl Sign {
+    /// Its name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Sign::Reported => "reported",
+            Sign::Exited => "exited",
+            Sign::Signalled => "signalled",
+            Sign::Lost => "lost",
+            Sign::NeverCalled => "never_called",
+            Sign::Silent => "silent",
+            Sign::Stuck => "stuck",
+            Sign::Stalled => "stalled",
+            Sign::Disbelieved => "disbelieved",
+            Sign::Gpu => "gpu",
+        }
+    }
+}
+
 /// Why a worker failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cause {
     /// When it was noticed.
     pub at: Instant,
+    /// How.
+    pub sign: Sign,
+    /// The error of a GPU behind it, where one is known.
+    pub gpu: Option<GpuError>,
     /// Class.
     pub kind: ErrorKind,
     /// What happened, naming the worker.
@@ -67,6 +115,11 @@ pub struct Cause {
 }
 
 impl Cause {
+    /// A defect that nobody has more words for yet.
+    pub fn defect(at: Instant, sign: Sign, text: String) -> Cause {
+        Cause { at, sign, gpu: None, kind: ErrorKind::Internal, text, tail: String::new() }
+    }
+
     /// For people.
     pub fn describe(&self) -> String {
         if self.tail.is_empty() {
@@ -252,7 +305,10 @@ impl Proc {
                 ErrorKind::Internal => format!("{}: {}", self.who(), result.error),
                 _ => result.error.clone(),
             };
-            self.cause.get_or_insert(Cause { at: now, kind, text, tail: String::new() });
+            let code = result.device_code.zip(self.device);
+            let gpu = code.map(|(code, device)| GpuError { device, source: Source::Cuda, code });
+            let sign = if gpu.is_some() { Sign::Gpu } else { Sign::Reported };
+            self.cause.get_or_insert(Cause { kind, gpu, ..Cause::defect(now, sign, text) });
         }
         self.result.get_or_insert(result);
         self.result_at.get_or_insert(now);
@@ -291,25 +347,25 @@ impl Proc {
             return None;
         }
         let since = |at: Instant| now.saturating_duration_since(at);
-        let text = if let Some(at) = self.closed {
+        let (sign, text) = if let Some(at) = self.closed {
             if since(at) <= EXIT_GRACE {
                 return None;
             }
-            format!("{} closed its control stream and did not exit", self.who())
+            (Sign::Stuck, format!("{} closed its control stream and did not exit", self.who()))
         } else if !self.registered {
             if since(self.spawned) <= limits.register_timeout() {
                 return None;
             }
-            format!("{} did not call within {:.0} s of its start", self.who(), limits.register_timeout_seconds)
+            (Sign::NeverCalled, format!("{} did not call within {:.0} s of its start", self.who(), limits.register_timeout_seconds))
         } else {
             if since(self.heard) <= limits.heartbeat_timeout() {
                 return None;
             }
             let place =
                 if self.phase.is_empty() { String::new() } else { format!(" (last heard in phase {} of step {})", self.phase, self.step) };
-            format!("{} sent no heartbeat for {:.1} s{place}", self.who(), since(self.heard).as_secs_f64())
+            (Sign::Silent, format!("{} sent no heartbeat for {:.1} s{place}", self.who(), since(self.heard).as_secs_f64()))
         };
-        Some(Cause { at: now, kind: ErrorKind::Internal, text, tail: String::new() })
+        Some(Cause::defect(now, sign, text))
     }
 
     /// Whether its work is done and it has had long enough to leave.
@@ -381,13 +437,13 @@ impl Proc {
             let tail = if self.result.is_some() && !self.disbelieved { String::new() } else { tail };
             return Outcome::Failed(Cause { tail, ..cause.clone() });
         }
-        let (kind, text) = match status {
-            Status::Code(code) => (kind_of_code(i64::from(code)), format!("{} {status} without a result", self.who())),
-            Status::Signal(_) => (ErrorKind::Internal, format!("{} {status}", self.who())),
-            Status::Unknown => (ErrorKind::Internal, format!("{} {status}", self.who())),
+        let (kind, sign, text) = match status {
+            Status::Code(code) => (kind_of_code(i64::from(code)), Sign::Exited, format!("{} {status} without a result", self.who())),
+            Status::Signal(_) => (ErrorKind::Internal, Sign::Signalled, format!("{} {status}", self.who())),
+            Status::Unknown => (ErrorKind::Internal, Sign::Lost, format!("{} {status}", self.who())),
         };
         let when = if self.registered { "" } else { " before its first call" };
-        Outcome::Failed(Cause { at, kind, text: format!("{text}{when}"), tail })
+        Outcome::Failed(Cause { kind, tail, ..Cause::defect(at, sign, format!("{text}{when}")) })
     }
 
     /// Name for people.

@@ -142,6 +142,8 @@ struct HistoryLine {
     #[serde(with = "any_float")]
     copy_wait_seconds: f64,
     #[serde(with = "any_float")]
+    optimizer_wait_seconds: f64,
+    #[serde(with = "any_float")]
     epoch: f64,
     line: String,
 }
@@ -266,6 +268,7 @@ pub fn metrics_to_pb(m: &StepMetrics, line: &str) -> pb::Metrics {
         bytes_to_device: m.bytes_to_device,
         bytes_from_device: m.bytes_from_device,
         copy_wait_seconds: m.copy_wait_seconds,
+        optimizer_wait_seconds: m.optimizer_wait_seconds,
         epoch: m.epoch,
         json: line.to_string(),
     }
@@ -288,6 +291,7 @@ pub fn history_line(m: &pb::Metrics) -> String {
         bytes_to_device: m.bytes_to_device,
         bytes_from_device: m.bytes_from_device,
         copy_wait_seconds: m.copy_wait_seconds,
+        optimizer_wait_seconds: m.optimizer_wait_seconds,
         epoch: m.epoch,
         line: m.json.clone(),
     };
@@ -311,6 +315,7 @@ impl From<HistoryLine> for pb::Metrics {
             bytes_to_device: l.bytes_to_device,
             bytes_from_device: l.bytes_from_device,
             copy_wait_seconds: l.copy_wait_seconds,
+            optimizer_wait_seconds: l.optimizer_wait_seconds,
             epoch: l.epoch,
             json: l.line,
         }

@@ -128,7 +128,13 @@ impl Link {
     pub fn finish(self, result: Result<serde_json::Value, EngineError>, limit: Duration) -> bool {
         let message = match result {
             Ok(value) => pb::WorkerResult { ok: true, stopped: was_stopped(&value), json: value.to_string(), ..Default::default() },
-            Err(e) => pb::WorkerResult { exit_code: u32::from(e.kind.exit_code()), error: e.message, ..Default::default() },
+            Err(e) => pb::WorkerResult {
+                exit_code: u32::from(e.kind.exit_code()),
+                // Some errors lose their code where something is added to their text; the name is still in it.
+                device_code: e.device_code.or_else(|| crate::faults::table::cuda_named(&e.message)),
+                error: e.message,
+                ..Default::default()
+            },
         };
         lock(&self.shared.queue).result = Some(message);
         self.shared.wake.notify_one();

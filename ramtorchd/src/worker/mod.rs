@@ -37,6 +37,11 @@ pub fn main() -> ExitCode {
         eprintln!("ramtorchd worker: {e}");
         return ExitCode::from(e.kind.exit_code());
     }
+    // Before there are threads: the confinement is inherited, not spread.
+    if let Err(e) = crate::access::sandbox::enter_from_environment() {
+        eprintln!("ramtorchd worker: {e}");
+        return ExitCode::from(ramtorch_client::exit::INTERNAL);
+    }
     run(ramtorch_worker::run)
 }
 
@@ -53,6 +58,7 @@ pub fn run(engine: Engine) -> ExitCode {
 
 fn serve(engine: Engine) -> Result<u8, String> {
     die_with_parent()?;
+    offer_to_the_oom_killer();
     hit(Point::RankBorn);
     let socket = PathBuf::from(variable(process::SOCKET_VARIABLE)?);
     let (link, assignment) = Link::connect(socket, variable(process::TOKEN_VARIABLE)?).map_err(|e| e.to_string())?;
@@ -93,6 +99,18 @@ pub(crate) fn die_with_parent() -> Result<(), String> {
     // It may have died before: then this process belongs to somebody else by now.
     let now = nix::unistd::getppid().as_raw();
     if now != parent { Err(format!("started by {parent}, but the parent is {now}: the daemon is gone")) } else { Ok(()) }
+}
+
+/// When memory runs out, the kernel should end a worker, which is started again, rather than the daemon. A service may have
+/// been made unlikely to be chosen; a worker gives that up, which needs no privilege.
+fn offer_to_the_oom_killer() {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let inherited = std::fs::read_to_string(SCORE).ok().and_then(|t| t.trim().parse::<i32>().ok());
+    if inherited.is_some_and(|score| score < 0) {
+        if let Err(e) = std::fs::write(SCORE, "0") {
+            tracing::warn!("cannot raise {SCORE}: {e}");
+        }
+    }
 }
 
 /// Runs the engine on a thread of its own and waits for it.

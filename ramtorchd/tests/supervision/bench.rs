@@ -3,9 +3,10 @@
 use crate::fake::{FakeEngine, Script};
 use ramtorch_client::{Client, ClientError, Endpoint, v1};
 use ramtorch_worker::{DeviceKind, DeviceSpec};
-use ramtorchd::config::{JobLimits, Settings, Supervision, WorkerCommand};
+use ramtorchd::config::{JobLimits, Service, Settings, Supervision, WorkerCommand};
 use ramtorchd::daemon::{Daemon, StartError, Stopper};
 use ramtorchd::devices::Device;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,6 +21,9 @@ pub struct Bench {
     pub dir: tempfile::TempDir,
     pub settings: Settings,
     pub engine: FakeEngine,
+    /// Where the daemon listens for TCP, and for those who want metrics.
+    pub tcp: Option<SocketAddr>,
+    pub metrics: Option<SocketAddr>,
     daemon: Option<(Stopper, JoinHandle<Vec<String>>)>,
 }
 
@@ -45,6 +49,7 @@ pub fn settings(dir: &Path, devices: u32) -> Settings {
             kill_timeout_seconds: 5.0,
         },
         jobs: JobLimits::default(),
+        service: Service::default(),
     }
 }
 
@@ -53,7 +58,7 @@ impl Bench {
     pub fn new(devices: u32, script: Script) -> Bench {
         let dir = tempfile::Builder::new().prefix("rtd").tempdir_in("/tmp").unwrap();
         let settings = settings(dir.path(), devices);
-        let bench = Bench { dir, settings, engine: FakeEngine::default(), daemon: None };
+        let bench = Bench { dir, settings, engine: FakeEngine::default(), tcp: None, metrics: None, daemon: None };
         bench.script(&script);
         bench
     }
@@ -85,6 +90,7 @@ impl Bench {
 
     pub async fn try_up(&mut self) -> Result<(), StartError> {
         let daemon = Daemon::start(self.settings.clone(), Arc::new(self.engine.clone())).await?;
+        (self.tcp, self.metrics) = (daemon.tcp_address(), daemon.metrics_address());
         self.daemon = Some((daemon.stopper(), tokio::spawn(daemon.finish())));
         Ok(())
     }

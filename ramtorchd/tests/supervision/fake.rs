@@ -63,6 +63,8 @@ pub enum Act {
     Signal(i32),
     Panic,
     Fail(ErrorKind),
+    /// Fails with this status of the CUDA driver.
+    Cuda(u32),
     /// Goes on for ever, heartbeats included.
     Linger,
     /// Says that this step is committed, and does nothing more.
@@ -135,6 +137,7 @@ fn act(act: &Act) -> Result<(), EngineError> {
         Act::Signal(number) => raise(Signal::try_from(*number).unwrap()).unwrap(),
         Act::Panic => panic!("as the script says"),
         Act::Fail(kind) => return Err(EngineError::new(*kind, format!("{kind:?} as the script says"))),
+        Act::Cuda(code) => return Err(EngineError::internal(format!("status {code} as the script says")).with_device_code(*code)),
         Act::Linger | Act::Claim(_) => loop {
             std::thread::sleep(Duration::from_secs(60));
         },

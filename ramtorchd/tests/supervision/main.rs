@@ -1,19 +1,23 @@
 //! The supervisor against real processes that misbehave on demand: crash, hang, lie, linger.
 //!
-//! This program is three: the tests, a daemon for tests that kill one (`daemon`), and the worker that daemons start
-//! (`worker`), as `ramtorchd` itself is daemon and worker. The worker speaks the real protocol through the real link and
+//! This program is four: the tests, a daemon for tests that kill one (`daemon`), a client of another user (`caller`), and the
+//! worker that daemons start (`worker`), as `ramtorchd` itself is daemon and worker. The worker speaks the real protocol through the real link and
 //! does what a script says; planning and segments are stood in for by `fake::FakeEngine`. Everything else is the
 //! product.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 
+mod access;
 mod bench;
 mod calls;
 mod failures;
 mod fake;
+mod gpus;
 mod life;
+mod metrics;
 mod recovery;
 mod stop;
+mod tls;
 
 use libtest_mimic::{Arguments, Trial};
 use std::process::ExitCode;
@@ -23,9 +27,11 @@ fn main() -> ExitCode {
     match role.as_deref() {
         Some("worker") => fake::worker_main(),
         Some("daemon") => bench::daemon_main(),
+        Some("caller") => access::caller_main(),
         _ => {
             let trials = [life::trials(), failures::trials(), stop::trials(), calls::trials(), recovery::trials()];
-            libtest_mimic::run(&Arguments::from_args(), trials.into_iter().flatten().collect()).exit_code()
+            let trials = trials.into_iter().chain([access::trials(), tls::trials(), metrics::trials(), gpus::trials()]);
+            libtest_mimic::run(&Arguments::from_args(), trials.flatten().collect()).exit_code()
         }
     }
 }

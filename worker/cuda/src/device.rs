@@ -191,10 +191,8 @@ impl CudaDevice {
     }
 
     fn explain(&self, e: EngineError, name: &str) -> EngineError {
-        EngineError {
-            kind: e.kind,
-            message: format!("cuda:{}: {name}: {} (last operation enqueued: {})", self.info.ordinal, e.message, self.last_operation.get()),
-        }
+        let message = format!("cuda:{}: {name}: {} (last operation enqueued: {})", self.info.ordinal, e.message, self.last_operation.get());
+        EngineError { message, ..e }
     }
 
     fn handle(&self, e: Event) -> Result<&RawEvent, EngineError> {

@@ -36,7 +36,7 @@ pub(crate) fn check(status: sys::CUresult, what: impl FnOnce() -> String) -> Res
     } else {
         String::new()
     };
-    Err(EngineError::new(kind, format!("{}: {status:?}{meaning}", what())))
+    Err(EngineError::new(kind, format!("{}: {status:?}{meaning}", what())).with_device_code(status as u32))
 }
 
 /// The primary context of a device, retained.

@@ -11,6 +11,9 @@ pub struct EngineError {
     pub kind: ErrorKind,
     /// What was wrong, where, and what to do.
     pub message: String,
+    /// Status of the device's driver (CUDA: `CUresult`), where one was the cause.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_code: Option<u32>,
 }
 
 /// Class of failure; the exit codes are documented in docs/exit-codes.md.
@@ -45,7 +48,11 @@ impl ErrorKind {
 impl EngineError {
     /// An error of class `kind`.
     pub fn new(kind: ErrorKind, message: impl std::fmt::Display) -> Self {
-        EngineError { kind, message: message.to_string() }
+        EngineError { kind, message: message.to_string(), device_code: None }
+    }
+    /// The same error, caused by this status of the device's driver.
+    pub fn with_device_code(self, code: u32) -> Self {
+        EngineError { device_code: Some(code), ..self }
     }
     /// A model or data file is wrong.
     pub fn input(message: impl std::fmt::Display) -> Self {

@@ -1,0 +1,90 @@
+//! What follows from errors of GPUs; the tables are in `faults`.
+
+use super::Supervisor;
+use super::proc::{Cause, Role, Sign};
+use crate::faults::kernel_log::{self, Xid};
+use crate::faults::{GpuError, Source, Verdict};
+use ramtorch_worker::{DeviceKind, Level};
+use std::path::Path;
+use std::time::Instant;
+
+impl Supervisor {
+    /// Weighs the errors of GPUs among the causes of a failure; those that call for it take their device out of use.
+    /// The gravest verdict, if there is any; what follows is added to the text.
+    pub(super) fn judge_gpus(&mut self, causes: &[Cause], text: &mut String) -> Option<Verdict> {
+        let mut gravest = None;
+        // What several signs tell of one device is one error.
+        let mut seen: Vec<&GpuError> = Vec::new();
+        for error in causes.iter().filter_map(|c| c.gpu.as_ref()) {
+            if seen.contains(&error) {
+                continue;
+            }
+            seen.push(error);
+            // Those of the kernel's log were counted when they came.
+            if error.source == Source::Cuda {
+                self.count_gpu_error(error);
+            }
+            match error.verdict() {
+                Verdict::Quarantine => {
+                    let name = self.pool.spec(error.device).to_string();
+                    if self.pool.quarantine_faulty(error.device) {
+                        tracing::error!("{name} is out of use: {}; reset or replace it, then start ramtorchd again", error.describe());
+                    }
+                    text.push_str(&format!(
+                        "\n{name} is out of use until it was reset or replaced and ramtorchd started again: {}",
+                        error.describe()
+                    ));
+                    gravest = Some(Verdict::Quarantine);
+                }
+                Verdict::Fail if gravest != Some(Verdict::Quarantine) => {
+                    text.push_str(&format!("\n{}: a restart would meet the same", error.describe()));
+                    gravest = Some(Verdict::Fail);
+                }
+                Verdict::Restart => gravest = gravest.or(Some(Verdict::Restart)),
+                Verdict::Fail | Verdict::Note => {}
+            }
+        }
+        gravest
+    }
+
+    /// The kernel's log tells of an error.
+    pub(super) fn xid(&mut self, xid: Xid, now: Instant) {
+        let places = kernel_log::places(Path::new("/proc/driver/nvidia/gpus"));
+        let Some(ordinal) = places.iter().position(|p| *p == xid.pci) else { return };
+        self.xid_on(ordinal, &xid, now);
+    }
+
+    /// An error of the GPU with this number. Those that a worker will feel by itself are told; those that leave a GPU that
+    /// cannot be used end the gang on it at once, since what runs there may hang.
+    pub(super) fn xid_on(&mut self, ordinal: usize, xid: &Xid, now: Instant) {
+        let index = (0..self.pool.count()).find(|i| {
+            let spec = self.pool.spec(*i);
+            spec.kind == DeviceKind::Cuda && usize::try_from(spec.index) == Ok(ordinal)
+        });
+        let Some(device) = index else { return };
+        let error = GpuError { device, source: Source::Xid, code: xid.code };
+        self.count_gpu_error(&error);
+        let name = self.pool.spec(device).to_string();
+        let text = format!("{name}: {}: {}", error.describe(), xid.text);
+        let verdict = error.verdict();
+        let on_it = self.procs.values().find(|p| p.device == Some(device) && matches!(p.role, Role::Rank { .. }));
+        let Some((key, Role::Rank { job, rank })) = on_it.map(|p| (p.key, p.role)) else {
+            tracing::warn!("{text}");
+            if verdict == Verdict::Quarantine && self.pool.quarantine_faulty(device) {
+                tracing::error!("{name} is out of use; reset or replace it, then start ramtorchd again");
+            }
+            return;
+        };
+        if verdict == Verdict::Quarantine {
+            let cause = Cause { gpu: Some(error), ..Cause::defect(now, Sign::Gpu, text) };
+            self.blame(key, job, rank, cause, now);
+        } else {
+            self.note(job, Level::Warn, &text, Some(rank));
+        }
+    }
+
+    fn count_gpu_error(&mut self, error: &GpuError) {
+        let name = self.pool.spec(error.device).to_string();
+        *self.tally.gpu_errors.entry((name, error.source.name(), error.label())).or_default() += 1;
+    }
+}

@@ -1,0 +1,192 @@
+//! Other users on the unix socket, paths that are not allowed, and callers who run wild.
+
+use crate::bench::{Bench, refused, wait_for, wait_state};
+use crate::fake::Script;
+use crate::trial;
+use libtest_mimic::Trial;
+use ramtorch_client::v1::{self, JobState, model_source::Source};
+use ramtorch_client::{Client, ClientError, Endpoint, exit};
+use ramtorchd::access::config::{LimitsConfig, UserRef};
+use serde_json::{Value, json};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+/// `nobody` and `daemon`, users of every system; and their groups here.
+const NOBODY: u32 = 65_534;
+const DAEMON: u32 = 1;
+
+/// `caller SOCKET JOB TOML BASE`: everything that one user can try on another's job, and on a job of one's own; JSON of what came of it.
+pub fn caller_main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    println!("{}", runtime.block_on(call(&arguments[2], &arguments[3], &arguments[4], &arguments[5])));
+    ExitCode::SUCCESS
+}
+
+fn outcome<T>(result: Result<T, ClientError>) -> Value {
+    match result {
+        Ok(_) => json!("ok"),
+        Err(e) => json!(e.to_string()),
+    }
+}
+
+async fn call(socket: &str, theirs: &str, job_toml: &str, base_dir: &str) -> Value {
+    let mut c = match Client::connect(Endpoint::unix(socket)).await {
+        Ok(c) => c,
+        Err(e) => return json!({ "connect": e.to_string() }),
+    };
+    let model = || Some(v1::ModelSource { source: Some(Source::Job(theirs.into())) });
+    let logs = v1::LogsRequest { id: theirs.into(), ..Default::default() };
+    let mut all = json!({
+        "get": outcome(c.get(theirs).await),
+        "watch": outcome(c.watch(theirs, 0).await),
+        "cancel": outcome(c.cancel(theirs).await),
+        "checkpoint": outcome(c.checkpoint(theirs).await),
+        "logs": outcome(c.logs(logs).await),
+        "trace": outcome(c.trace(v1::TraceRequest { id: theirs.into(), steps: 1, first_step: 1 }).await),
+        "inspect": outcome(c.inspect(v1::InspectRequest { model: model(), ..Default::default() }).await),
+        "export": outcome(c.export(v1::ExportRequest { model: model(), path: "/tmp/x".into(), ..Default::default() }).await),
+        "shutdown": outcome(c.shutdown().await),
+        "info": outcome(c.info().await),
+    });
+    all["listed"] = match c.list(true).await {
+        Ok(jobs) => jobs.iter().map(|j| json!([j.id, j.name, j.spec_toml, j.uid])).collect(),
+        Err(e) => json!(e.to_string()),
+    };
+    let request = v1::SubmitRequest { job_toml: job_toml.into(), base_dir: base_dir.into(), ..Default::default() };
+    all["own"] = match c.submit(request).await {
+        // The newest job of this name is another user's: a name means one's own job first.
+        Ok(job) => json!([outcome(c.get("same").await), outcome(c.get(&job.id[..6]).await), outcome(c.cancel("same").await), job.uid]),
+        Err(e) => json!(e.to_string()),
+    };
+    all
+}
+
+/// What `call` says as another user; `None` where these tests may not become one.
+async fn as_user(uid: u32, socket: &Path, job: &str, own: &v1::SubmitRequest) -> Option<Value> {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can call as another user");
+        return None;
+    }
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("caller").arg(socket).args([job, &own.job_toml, &own.base_dir]).uid(uid).gid(NOBODY).current_dir("/").stdin(Stdio::null());
+    let output = tokio::task::spawn_blocking(move || command.stderr(Stdio::inherit()).output()).await.unwrap().unwrap();
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+fn open_to_others(bench: &mut Bench) {
+    std::fs::set_permissions(bench.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    if let Ok(Some(group)) = nix::unistd::Group::from_gid(NOBODY.into()) {
+        bench.settings.service.access.socket_group = Some(group.name);
+    }
+}
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("another_users_job_cannot_be_touched", || async {
+            let mut bench = Bench::new(1, Script::endless());
+            open_to_others(&mut bench);
+            bench.settings.service.access.users = vec![UserRef::Uid(NOBODY)];
+            let mut client = bench.up().await;
+            let theirs = client.submit(bench.job("same", 100_000, "")).await.unwrap().id;
+            wait_for(&mut client, &theirs, "a step", |j| j.step > 1).await;
+            let own = bench.job("same", 5, "");
+            let Some(seen) = as_user(NOBODY, &bench.settings.socket, &theirs, &own).await else { return bench.end().await };
+            for what in ["get", "watch", "cancel", "checkpoint", "logs", "trace", "inspect", "export"] {
+                let text = seen[what].as_str().unwrap();
+                assert!(text.contains(&theirs) && text.contains("only that user"), "{what}: {text}");
+            }
+            assert!(seen["shutdown"].as_str().unwrap().contains("administrator"), "{seen}");
+            assert_eq!(seen["info"], "ok");
+            assert_eq!(seen["listed"], json!([[theirs, "", "", 0]]), "it is there, and nobody is told what it is");
+            assert_eq!(seen["own"], json!(["ok", "ok", "ok", NOBODY]));
+            let job = client.get(&theirs).await.unwrap();
+            assert_eq!(job.state(), JobState::Running, "{}", job.message);
+            // An administrator may look into everybody's.
+            let all = client.list(true).await.unwrap();
+            let other = all.iter().find(|j| j.uid == NOBODY).unwrap();
+            wait_state(&mut client, &other.id.clone(), JobState::Cancelled).await;
+            bench.end().await;
+        }),
+        trial("who_is_not_configured_is_let_in_nowhere", || async {
+            let mut bench = Bench::new(1, Script::endless());
+            open_to_others(&mut bench);
+            bench.settings.service.access.users = vec![UserRef::Uid(NOBODY)];
+            let mut client = bench.up().await;
+            let theirs = client.submit(bench.job("one", 100_000, "")).await.unwrap().id;
+            let own = bench.job("two", 5, "");
+            if let Some(seen) = as_user(DAEMON, &bench.settings.socket, &theirs, &own).await {
+                for (what, text) in seen.as_object().unwrap() {
+                    assert!(text.as_str().unwrap().contains("may not use this daemon"), "{what}: {text}");
+                }
+                assert_eq!(client.list(true).await.unwrap().len(), 1);
+            }
+            bench.end().await;
+        }),
+        trial("paths_outside_of_the_roots_are_refused_and_named", || async {
+            let mut bench = Bench::new(1, Script::quick());
+            let at = |p: &str| bench.dir.path().join(p);
+            std::fs::create_dir(at("data")).unwrap();
+            std::fs::create_dir(at("results")).unwrap();
+            std::os::unix::fs::symlink("/etc", at("data/link")).unwrap();
+            bench.settings.service.paths.read = vec![at("data")];
+            bench.settings.service.paths.write = vec![at("results")];
+            let base = at("data").to_str().unwrap().to_string();
+            let mut client = bench.up().await;
+            let job = |more: &str| v1::SubmitRequest { base_dir: base.clone(), ..bench.job("one", 3, more) };
+            let id = client.submit(job("[output]\nmetrics = \"../results/m\"\n")).await.unwrap().id;
+            wait_state(&mut client, &id, JobState::Succeeded).await;
+            let (code, text) = refused(client.submit(job("[output]\npath = \"out\"\n")).await);
+            assert!(code == exit::UNREACHABLE && text.contains("output.path") && text.contains("/results"), "{code} {text}");
+            let link = v1::SubmitRequest { base_dir: format!("{base}/link"), ..bench.job("one", 3, "") };
+            let (_, text) = refused(client.submit(link.clone()).await);
+            assert!(text.contains("/etc/m") && text.contains("/data"), "{text}");
+            assert!(refused(client.plan(link).await).1.contains("/etc"));
+            let model = |p: &str| Some(v1::ModelSource { source: Some(Source::Path(p.into())) });
+            let inspect = |p: &str| v1::InspectRequest { model: model(p), ..Default::default() };
+            assert!(refused(client.inspect(inspect("/etc")).await).1.contains("[paths]"));
+            assert!(client.inspect(inspect(&format!("{base}/m"))).await.is_ok());
+            // Not even the daemon's own folder, where other users' jobs are.
+            let state = bench.settings.state_dir.join("jobs");
+            assert!(refused(client.inspect(inspect(state.to_str().unwrap())).await).1.contains("[paths]"));
+            let export = v1::ExportRequest { model: model(&base), path: format!("{base}/x"), ..Default::default() };
+            assert!(refused(client.export(export).await).1.contains("/results"));
+            let eval = v1::EvalRequest {
+                model: model(&base),
+                data_format: "text".into(),
+                files: vec![format!("{base}/../*")],
+                sequence_length: 4,
+                ..Default::default()
+            };
+            assert!(refused(client.eval(eval).await).1.contains("data file"));
+            let generate = v1::GenerateRequest { model: model("/m"), prompts: vec!["a".into()], max_new_tokens: 1, ..Default::default() };
+            assert!(refused(client.generate(generate).await.map(|_| ())).1.contains("/m"));
+            bench.end().await;
+        }),
+        trial("one_who_runs_wild_is_slowed_down", || async {
+            let mut bench = Bench::new(1, Script::endless());
+            let limits = LimitsConfig { calls_per_second: 0.001, calls_burst: 20, open_calls_per_user: 3, ..Default::default() };
+            bench.settings.service.limits = limits;
+            let mut client = bench.up().await;
+            let id = client.submit(bench.job("one", 100_000, "")).await.unwrap().id;
+            let mut watchers = vec![];
+            for _ in 0..3 {
+                watchers.push(client.watch(&id, 0).await.unwrap());
+            }
+            let (code, text) = refused(client.get(&id).await);
+            assert!(code == exit::RESOURCES && text.contains("open_calls_per_user"), "{code} {text}");
+            drop(watchers);
+            let mut answers = vec![];
+            for _ in 0..40 {
+                answers.push(client.get(&id).await.map_err(|e| e.to_string()));
+            }
+            assert!(answers.iter().any(Result::is_ok));
+            assert!(answers.last().unwrap().as_ref().unwrap_err().contains("calls_per_second"), "{answers:?}");
+            let large = v1::SubmitRequest { job_toml: "#".repeat(20 << 20), ..bench.job("x", 1, "") };
+            assert!(client.submit(large).await.is_err());
+            bench.end().await;
+        }),
+    ]
+}

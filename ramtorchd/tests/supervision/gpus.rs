@@ -1,0 +1,53 @@
+//! Errors of GPUs, as workers report them: restart, another device, or the end.
+
+use crate::bench::{Bench, wait_for, wait_state};
+use crate::fake::{Act, At, Script, fault};
+use crate::trial;
+use libtest_mimic::Trial;
+use ramtorch_client::exit;
+use ramtorch_client::v1::JobState;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("a_gpu_error_that_a_restart_mends", || async {
+            let (bench, mut client) = Bench::start(2, Script::quick().with(fault(At::Step(5), Act::Cuda(719)).rank(1).generation(1))).await;
+            let id = client.submit(bench.job("one", 12, "")).await.unwrap().id;
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts), (12, 1), "{}", job.message);
+            assert!(client.info().await.unwrap().devices.iter().all(|d| d.state == "free"));
+            bench.end().await;
+        }),
+        trial("a_gpu_that_is_broken_is_left_alone_and_a_spare_one_taken", || async {
+            let script = Script::quick().with(fault(At::Step(5), Act::Cuda(214)).rank(1).generation(1));
+            let (bench, mut client) = Bench::start(3, script).await;
+            let id = client.submit(bench.job("one", 12, "[device]\nranks = 2\n")).await.unwrap().id;
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts), (12, 1), "{}", job.message);
+            let states: Vec<String> = client.info().await.unwrap().devices.into_iter().map(|d| d.state).collect();
+            assert_eq!(states, ["free", "quarantined", "free"]);
+            bench.end().await;
+        }),
+        trial("a_job_waits_with_its_store_where_no_spare_gpu_is_left", || async {
+            let script = Script::quick().with(fault(At::Step(5), Act::Cuda(214)).rank(0).generation(1));
+            let (bench, mut client) = Bench::start(1, script).await;
+            let id = client.submit(bench.job("one", 12, "")).await.unwrap().id;
+            let job = wait_for(&mut client, &id, "a quarantine", |j| j.state() == JobState::Queued && j.restarts == 1).await;
+            assert!(!job.segment.is_empty() && job.step == 4 && job.message.contains("quarantined"), "{}", job.message);
+            client.cancel(&id).await.unwrap();
+            wait_state(&mut client, &id, JobState::Cancelled).await;
+            bench.end().await;
+        }),
+        trial("a_gpu_error_that_would_come_again_ends_the_job", || async {
+            let (bench, mut client) = Bench::start(1, Script::quick().with(fault(At::Load, Act::Cuda(2)))).await;
+            let id = client.submit(bench.job("one", 12, "")).await.unwrap().id;
+            let job = wait_state(&mut client, &id, JobState::Failed).await;
+            assert_eq!((job.exit_code, job.restarts), (u32::from(exit::RESOURCES), 0), "{}", job.message);
+            assert!(
+                job.message.contains("CUDA_ERROR_OUT_OF_MEMORY") && job.message.contains("restart would meet the same"),
+                "{}",
+                job.message
+            );
+            bench.end().await;
+        }),
+    ]
+}
