@@ -385,7 +385,7 @@ fn a_snapshot_changes_nothing_and_is_not_changed() {
                     let k = AdamwStep { step, ..K };
                     match who {
                         "cpu" => drop(update_pages(owner, &k, None).unwrap()),
-                        "device" => drop(on_device(owner, &k, &Queue::new(owner), updater, 1).unwrap()),
+                        "device" => drop(on_device(owner, &k, &Queue::new(owner, Vec::new()), updater, 1).unwrap()),
                         _ => drop(update_pages(owner, &k, Some(updater)).unwrap()),
                     }
                 }
