@@ -33,7 +33,33 @@ pub(crate) struct StepNumbers {
     pub initial_validation_loss: f64,
 }
 
+/// Number of a record's values that is 1 while pages are taken back to a checkpoint.
+const GOES_BACK: usize = 23;
+
+/// The record of a store whose pages are to be filled again, from a checkpoint or from the beginning.
+pub(crate) fn going_back() -> StepRecord {
+    let mut values = [0f64; 24];
+    values[GOES_BACK] = 1.0;
+    StepRecord { step: 0, phase: StepPhase::Loading, values }
+}
+
+/// Whether pages are filled again, rather than for the first time.
+pub(crate) fn goes_back(r: &StepRecord) -> bool {
+    r.phase == StepPhase::Loading && r.values[GOES_BACK] == 1.0
+}
+
 impl StepNumbers {
+    /// Those of the step before, as far as those of this one tell: enough to go on from it.
+    pub fn before(&self) -> StepNumbers {
+        StepNumbers {
+            step: self.step - 1,
+            tokens_total: self.tokens_total - self.tokens,
+            validation_loss: f64::NAN,
+            initial_validation_loss: f64::NAN,
+            ..Default::default()
+        }
+    }
+
     pub fn record(&self, phase: StepPhase) -> StepRecord {
         let mut values = [0f64; 24];
         let mine = [

@@ -14,9 +14,9 @@ use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes, staged_pages};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
 use ramtorch_device::trace::{Label, Wait};
-use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, Event, Gang, Ranks, StagedPage, Stream};
+use ramtorch_device::{AttentionShape, DevBuf, Device, DeviceGradients, Dtype, Event, Gang, GradientPiece, Ranks, StagedPage, Stream};
 use ramtorch_modelio::Architecture;
-use ramtorch_store::{PageId, Store};
+use ramtorch_store::{GradientFormat, PageId, Store};
 use std::sync::Arc;
 
 struct GradientBuffer {
@@ -36,6 +36,10 @@ struct GradientBuffers {
     /// Rounded gradients on their way out, used in turn; none where the copy stream rounds.
     packed: Vec<GradientBuffer>,
     next_packed: usize,
+    /// Gradients stay on the device, in this format: in the sums' own buffers, or rounded in `kept`.
+    stay: Option<GradientFormat>,
+    /// One a block where rounded sums stay.
+    kept: Vec<DevBuf>,
 }
 
 /// See the module.
@@ -289,6 +293,11 @@ impl Session {
             self.forward(&mbs)?;
             let final_group = g + 1 == groups;
             let last = self.model.len() - 1;
+            if !ready && self.gradients.as_ref().is_some_and(GradientBuffers::stay_in_place) {
+                // The optimizer reads the very buffers that are opened next.
+                before_gradients()?;
+                ready = true;
+            }
             let tied = if self.model.tied() { Some(self.open_gradient(0, g == 0)?) } else { None };
             let own = self.open_gradient(last, g == 0)?;
             self.last(&mbs, Some(scale), Some((own, tied)))?;
@@ -420,7 +429,22 @@ impl Session {
 
     /// Blocks until every gradient of the step is where it belongs.
     pub fn finish_gradients(&self) -> Result<(), EngineError> {
+        if self.gradients.as_ref().is_some_and(|g| g.stay.is_some()) {
+            self.dev.synchronize(Stream::Compute)?;
+        }
         self.dev.synchronize(Stream::CopyOut)
+    }
+
+    /// Where gradients are that stay on the device.
+    pub fn device_gradients(&self) -> Option<DeviceGradients> {
+        let g = self.gradients.as_ref()?;
+        let format = g.stay?;
+        let of_block = |(b, (start, len)): (usize, &(u64, u64))| {
+            let buf = g.kept.get(b).copied().or_else(|| Some(g.buffers[g.own[b]?].buf))?;
+            Some(GradientPiece { first: *start, end: start + len, buf: buf.slice(0, len * format.bytes()) })
+        };
+        let pieces: Option<Vec<GradientPiece>> = self.model.places.iter().enumerate().map(of_block).collect();
+        Some(DeviceGradients::new(format, pieces?))
     }
 
     /// Σ of the losses of the micro-batches of a step.
@@ -476,7 +500,11 @@ impl Session {
         let buf = buffer.buf.slice(0, len);
         if first_group || !g.resident() {
             dev.wait_measured(Stream::Compute, buffer.free, &Label::wait(Wait::Gradients).block(b))?;
-            dev.zero(Stream::Compute, buf)?;
+            match g.kept.get(b) {
+                // The groups before this one are in what stays.
+                Some(kept) if !first_group => dev.to_f32(*kept, (len / 4) as usize, buf)?,
+                _ => dev.zero(Stream::Compute, buf)?,
+            }
         }
         Ok(Grads { buf })
     }
@@ -496,6 +524,21 @@ impl Session {
         let accumulate = group > 0 && !resident;
         let size = self.store.layout().spec().gradients.bytes();
         let sum = buffer.buf.slice(0, ranks.padded(len) * 4);
+        if let Some(format) = g.stay {
+            let (stays, dtype) = match g.kept.get(b) {
+                Some(kept) => {
+                    dev.from_f32(sum, len as usize, *kept)?;
+                    (*kept, Dtype::Bf16)
+                }
+                None => (sum, Dtype::F32),
+            };
+            debug_assert_eq!(dtype.size(), format.bytes());
+            if let Some(squares) = self.squares.filter(|_| final_group) {
+                dev.sum_of_squares(stays, dtype, len as usize, squares.slice(8 * b as u64, 8))?;
+            }
+            g.advance(b);
+            return Ok(());
+        }
         let packed = g.packed.get(g.next_packed);
         // What leaves: the sum itself, or the sum rounded into a buffer of its own, which frees the sum's at once.
         let (leaving, src) = match packed {
@@ -555,8 +598,16 @@ impl Drop for Session {
 impl GradientBuffers {
     fn new(dev: &mut dyn Device, model: &Model, plan: &EnginePlan) -> Result<Self, EngineError> {
         let (resident, packs) = (plan.resident_gradients, plan.packs());
-        let mut g =
-            GradientBuffers { buffers: Vec::new(), own: vec![None; model.len()], ring: 0..0, next: 0, packed: Vec::new(), next_packed: 0 };
+        let mut g = GradientBuffers {
+            buffers: Vec::new(),
+            own: vec![None; model.len()],
+            ring: 0..0,
+            next: 0,
+            packed: Vec::new(),
+            next_packed: 0,
+            stay: plan.device_gradients,
+            kept: Vec::new(),
+        };
         let buffer = |dev: &mut dyn Device, bytes: u64| -> Result<GradientBuffer, EngineError> {
             Ok(GradientBuffer { buf: dev.alloc(bytes, "gradients")?, free: dev.event()?, full: dev.event()? })
         };
@@ -571,10 +622,14 @@ impl GradientBuffers {
         if !resident {
             let largest = (0..model.len()).filter(|b| g.own[*b].is_none()).map(|b| model.places[b].1).max().unwrap_or(0);
             let first = g.buffers.len();
-            for _ in 0..if packs { 1 } else { GRADIENT_RING } {
+            for _ in 0..if packs || plan.keeps_rounded() { 1 } else { GRADIENT_RING } {
                 g.buffers.push(new(dev, largest)?);
             }
             g.ring = first..g.buffers.len();
+        }
+        if plan.keeps_rounded() {
+            let bytes = |b: usize| ranks.padded(model.places[b].1) * GradientFormat::Bf16.bytes();
+            g.kept = (0..model.len()).map(|b| dev.alloc(bytes(b), "gradients that stay")).collect::<Result<_, _>>()?;
         }
         if packs {
             let largest = model.places.iter().map(|p| ranks.padded(p.1)).max().unwrap_or(0) * plan.store.gradients.bytes();
@@ -590,6 +645,11 @@ impl GradientBuffers {
     /// Whether sums stay over groups. A tied embedding's buffer is its own, but goes out with every group like the others.
     fn resident(&self) -> bool {
         self.ring.is_empty()
+    }
+
+    /// What the optimizer reads are the sums.
+    fn stay_in_place(&self) -> bool {
+        self.stay.is_some() && self.kept.is_empty()
     }
 
     fn advance(&mut self, b: usize) {
@@ -615,3 +675,6 @@ pub(crate) fn rope_table(dev: &mut dyn Device, a: &Architecture, positions: usiz
     dev.upload(Stream::Compute, buf, &table)?;
     Ok(Some(buf))
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,12 @@
 //!   killed before GradientsComplete(s): the gradients are thrown away, step s runs again
 //!   killed after it: pages still at s-1 are updated from the gradients in the segment
 //! ```
+//! Where gradients stay on the device (`EnginePlan::device_gradients`) they die with the process. Killed after GradientsComplete(s):
+//! ```text
+//!   no page is at s:    Committed(s-1) again, step s runs again          every page is at s: Committed(s)
+//!   some are:           Loading, going back ─► every page as in the newest sound checkpoint c, or at the beginning
+//!                       ─► Committed(c); lines past c are cut off the metrics file and written again
+//! ```
 //! The optimizer of step s runs on a thread of its own beside the forward sweep of step s+1, which takes each page as
 //! soon as it is published. Nothing of step s+1 leaves the device before step s is committed. A checkpoint of step s is
 //! begun on the same thread as soon as s is committed, and written beside the steps that follow (`checkpoint::writer`).
@@ -21,17 +27,17 @@ use crate::metrics::MetricsFile;
 use crate::model::{Block, Model};
 use crate::optimizer::{StepScalars, factors, sum_of_squares};
 use crate::plan::{EnginePlan, rank_share};
-use crate::record::StepNumbers;
+use crate::record::{StepNumbers, goes_back, going_back};
 use crate::session::{Session, StepBatches};
 use crate::trace::Tracing;
-use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded};
+use ramtorch_cpu::{Channel, Collectives, Kept, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded};
 use ramtorch_data::{Dataset, Order};
-use ramtorch_device::{PageUpdater, StagedPage};
+use ramtorch_device::{DeviceGradients, GradientReader, PageUpdater, StagedPage};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
 use ramtorch_modelio::Architecture;
-use ramtorch_store::{NEVER, Owner, SharedOwner, StepPhase, Store};
+use ramtorch_store::{Owner, SharedOwner, StepPhase, Store};
 use ramtorch_trace::{Kind, Label, Recorder, Row};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
@@ -62,6 +68,13 @@ struct OptimizerJob {
     checkpoint: Option<u64>,
 }
 
+/// What the optimizer's thread has of the device.
+struct Tools {
+    updater: Option<Box<dyn PageUpdater>>,
+    /// Where gradients stay on the device: who brings them to the processor, and where they are.
+    kept: Option<(Box<dyn GradientReader>, DeviceGradients)>,
+}
+
 /// Its answer.
 struct Committed {
     numbers: StepNumbers,
@@ -87,6 +100,7 @@ pub(crate) fn run(
     let comm = Arc::new(Collectives::new(store.clone(), assignment.rank, assignment.world_size, assignment.generation));
     let rank = Rank { assignment, spec, prepared, plan, architecture, store: store.clone(), comm, recorder: Arc::default(), control };
     let mut owner = store.claim(assignment.rank as u32).map_err(EngineError::internal)?;
+    rank.settle(&mut owner)?;
     rank.load(&mut owner)?;
     let owner = SharedOwner::new(owner);
     rank.recover(&owner)?;
@@ -102,18 +116,79 @@ impl Rank<'_> {
         self.store.set_record(&numbers.record(phase)).map_err(EngineError::internal)
     }
 
-    /// Fills this rank's pages, if the store was never filled whole.
+    /// Where gradients stay on the device and died there: finds the step that all pages are at, or that there is none, and has
+    /// them filled again. Only one rank has such a plan.
+    fn settle(&self, owner: &mut Owner<'_>) -> Result<(), EngineError> {
+        let record = self.store.record();
+        if self.plan.device_gradients.is_none() || record.phase != StepPhase::GradientsComplete {
+            return Ok(());
+        }
+        self.control.heartbeat(record.step, "recovering");
+        hit(Point::RecoverBegun);
+        let numbers = StepNumbers::from_record(&record);
+        let (step, all) = (numbers.step, self.store.layout().page_count() as usize);
+        let event = match owner.pages().filter(|p| self.store.entry(*p).step == step).count() {
+            // The gang that died here said so before its first page: nothing was lost.
+            0 => {
+                self.set_record(&numbers.before(), StepPhase::Committed)?;
+                format!("step {step} was interrupted before a page was updated; its gradients were on the device, so it is run again")
+            }
+            n if n == all => {
+                self.set_record(&numbers, StepPhase::Committed)?;
+                format!("step {step} was interrupted after every page was updated; nothing is lost")
+            }
+            n => {
+                self.store.set_record(&going_back()).map_err(EngineError::internal)?;
+                let text = format!(
+                    "step {step} was interrupted while pages were updated ({n} of {all} were), and its gradients were on the device: back to the last sound checkpoint"
+                );
+                self.control.event(Level::Warn, &text);
+                hit(Point::RecoverRecorded);
+                return Ok(());
+            }
+        };
+        hit(Point::RecoverRecorded);
+        self.control.event(Level::Info, &event);
+        Ok(())
+    }
+
+    /// What to say once where gradients stay on the device.
+    fn tell_of_device_gradients(&self) {
+        if self.plan.device_gradients.is_none() || !self.leader() {
+            return;
+        }
+        let what = "gradients stay on the device: a death while pages are updated goes back to the last checkpoint";
+        match (&self.spec.checkpoint.path, self.spec.checkpoint.every_steps) {
+            (None, _) => {
+                let event = format!("{what}, and this job writes none: it would begin again. Set [checkpoint] path and every_steps");
+                self.control.event(Level::Warn, &event);
+            }
+            (Some(_), 0) => self.control.event(Level::Warn, &format!("{what}, and every_steps is 0: only those asked for are written")),
+            (Some(_), n) => self.control.event(Level::Info, &format!("{what}; one is written every {n} steps")),
+        }
+    }
+
+    /// Fills this rank's pages, if the store was never filled whole, or has to be filled again.
     fn load(&self, owner: &mut Owner<'_>) -> Result<(), EngineError> {
-        if self.store.record().phase != StepPhase::Loading {
+        let record = self.store.record();
+        if record.phase != StepPhase::Loading {
             return Ok(());
         }
         self.control.heartbeat(0, "loading");
         let begin = Instant::now();
-        let source = checkpoint::open_source(self.spec, self.prepared, &self.architecture)?;
-        let step = self.prepared.resume.as_ref().map_or(0, |r| r.step);
+        let back = goes_back(&record);
+        let resume = if back {
+            checkpoint::find_to_go_back(self.spec, &self.architecture, self.store.name())?
+        } else {
+            self.tell_of_device_gradients();
+            self.prepared.resume.clone()
+        };
+        let source = checkpoint::open_source(self.spec, self.prepared, &self.architecture, resume.as_ref())?;
+        let step = resume.as_ref().map_or(0, |r| r.step);
         let pages: Vec<u32> = owner.pages().collect();
         for (i, page) in pages.iter().enumerate() {
-            if self.store.entry(*page).step == NEVER {
+            // Filled again: a page that is at the step has the very state that the checkpoint has.
+            if self.store.entry(*page).step != step {
                 source.fill(owner, self.store.layout(), *page, step)?;
             }
             hit(Point::LoadPage);
@@ -135,6 +210,10 @@ impl Rank<'_> {
             };
             self.set_record(&numbers, StepPhase::Committed)?;
             hit(Point::LoadRecorded);
+            if back {
+                let from = resume.map_or("the beginning: there is no checkpoint".into(), |r| format!("checkpoint {}", r.path.display()));
+                self.control.event(Level::Warn, &format!("went back to step {step}, {from}; the steps after it are run again"));
+            }
         }
         self.comm.barrier(Channel::Step)?;
         Ok(())
@@ -150,7 +229,7 @@ impl Rank<'_> {
         hit(Point::RecoverBegun);
         let mut numbers = StepNumbers::from_record(&record);
         // On the CPU alone: the device is not open yet, and the bits are the same.
-        let done = self.update_pages(owner, &numbers, None, Vec::new())?;
+        let done = self.update_pages(owner, &numbers, &mut Tools { updater: None, kept: None }, Vec::new())?;
         numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
         hit(Point::RecoverUpdated);
@@ -171,17 +250,22 @@ impl Rank<'_> {
         &self,
         owner: &SharedOwner<'_>,
         n: &StepNumbers,
-        updater: Option<&mut dyn PageUpdater>,
+        tools: &mut Tools,
         staged: Vec<StagedPage>,
     ) -> Result<PagesUpdated, EngineError> {
         let scalars = StepScalars { step: n.step, lr: n.lr, gradient_scale: n.gradient_scale as f32 };
-        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, &self.recorder)
+        let updater: Option<&mut dyn PageUpdater> = match &mut tools.updater {
+            Some(u) => Some(u.as_mut()),
+            None => None,
+        };
+        let kept = tools.kept.as_mut().map(|(reader, gradients)| Kept { gradients, reader: reader.as_mut() });
+        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, kept, &self.recorder)
     }
 
     fn commit(
         &self,
         owner: &SharedOwner<'_>,
-        updater: Option<&mut dyn PageUpdater>,
+        tools: &mut Tools,
         mut job: OptimizerJob,
         metrics: &mut MetricsFile,
     ) -> Result<Committed, EngineError> {
@@ -190,7 +274,7 @@ impl Rank<'_> {
         // This thread may have waited for an earlier checkpoint when the job came.
         let (late, waited) = (job.sent.elapsed(), owner.waited());
         let span = self.recorder.scope(Row::Optimizer, Label::work("update pages").step(step));
-        let done = self.update_pages(owner, &job.numbers, updater, std::mem::take(&mut job.staged))?;
+        let done = self.update_pages(owner, &job.numbers, tools, std::mem::take(&mut job.staged))?;
         drop(span);
         job.numbers.checkpoint_wait = (late + owner.waited().saturating_sub(waited)).as_secs_f64();
         hit(Point::OptimizerUpdated);
@@ -241,7 +325,15 @@ impl Rank<'_> {
         dev.observe(&self.recorder);
         let device = dev.name();
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
-        let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
+        let updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
+        let kept = match session.device_gradients() {
+            Some(gradients) => {
+                let page = u64::from(self.store.layout().page_parameters());
+                Some((session.dev.gradient_reader(gradients.format(), page)?, gradients))
+            }
+            None => None,
+        };
+        let mut tools = Tools { updater, kept };
         session.join(&self.comm)?;
         let committed = self.store.record().step;
         let (mut metrics, last_line) = if self.leader() {
@@ -298,18 +390,15 @@ impl Rank<'_> {
         let metrics = std::sync::Mutex::new(metrics);
         let stopped = std::thread::scope(|scope| {
             let (metrics, pool, owner, checkpoints) = (&metrics, &pool, &owner, &checkpoints);
-            // Moved, not borrowed: the updater goes with the optimizer's thread, before the device does.
+            // Moved, not borrowed: the tools go with the optimizer's thread, before the device does.
             let spawned = std::thread::Builder::new().name(format!("optimizer{rank}")).spawn_scoped(scope, move || {
                 for job in jobs {
                     let checkpoint = job.checkpoint;
                     let result = {
                         let mut guard = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                         let file = &mut *guard;
-                        let updater: Option<&mut dyn PageUpdater> = match &mut updater {
-                            Some(u) => Some(u.as_mut()),
-                            None => None,
-                        };
-                        pool.install(move || self.commit(owner, updater, job, file))
+                        let tools = &mut tools;
+                        pool.install(move || self.commit(owner, tools, job, file))
                     };
                     if result.is_err() {
                         self.comm.abort(); // the step loop may be waiting for pages that will not come

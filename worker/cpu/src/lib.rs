@@ -15,6 +15,7 @@ mod norm;
 mod pages;
 mod parameters;
 mod pointwise;
+mod reader;
 mod simd;
 mod stream;
 mod timing;
@@ -23,10 +24,10 @@ mod updater;
 pub use adamw::{adamw_page, adamw_page_at, sum_of_squares, sum_of_squares_bf16};
 pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradient_range, read_gradients};
 use memory::{Arena, Bf16, view, view_mut};
-pub use pages::{PagesUpdated, update_pages, update_pages_recorded};
+pub use pages::{Kept, PagesUpdated, update_pages, update_pages_recorded};
 use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
-use ramtorch_store::Store;
+use ramtorch_store::{GradientFormat, Store};
 pub use simd::Level;
 use std::sync::Arc;
 use stream::{EventState, Failure, Queue};
@@ -125,6 +126,9 @@ impl Device for CpuDevice {
     }
     fn page_updater(&mut self, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError> {
         Ok(Some(Box::new(updater::Updater::new(self.index, store, self.timing.recorder())?)))
+    }
+    fn gradient_reader(&mut self, format: GradientFormat, page_parameters: u64) -> Result<Box<dyn GradientReader>, EngineError> {
+        Ok(Box::new(reader::Reader::new(self.index, format, page_parameters, self.timing.recorder())?))
     }
     fn event(&mut self) -> Result<Event, EngineError> {
         self.events.push(EventState::new());

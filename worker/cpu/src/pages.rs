@@ -11,10 +11,15 @@
 //! The device begins with the pages that it has, the pool with the others; who is done with his goes on with the rest.
 //! Whoever is free takes the next page. Which of them updates a page changes nothing in it (`ramtorch_device` defines
 //! an update to the bit), so the sharing needs no plan and leaves no trace that recovery would have to know.
+//!
+//! Where gradients stay on the device ([`Kept`]), the device reads them there. The pool takes its pages some ahead, and their
+//! gradients come to the host while it works on the one before.
 
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
-use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, PageUpdater, StagedPage};
+use ramtorch_device::{
+    AdamwStep, DecayRun, DevBuf, DeviceGradients, EngineError, GradientPiece, GradientReader, PageGradients, PageUpdater, StagedPage,
+};
 use ramtorch_store::{Begun, PageId, SharedOwner, Update};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -29,6 +34,14 @@ pub struct PagesUpdated {
     pub device: u64,
     /// Time it took.
     pub elapsed: Duration,
+}
+
+/// Gradients that stay on the device.
+pub struct Kept<'a> {
+    /// Where they are.
+    pub gradients: &'a DeviceGradients,
+    /// Who brings those of the pool's pages to the host.
+    pub reader: &'a mut dyn GradientReader,
 }
 
 /// Pages that nobody has taken yet.
@@ -94,11 +107,11 @@ impl Queue {
 /// # Errors
 /// Those of the store and of the device. Pages that were published stay so; the others are at the old step.
 pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut dyn PageUpdater>) -> Result<PagesUpdated, EngineError> {
-    update_pages_recorded(owner, k, updater, Vec::new(), &Recorder::default())
+    update_pages_recorded(owner, k, updater, Vec::new(), None, &Recorder::default())
 }
 
 /// As [`update_pages`]; the CPU's part of the work is recorded. `staged` are pages whose state at the step before lies in
-/// memory of the updater's device.
+/// memory of the updater's device. `kept`: gradients are not in the segment.
 ///
 /// # Errors
 /// Those of [`update_pages`].
@@ -107,6 +120,7 @@ pub fn update_pages_recorded(
     k: &AdamwStep,
     updater: Option<&mut dyn PageUpdater>,
     staged: Vec<StagedPage>,
+    kept: Option<Kept<'_>>,
     recorder: &Recorder,
 ) -> Result<PagesUpdated, EngineError> {
     let begin = Instant::now();
@@ -115,21 +129,22 @@ pub fn update_pages_recorded(
     let spares = layout.spec().spare_pages_per_rank as usize;
     let depth = updater.as_ref().map_or(0, |u| u.depth().min(spares.saturating_sub(1)));
     let (mut cpu, mut device) = (Ok(0), Ok(0));
+    let gradients = kept.as_ref().map(|k| k.gradients);
     match updater.filter(|_| depth > 0) {
-        None => cpu = on_cpu(owner, k, &queue, recorder),
+        None => cpu = on_cpu(owner, k, &queue, kept, recorder),
         Some(updater) => std::thread::scope(|scope| {
             let feeder = std::thread::Builder::new()
                 .name("optimizer-device".into())
-                .spawn_scoped(scope, || queue.watch(on_device(owner, k, &queue, updater, depth)));
+                .spawn_scoped(scope, || queue.watch(on_device(owner, k, &queue, updater, gradients, depth)));
             match feeder {
                 Ok(feeder) => {
-                    cpu = queue.watch(on_cpu(owner, k, &queue, recorder));
+                    cpu = queue.watch(on_cpu(owner, k, &queue, kept, recorder));
                     device = feeder.join().unwrap_or_else(|_| Err(EngineError::internal("the device's part of the optimizer panicked")));
                 }
                 // It would only have helped.
                 Err(error) => {
                     tracing::warn!(%error, "no thread for the device's part of the optimizer: the CPU does all of it");
-                    cpu = on_cpu(owner, k, &queue, recorder);
+                    cpu = on_cpu(owner, k, &queue, kept, recorder);
                 }
             }
         }),
@@ -137,9 +152,23 @@ pub fn update_pages_recorded(
     Ok(PagesUpdated { cpu: cpu?, device: device?, elapsed: begin.elapsed() })
 }
 
-fn on_cpu(owner: &SharedOwner<'_>, k: &AdamwStep, queue: &Queue, recorder: &Recorder) -> Result<u64, EngineError> {
+fn on_cpu(owner: &SharedOwner<'_>, k: &AdamwStep, queue: &Queue, kept: Option<Kept<'_>>, recorder: &Recorder) -> Result<u64, EngineError> {
     let layout = owner.store().layout();
     let mut done = 0;
+    if let Some(Kept { gradients, reader }) = kept {
+        let mut ahead = VecDeque::new();
+        loop {
+            while let Some(page) = if ahead.len() < reader.depth() { queue.take() } else { None } {
+                reader.submit(page, &gradients.of(&layout.page_range(page)))?;
+                ahead.push_back(page);
+            }
+            let Some(page) = ahead.pop_front() else { return Ok(done) };
+            let runs = DecayRun::of(layout, &layout.page_range(page));
+            let g = reader.finish()?;
+            let _span = recorder.scope(Row::OptimizerCpu, Label::work("adamw").step(k.step).page(page));
+            done += u64::from(owner.update(page, k.step, |old, new, _| adamw_page(k, &runs, old, new, g))?);
+        }
+    }
     while let Some(page) = queue.take() {
         let runs = DecayRun::of(layout, &layout.page_range(page));
         let _span = recorder.scope(Row::OptimizerCpu, Label::work("adamw").step(k.step).page(page));
@@ -153,6 +182,7 @@ pub(crate) fn on_device(
     k: &AdamwStep,
     queue: &Queue,
     updater: &mut dyn PageUpdater,
+    kept: Option<&DeviceGradients>,
     depth: usize,
 ) -> Result<u64, EngineError> {
     let layout = owner.store().layout();
@@ -171,8 +201,13 @@ pub(crate) fn on_device(
             };
             match begun {
                 Begun::Update(update) => {
-                    let runs = DecayRun::of(layout, &layout.page_range(page));
-                    updater.submit(k, &update, &runs, state)?;
+                    let params = layout.page_range(page);
+                    let pieces: Option<Vec<GradientPiece>> = kept.map(|kept| kept.of(&params));
+                    let gradients = match (kept, &pieces) {
+                        (Some(kept), Some(pieces)) => PageGradients::Device(kept.format(), pieces),
+                        _ => PageGradients::Segment,
+                    };
+                    updater.submit(k, &update, &DecayRun::of(layout, &params), state, gradients)?;
                     in_hand.push_back(update);
                     continue;
                 }

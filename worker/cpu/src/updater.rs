@@ -3,7 +3,9 @@
 
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
-use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, PageUpdater, staged_parameters, state_bytes};
+use ramtorch_device::{
+    AdamwStep, DecayRun, DevBuf, EngineError, GradientPiece, PageGradients, PageUpdater, staged_parameters, state_bytes,
+};
 use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView, Store, Update};
 use std::ops::Range;
 use std::sync::{Arc, mpsc};
@@ -17,6 +19,8 @@ struct Work {
     live: PagePtrs,
     spare: PagePtrs,
     state: Vec<DevBuf>,
+    /// Where they are not in the segment.
+    gradients: Option<(GradientFormat, Vec<GradientPiece>)>,
 }
 
 /// See the module.
@@ -66,17 +70,42 @@ fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// Updates `params` of the page: from `old`, whose first parameter is theirs, into the spare.
+/// Updates `params` of the page: from `old`, whose first parameter is theirs, into the spare; piece by piece where gradients lie
+/// in several buffers.
 fn part(store: &Store, w: &Work, params: Range<u64>, old: PagePtrs) -> Result<(), EngineError> {
+    let Some((format, pieces)) = &w.gradients else {
+        let g = store.gradient_ptr(params.start);
+        return piece(store, w, params, old, (store.layout().spec().gradients, g));
+    };
+    let moment = store.layout().spec().moments.bytes() as usize;
+    let mut at = params.start;
+    for p in GradientPiece::within(pieces, params.clone(), *format) {
+        let skip = (p.first - params.start) as usize;
+        if p.first != at || p.buf.bytes < (p.end - p.first) * format.bytes() {
+            return Err(EngineError::internal("the gradients of a page have a gap"));
+        }
+        at = p.end;
+        let old = PagePtrs {
+            hi: old.hi.wrapping_add(skip),
+            lo: old.lo.wrapping_add(skip),
+            m: old.m.wrapping_add(skip * moment),
+            v: old.v.wrapping_add(skip * moment),
+        };
+        piece(store, w, p.first..p.end, old, (*format, p.buf.ptr as *mut u8))?;
+    }
+    if at == params.end { Ok(()) } else { Err(EngineError::internal("a page's gradients are missing")) }
+}
+
+/// Updates `params` of the page from gradients in one place.
+fn piece(store: &Store, w: &Work, params: Range<u64>, old: PagePtrs, (format, g): (GradientFormat, *mut u8)) -> Result<(), EngineError> {
     let n = (params.end - params.start) as usize;
     let at = (params.start - w.params.start) as usize;
     let spec = store.layout().spec();
-    let g = store.gradient_ptr(params.start);
     let runs: Vec<DecayRun> = DecayRun::within(&w.runs, params.clone()).collect();
     // SAFETY: the arrays of a page hold a whole page of the store's format, aligned, those of a staged part `n` parameters;
     // the update whose pages these are is under way until this is reported (contract of `PageUpdater::submit`), so nobody
     // writes the live page, the staged parts or the gradients, and nobody else touches the spare. Arrays of moments exist
-    // where the format has them.
+    // where the format has them; there are `n` gradients from `g` on (of the store, or of a piece that was checked).
     unsafe {
         let moments = |p: *mut u8| match spec.moments {
             MomentFormat::None => MomentsRef::None,
@@ -88,7 +117,7 @@ fn part(store: &Store, w: &Work, params: Range<u64>, old: PagePtrs) -> Result<()
             MomentFormat::F32 => MomentsMut::F32(std::slice::from_raw_parts_mut(p.cast::<f32>().add(at), n)),
             MomentFormat::Bf16 => MomentsMut::Bf16(std::slice::from_raw_parts_mut(p.cast::<u16>().add(at), n)),
         };
-        let gradients = match spec.gradients {
+        let gradients = match format {
             GradientFormat::None => Gradients::None,
             GradientFormat::F32 => Gradients::F32(std::slice::from_raw_parts(g.cast(), n)),
             GradientFormat::Bf16 => Gradients::Bf16(std::slice::from_raw_parts(g.cast(), n)),
@@ -116,7 +145,14 @@ impl PageUpdater for Updater {
         2
     }
 
-    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], state: &[DevBuf]) -> Result<(), EngineError> {
+    fn submit(
+        &mut self,
+        k: &AdamwStep,
+        update: &Update,
+        runs: &[DecayRun],
+        state: &[DevBuf],
+        gradients: PageGradients<'_>,
+    ) -> Result<(), EngineError> {
         let work = Work {
             page: update.page(),
             k: *k,
@@ -125,6 +161,10 @@ impl PageUpdater for Updater {
             live: self.store.page_ptrs(update.live()),
             spare: self.store.page_ptrs(update.spare()),
             state: state.to_vec(),
+            gradients: match gradients {
+                PageGradients::Segment => None,
+                PageGradients::Device(format, pieces) => Some((format, pieces.to_vec())),
+            },
         };
         let sent = self.jobs.as_ref().map(|jobs| jobs.send(work).is_ok());
         if sent == Some(true) { Ok(()) } else { Err(EngineError::internal("the page updater's thread has ended")) }

@@ -18,10 +18,10 @@ use crate::memory::Arena;
 use crate::peers::Peers;
 use crate::staging::Ring;
 use crate::timing::Timing;
-use crate::{GpuInfo, copies, ops, updater};
+use crate::{GpuInfo, copies, ops, reader, updater};
 use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
-use ramtorch_store::Store;
+use ramtorch_store::{GradientFormat, Store};
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
@@ -54,6 +54,8 @@ pub struct CudaDevice {
     events: Vec<RawEvent>,
     pub(crate) timing: RefCell<Timing>,
     pub(crate) stores: Vec<Arc<copies::Registration>>,
+    /// After the gradients that the reader of gradients was asked for last; made when first asked for.
+    fetched: Option<Arc<RawEvent>>,
     streams: [RawStream; Stream::ALL.len()],
     context: Context,
 }
@@ -113,6 +115,7 @@ impl CudaDevice {
             events: Vec::new(),
             timing: RefCell::new(Timing::new(None)),
             stores: Vec::new(),
+            fetched: None,
             streams,
             context,
             info,
@@ -158,6 +161,14 @@ impl CudaDevice {
         let r = Arc::new(copies::Registration::new(store)?);
         self.stores.push(r.clone());
         Ok(r)
+    }
+
+    /// What the updater waits for, and the reader of gradients records.
+    pub(crate) fn fetched(&mut self) -> Result<Arc<RawEvent>, EngineError> {
+        if let Some(event) = &self.fetched {
+            return Ok(event.clone());
+        }
+        Ok(self.fetched.insert(Arc::new(RawEvent::new()?)).clone())
     }
 
     /// Counts `bytes` as taken from the budget.
@@ -241,6 +252,10 @@ impl Device for CudaDevice {
     fn page_updater(&mut self, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError> {
         self.enter()?;
         updater::open(self, store)
+    }
+    fn gradient_reader(&mut self, format: GradientFormat, page_parameters: u64) -> Result<Box<dyn GradientReader>, EngineError> {
+        self.enter()?;
+        reader::open(self, format, page_parameters)
     }
     fn event(&mut self) -> Result<Event, EngineError> {
         self.enter()?;

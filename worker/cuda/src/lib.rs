@@ -19,6 +19,7 @@ mod memory;
 mod nvrtc;
 mod ops;
 mod peers;
+mod reader;
 mod staging;
 mod timing;
 mod updater;

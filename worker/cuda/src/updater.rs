@@ -5,14 +5,17 @@
 //!   kernel:           part 0 ─ part 1 ─ …      in place, in the slot
 //!   down:                      part 0 ─ …      new state, from the slot into the spare page
 //! ```
-//! Of pages whose state was brought before ([`ramtorch_device::StagedPage`]), the gradients alone go up.
+//! Of pages whose state was brought before ([`ramtorch_device::StagedPage`]), the gradients alone go up. Gradients that stay on
+//! the device are read where they are: a slot has no room for them.
 //!
 //! A page goes through in parts, the parts through a ring of slots; events order the three streams, so the host enqueues a
 //! page and waits only for whole pages. Both directions of the bus are busy at once.
 //!
 //! A part goes up only when the kernel of the one before it is done. The engine that copies to the device changes to another
 //! stream only when this one has nothing to do: without these pauses, of some hundredths of the time, the weights that the
-//! next forward pass wants come when the last page is up (measured: 400 ms late, instead of 8). All of it is beside the device's
+//! next forward pass wants come when the last page is up (measured: 400 ms late, instead of 8). On the way down, a part waits for
+//! what the reader of gradients ([`crate::reader`]) has asked for by then: a few pages' gradients, for want of which the
+//! processor would stand still while this stream keeps the engine busy. All of it is beside the device's
 //! own streams: the updater has streams, memory, kernels and a context reference of its own and is used from one thread.
 
 use crate::copies::Registration;
@@ -21,7 +24,7 @@ use crate::driver::{Context, Memory, RawEvent, RawStream, cu};
 use crate::kernels::{Kernels, Launch, launch};
 use crate::timing::Timing;
 use ramtorch_device::trace::{Label, Recorder, Row};
-use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, PageUpdater, STAGINGS, staged_parameters};
+use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, GradientPiece, PageGradients, PageUpdater, STAGINGS, staged_parameters};
 use ramtorch_store::{GradientFormat, MomentFormat, Store, Update};
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -53,13 +56,15 @@ struct Slot {
 pub(crate) struct Updater {
     name: String,
     kernels: Kernels,
-    kernel: &'static str,
     slots: Vec<Slot>,
     next_slot: usize,
     /// Parameters of a slot.
     part: u64,
-    moment_bytes: u64,
-    gradient_bytes: u64,
+    moments: MomentFormat,
+    /// Of the store: none where they stay on the device.
+    gradients: GradientFormat,
+    /// After the gradients that the reader was asked for last.
+    fetched: Arc<RawEvent>,
     /// Whole pages on their way, oldest first, and events that are not in use.
     pages: VecDeque<RawEvent>,
     spare_events: Vec<RawEvent>,
@@ -74,30 +79,27 @@ pub(crate) struct Updater {
 }
 
 impl Updater {
-    /// Takes [`ramtorch_device::staging_bytes`] of device memory, which the caller counts. `None`: the store has no
-    /// moments or no gradients.
+    /// Takes [`ramtorch_device::staging_bytes`] of device memory, which the caller counts. `fetched` follows the copies of
+    /// gradients to the host. `None`: the store has no moments.
     pub(crate) fn new(
         ordinal: u32,
         capability: (i32, i32),
         registration: Arc<Registration>,
+        fetched: Arc<RawEvent>,
         recorder: Option<Arc<Recorder>>,
     ) -> Result<Option<Updater>, EngineError> {
         let store = registration.store();
         let spec = store.layout().spec();
-        let kernel = match (spec.moments, spec.gradients) {
-            (MomentFormat::F32, GradientFormat::F32) => "adamw_f32_f32",
-            (MomentFormat::F32, GradientFormat::Bf16) => "adamw_f32_bf16",
-            (MomentFormat::Bf16, GradientFormat::F32) => "adamw_bf16_f32",
-            (MomentFormat::Bf16, GradientFormat::Bf16) => "adamw_bf16_bf16",
-            (MomentFormat::None, _) | (_, GradientFormat::None) => return Ok(None),
-        };
+        if spec.moments == MomentFormat::None {
+            return Ok(None);
+        }
         let context = Context::open(ordinal)?;
         let part = staged_parameters(u64::from(store.layout().page_parameters()));
-        let (moment_bytes, gradient_bytes) = (spec.moments.bytes(), spec.gradients.bytes());
+        let (moments, gradients) = (spec.moments, spec.gradients);
         let slots = (0..STAGINGS)
             .map(|_| {
                 Ok(Slot {
-                    memory: Memory::new(part * (4 + 2 * moment_bytes + gradient_bytes), "optimizer staging")?,
+                    memory: Memory::new(part * (4 + 2 * moments.bytes() + gradients.bytes()), "optimizer staging")?,
                     free: RawEvent::new()?,
                     loaded: RawEvent::new()?,
                     computed: RawEvent::new()?,
@@ -107,12 +109,12 @@ impl Updater {
         Ok(Some(Updater {
             name: format!("cuda:{ordinal}: optimizer"),
             kernels: Kernels::load_optimizer(capability)?,
-            kernel,
             slots,
             next_slot: 0,
             part,
-            moment_bytes,
-            gradient_bytes,
+            moments,
+            gradients,
+            fetched,
             pages: VecDeque::new(),
             spare_events: Vec::new(),
             timing: Timing::new(recorder),
@@ -126,7 +128,8 @@ impl Updater {
         }))
     }
 
-    /// Sends `count` parameters from `offset` of the page through a slot; of those whose state is `staged` the gradients alone.
+    /// Sends `count` parameters from `offset` of the page through a slot; of those whose state is `staged` the gradients alone,
+    /// and of those whose gradients stay on the device the state alone.
     fn part(
         &mut self,
         k: &AdamwStep,
@@ -135,11 +138,27 @@ impl Updater {
         start: u64,
         (offset, count): (u64, u64),
         staged: Option<&DevBuf>,
+        gradients: PageGradients<'_>,
     ) -> Result<(), EngineError> {
         let store: &Store = self.registration.store();
         let (live, spare) = (store.page_ptrs(update.live()), store.page_ptrs(update.spare()));
         let slot = &self.slots[self.next_slot];
-        let (mb, gb) = (self.moment_bytes, self.gradient_bytes);
+        let format = match gradients {
+            PageGradients::Segment => self.gradients,
+            PageGradients::Device(format, _) => format,
+        };
+        let (mb, gb) = (self.moments.bytes(), format.bytes());
+        let kernel = match (self.moments, format) {
+            (MomentFormat::F32, GradientFormat::F32) => "adamw_f32_f32",
+            (MomentFormat::F32, GradientFormat::Bf16) => "adamw_f32_bf16",
+            (MomentFormat::Bf16, GradientFormat::F32) => "adamw_bf16_f32",
+            (MomentFormat::Bf16, GradientFormat::Bf16) => "adamw_bf16_bf16",
+            (MomentFormat::None, _) | (_, GradientFormat::None) => {
+                return Err(EngineError::internal("a page without moments or gradients cannot be updated"));
+            }
+        };
+        let from = start + offset;
+        let in_segment = matches!(gradients, PageGradients::Segment);
         // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned; staged ones as long as the part.
         let (hi, each) = staged.map_or((slot.memory.ptr, self.part), |s| (s.ptr, count));
         if staged.is_some_and(|s| s.bytes < count * (4 + 2 * mb)) {
@@ -149,10 +168,21 @@ impl Updater {
         let m = lo + 2 * each;
         let v = m + mb * each;
         let g = slot.memory.ptr + (4 + 2 * mb) * self.part;
-        debug_assert!(g + gb * self.part <= slot.memory.ptr + slot.memory.bytes);
+        // Behind the state in the slot, or where the backward pass has left them.
+        let in_slot = [GradientPiece { first: from, end: from + count, buf: DevBuf { ptr: g, bytes: gb * count } }];
+        let pieces: Vec<GradientPiece> = match gradients {
+            PageGradients::Segment => {
+                debug_assert!(g + gb * self.part <= slot.memory.ptr + slot.memory.bytes);
+                in_slot.to_vec()
+            }
+            PageGradients::Device(_, pieces) => GradientPiece::within(pieces, from..from + count, format).collect(),
+        };
+        let whole = pieces.iter().try_fold(from, |at, p| (p.first == at && p.buf.bytes >= gb * (p.end - at)).then_some(p.end));
+        if whole != Some(from + count) {
+            return Err(EngineError::internal("the gradients of a page have a gap"));
+        }
         let (n, at) = (count as usize, offset as usize);
         let (mb_, gb_) = (mb as usize, gb as usize);
-        let gradient = store.gradient_ptr(start + offset);
         // SAFETY: offset + count lies inside the page (`submit`), in each of its arrays.
         let (old, new) = unsafe {
             let place = |p: ramtorch_store::PagePtrs| {
@@ -172,7 +202,7 @@ impl Updater {
         let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(update.page());
         cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
         cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?;
-        let bytes_in = count * if staged.is_some() { gb } else { 4 + 2 * mb + gb };
+        let bytes_in = count * (if staged.is_some() { 0 } else { 4 + 2 * mb } + if in_segment { gb } else { 0 });
         let span = if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", bytes_in))?) } else { None };
         if staged.is_none() {
             cu!(what, cuMemcpyHtoDAsync_v2(hi, old.0, n * 2, self.up.0))?;
@@ -180,7 +210,9 @@ impl Updater {
             cu!(what, cuMemcpyHtoDAsync_v2(m, old.2, n * mb_, self.up.0))?;
             cu!(what, cuMemcpyHtoDAsync_v2(v, old.3, n * mb_, self.up.0))?;
         }
-        cu!(what, cuMemcpyHtoDAsync_v2(g, gradient.cast::<c_void>(), n * gb_, self.up.0))?;
+        if in_segment {
+            cu!(what, cuMemcpyHtoDAsync_v2(g, store.gradient_ptr(from).cast::<c_void>(), n * gb_, self.up.0))?;
+        }
         if let Some(span) = span {
             self.timing.end(&self.up, span)?;
         }
@@ -198,16 +230,21 @@ impl Updater {
             eps: k.eps,
             gradient_scale: k.gradient_scale,
         };
-        let from = start + offset;
-        for run in DecayRun::within(runs, from..from + count) {
+        // Runs end where the gradients go on elsewhere, too.
+        for (run, g) in pieces.iter().flat_map(|p| {
+            DecayRun::within(runs, p.first..p.end).map(|run| {
+                let at = p.buf.ptr + gb * (run.first - p.first);
+                (run, at)
+            })
+        }) {
             let (skip, len) = (run.first - from, run.end - run.first);
             // Staged parts follow one another without gaps.
             let aligned = [(hi, 2), (lo, 2), (m, mb), (v, mb), (g, gb)].iter().all(|(p, size)| p.is_multiple_of(4 * size));
             let vector = aligned && skip.is_multiple_of(4) && len.is_multiple_of(4);
-            let function = self.kernels.get(&format!("{}_{}", self.kernel, if vector { 'v' } else { 's' }))?;
+            let function = self.kernels.get(&format!("{kernel}_{}", if vector { 'v' } else { 's' }))?;
             let a_thread = if vector { 4 } else { 1 };
             let grid = Launch::new((len.div_ceil(256 * a_thread).clamp(1, 512) as u32, 1, 1), (256, 1));
-            let (hi, lo, m, v, g) = (hi + 2 * skip, lo + 2 * skip, m + mb * skip, v + mb * skip, g + gb * skip);
+            let (hi, lo, m, v) = (hi + 2 * skip, lo + 2 * skip, m + mb * skip, v + mb * skip);
             let keep: f32 = if run.decay { k.keep } else { 1.0 };
             let (first, step): (u64, u64) = (run.first, k.step);
             launch!(function, grid, &self.compute, what; hi, lo, m, v, g, len, first, step, keep, factors)?;
@@ -217,6 +254,9 @@ impl Updater {
         }
         slot.computed.record(&self.compute)?;
         cu!(what, cuStreamWaitEvent(self.down.0, slot.computed.0, 0))?;
+        if !in_segment {
+            cu!(what, cuStreamWaitEvent(self.down.0, self.fetched.0, 0))?;
+        }
         let span =
             if tracing { Some(self.timing.begin(&self.down, Row::OptimizerOut, &label("page out", count * (4 + 2 * mb)))?) } else { None };
         cu!(what, cuMemcpyDtoHAsync_v2(new.0, hi, n * 2, self.down.0))?;
@@ -237,7 +277,14 @@ impl PageUpdater for Updater {
         2 // the parts of one page are done while those of the next come up
     }
 
-    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], state: &[DevBuf]) -> Result<(), EngineError> {
+    fn submit(
+        &mut self,
+        k: &AdamwStep,
+        update: &Update,
+        runs: &[DecayRun],
+        state: &[DevBuf],
+        gradients: PageGradients<'_>,
+    ) -> Result<(), EngineError> {
         self.context.enter()?;
         let tracing = self.timing.is_tracing().then_some(k.step);
         if tracing != self.anchored {
@@ -251,7 +298,7 @@ impl PageUpdater for Updater {
             return Err(EngineError::internal(format!("{} staged parts of a page of {len} parameters", state.len())));
         }
         for (i, offset) in (0..len).step_by(self.part as usize).enumerate() {
-            self.part(k, update, runs, params.start, (offset, self.part.min(len - offset)), state.get(i))?;
+            self.part(k, update, runs, params.start, (offset, self.part.min(len - offset)), state.get(i), gradients)?;
         }
         let done = match self.spare_events.pop() {
             Some(e) => e,
@@ -290,7 +337,8 @@ pub(crate) fn open(d: &mut CudaDevice, store: &Arc<Store>) -> Result<Option<Box<
     let registration = d.registration(store)?;
     let layout = store.layout();
     let bytes = ramtorch_device::staging_bytes(layout.spec(), u64::from(layout.page_parameters()));
-    match Updater::new(d.info.ordinal, d.info.compute_capability, registration, d.timing.get_mut().recorder())? {
+    let fetched = d.fetched()?;
+    match Updater::new(d.info.ordinal, d.info.compute_capability, registration, fetched, d.timing.get_mut().recorder())? {
         None => Ok(None),
         Some(updater) => {
             d.count(bytes, "optimizer staging")?;

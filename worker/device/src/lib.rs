@@ -25,10 +25,10 @@ mod optimizer;
 pub use error::{EngineError, ErrorKind};
 pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
-    AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, random_bits, staged_parameters, staging_bytes, state_bytes,
-    stochastic,
+    AdamwStep, DecayRun, DeviceGradients, GRADIENTS_AHEAD, GradientPiece, GradientReader, PageGradients, PageUpdater, STAGED_PARAMETERS,
+    STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staging_bytes, state_bytes, stochastic,
 };
-use ramtorch_store::Store;
+use ramtorch_store::{GradientFormat, Store};
 pub use ramtorch_trace as trace;
 use ramtorch_trace::{Label, Recorder, Row, Waits};
 use std::sync::Arc;
@@ -312,6 +312,9 @@ pub trait Device: Send {
     /// An updater of the store's pages on this device, where it can do that; makes the store's pages reachable too. Its
     /// memory counts as taken ([`staging_bytes`]). It must be dropped before the device.
     fn page_updater(&mut self, store: &Arc<Store>) -> Result<Option<Box<dyn PageUpdater>>, EngineError>;
+    /// A reader of gradients in `format` that stay on this device, for pages of at most `page_parameters`. It takes
+    /// [`gradient_reader_bytes`] of RAM, and must be dropped before the device.
+    fn gradient_reader(&mut self, format: GradientFormat, page_parameters: u64) -> Result<Box<dyn GradientReader>, EngineError>;
     /// A new event, done.
     fn event(&mut self) -> Result<Event, EngineError>;
     /// `event` is done when all work now on `stream` is.

@@ -12,7 +12,7 @@
 //! which instruction set or device updates a page, nor in how many parts: recovery does not need to know.
 
 use crate::{DevBuf, Device, EngineError, Stream};
-use ramtorch_store::{Layout, PageId, Store, StoreSpec, Update};
+use ramtorch_store::{GradientFormat, Gradients, Layout, PageId, Store, StoreSpec, Update};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -121,15 +121,112 @@ pub trait PageUpdater: Send {
     ///
     /// `state` is empty, or what the live page holds, on the device already ([`crate::Device::load_state`], done): one
     /// buffer for each [`staged_parameters`] of the page. They are overwritten, and free once the update is finished.
+    /// `gradients` must be whole where they are, and stay so until the update is finished.
     ///
     /// # Errors
     /// Those of the device. Nothing may be submitted after one.
-    fn submit(&mut self, k: &AdamwStep, update: &Update, runs: &[DecayRun], state: &[DevBuf]) -> Result<(), EngineError>;
+    fn submit(
+        &mut self,
+        k: &AdamwStep,
+        update: &Update,
+        runs: &[DecayRun],
+        state: &[DevBuf],
+        gradients: PageGradients<'_>,
+    ) -> Result<(), EngineError>;
     /// Blocks until the oldest page in hand is whole in its spare, and visible to the calling thread.
     ///
     /// # Errors
     /// Those of the device, and having nothing in hand.
     fn finish(&mut self) -> Result<(), EngineError>;
+}
+
+/// Gradients of parameters `first..end` of the store, one behind the other at the start of `buf`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GradientPiece {
+    /// First parameter of the store.
+    pub first: u64,
+    /// Past the last.
+    pub end: u64,
+    /// Memory of the device.
+    pub buf: DevBuf,
+}
+
+/// The gradients of a step, where they stay on the device and the segment has no room for them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceGradients {
+    format: GradientFormat,
+    /// Ascending, without gaps.
+    pieces: Vec<GradientPiece>,
+}
+
+impl DeviceGradients {
+    /// Gradients in `format` that lie in `pieces`, which follow one another and cover the store.
+    pub fn new(format: GradientFormat, pieces: Vec<GradientPiece>) -> DeviceGradients {
+        debug_assert!(pieces.windows(2).all(|w| w[0].end == w[1].first));
+        DeviceGradients { format, pieces }
+    }
+
+    /// Their format.
+    pub fn format(&self) -> GradientFormat {
+        self.format
+    }
+
+    /// Where those of `params` are: a page may begin in one block and end in another.
+    pub fn of(&self, params: &Range<u64>) -> Vec<GradientPiece> {
+        GradientPiece::within(&self.pieces, params.clone(), self.format).collect()
+    }
+}
+
+impl GradientPiece {
+    /// The parts of `pieces`, which ascend, that hold gradients of `params`.
+    pub fn within(pieces: &[GradientPiece], params: Range<u64>, format: GradientFormat) -> impl Iterator<Item = GradientPiece> + '_ {
+        let begin = pieces.partition_point(|p| p.end <= params.start);
+        let (start, end, size) = (params.start, params.end, format.bytes());
+        pieces[begin..].iter().take_while(move |p| p.first < end).map(move |p| {
+            let (first, last) = (p.first.max(start), p.end.min(end));
+            GradientPiece { first, end: last, buf: p.buf.slice((first - p.first) * size, (last - first) * size) }
+        })
+    }
+}
+
+/// Where the gradients of a page are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageGradients<'a> {
+    /// In the segment, in the store's format.
+    Segment,
+    /// On the device, in this format; the pieces cover the page.
+    Device(GradientFormat, &'a [GradientPiece]),
+}
+
+/// Brings gradients that stay on the device to the host, some pages ahead of whoever needs them there.
+///
+/// ```text
+///   submit(page a)  submit(page b)  finish ─► gradients of a   submit(page c)  finish ─► those of b, a's room is free …
+/// ```
+/// What is submitted comes in that order. Dropping it waits until it writes nothing any more.
+pub trait GradientReader: Send {
+    /// Pages that may be submitted and not let go: the one that was finished last is let go by the next call.
+    fn depth(&self) -> usize {
+        GRADIENTS_AHEAD
+    }
+    /// Enqueues the copy of a page's gradients. They have to be whole, and must not change before they are there.
+    ///
+    /// # Errors
+    /// Those of the device; too many pages, or too long ones. Nothing may be submitted after one.
+    fn submit(&mut self, page: PageId, pieces: &[GradientPiece]) -> Result<(), EngineError>;
+    /// Blocks until those of the oldest page are there.
+    ///
+    /// # Errors
+    /// Those of the device, and having nothing on its way.
+    fn finish(&mut self) -> Result<Gradients<'_>, EngineError>;
+}
+
+/// Pages whose gradients a [`GradientReader`] has in hand: one in use, two on their way.
+pub const GRADIENTS_AHEAD: usize = 3;
+
+/// Bytes of RAM that a [`GradientReader`] takes.
+pub fn gradient_reader_bytes(format: GradientFormat, page_parameters: u64) -> u64 {
+    GRADIENTS_AHEAD as u64 * page_parameters * format.bytes()
 }
 
 /// Parameters that a device with memory of its own stages at once: some tenths of a millisecond of the bus.
@@ -183,7 +280,7 @@ pub fn state_bytes(store: &StoreSpec) -> u64 {
     4 + 2 * store.moments.bytes()
 }
 
-/// Device memory that a page updater with staging takes, in bytes.
+/// Device memory that a page updater with staging takes, in bytes. Gradients that are not in the segment are read where they are.
 pub fn staging_bytes(store: &StoreSpec, page_parameters: u64) -> u64 {
     STAGINGS * staged_parameters(page_parameters) * (state_bytes(store) + store.gradients.bytes())
 }
@@ -225,6 +322,18 @@ mod tests {
                 assert!(part[0].first == start && part.last().unwrap().end == end && part.windows(2).all(|w| w[0].end == w[1].first));
             }
         }
+    }
+
+    #[test]
+    fn gradients_of_a_page_may_lie_in_several_buffers() {
+        let buf = |ptr, n: u64| DevBuf { ptr, bytes: 2 * n };
+        let piece = |first, end, ptr| GradientPiece { first, end, buf: buf(ptr, end - first) };
+        let all = DeviceGradients::new(GradientFormat::Bf16, vec![piece(0, 640, 1000), piece(640, 704, 9000), piece(704, 2048, 20_000)]);
+        assert_eq!(all.of(&(0..640)), [piece(0, 640, 1000)]);
+        assert_eq!(all.of(&(600..1000)), [piece(600, 640, 1000 + 1200), piece(640, 704, 9000), piece(704, 1000, 20_000)]);
+        assert_eq!(all.of(&(704..705)), [piece(704, 705, 20_000)]);
+        assert_eq!(all.of(&(1024..2048)), [piece(1024, 2048, 20_000 + 640)]);
+        assert!(all.of(&(700..700)).iter().all(|p| p.first == p.end));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Reading and checking a job file.
 
-use crate::{DataFormat, JobSpec, OneOrMany};
+use crate::{DataFormat, GradientPlace, JobSpec, OneOrMany};
 use std::path::{Path, PathBuf};
 
 /// What is wrong with a job file, where, and what to do.
@@ -130,6 +130,12 @@ impl JobSpec {
         if t.groups == Some(0) {
             return no("train.groups", "must be at least 1".into());
         }
+        if t.gradients_in == Some(GradientPlace::Device) && self.device.ranks.is_some_and(|n| n > 1) {
+            return no(
+                "train.gradients_in",
+                "\"device\" is for one rank alone: set [device] ranks = 1, or leave gradients in the segment".into(),
+            );
+        }
         let o = &self.optimizer;
         for (key, v, ok) in [
             ("optimizer.lr", o.lr, o.lr.is_finite() && o.lr >= 0.0),
@@ -238,6 +244,7 @@ mod tests {
             ("path = \"m\"", "path = \"m\"\nconfig = \"c\"", "model", 2),
             ("sequence_length = 8", "sequence_length = 0", "data.sequence_length", 7),
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = -1", "checkpoint.staging_gib", 12),
+            ("batch_size = 2", "batch_size = 2\ngradients_in = \"device\"\n[device]\nranks = 2", "train.gradients_in", 11),
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = nan", "checkpoint.staging_gib", 12),
         ] {
             let e = parse(&GOOD.replace(from, to)).unwrap_err().to_string();

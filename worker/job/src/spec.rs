@@ -179,6 +179,10 @@ pub struct TrainSpec {
     /// Type in which reduced gradients wait in the segment. Default: that of `precision`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradients: Option<Precision>,
+    /// Where reduced gradients wait until the step is committed. Default: in the segment, or, where that would not fit into RAM,
+    /// on the GPU, if it is alone: then a death while pages are updated goes back to the last checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradients_in: Option<GradientPlace>,
     /// `auto` keeps activations where they fit the device and recomputes the rest.
     #[serde(default)]
     pub recompute: Recompute,
@@ -211,6 +215,16 @@ pub struct TrainSpec {
 pub enum Precision {
     Fp32,
     Bf16,
+}
+
+/// Where gradients wait until the step is committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientPlace {
+    /// In the segment in RAM: no death loses anything.
+    Segment,
+    /// In the device's memory, on one device alone.
+    Device,
 }
 
 /// Activation checkpointing policy.

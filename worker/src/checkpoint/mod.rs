@@ -35,8 +35,13 @@ impl FirstWeights {
 }
 
 /// Opens the checkpoint to resume from, or the initial weights.
-pub(crate) fn open_source(spec: &JobSpec, prepared: &Prepared, architecture: &Architecture) -> Result<FirstWeights, EngineError> {
-    if let Some(point) = &prepared.resume {
+pub(crate) fn open_source(
+    spec: &JobSpec,
+    prepared: &Prepared,
+    architecture: &Architecture,
+    resume: Option<&ResumePoint>,
+) -> Result<FirstWeights, EngineError> {
+    if let Some(point) = resume {
         let checkpoint = Checkpoint::open(&point.path).map_err(errors::model)?;
         let tokens_total = checkpoint.meta().job.get("tokens_total").and_then(|v| v.as_u64()).unwrap_or(0);
         return Ok(FirstWeights { source: Box::new(checkpoint), tokens_total });
@@ -59,6 +64,21 @@ pub(crate) fn find(spec: &JobSpec, architecture: &Architecture) -> Result<(Optio
         )));
     }
     Ok((Some(ResumePoint { path: found.path().to_path_buf(), step: found.step() }), skipped))
+}
+
+/// The newest sound checkpoint that the state in `segment` went through, to go back to. One of this very segment, or, where the
+/// job resumes from checkpoints at all, of the run's name.
+pub(crate) fn find_to_go_back(spec: &JobSpec, architecture: &Architecture, segment: &str) -> Result<Option<ResumePoint>, EngineError> {
+    let Some(folder) = spec.checkpoint.path.as_deref().filter(|f| f.is_dir()) else { return Ok(None) };
+    let mut options = FindOptions { verify: true, run: Some(spec.name.clone()), ..Default::default() };
+    while let Some(found) = find_sound(folder, &options).map_err(errors::model)?.found {
+        let ours = found.meta().job.get("segment").and_then(|v| v.as_str()) == Some(segment);
+        if (ours || spec.checkpoint.resume) && found.meta().architecture == *architecture {
+            return Ok(Some(ResumePoint { path: found.path().to_path_buf(), step: found.step() }));
+        }
+        options.before = Some(found.step());
+    }
+    Ok(None)
 }
 
 /// Writes the model folder of a job that has ended.

@@ -312,6 +312,7 @@ impl<'a> Checkpoints<'a> {
             architecture: self.architecture.clone(),
             job: serde_json::json!({
                 "tokens_total": due.tokens_total,
+                "segment": self.store.name(),
                 "batch_size": self.spec.train.batch_size,
                 "sequence_length": self.spec.data.sequence_length,
             }),

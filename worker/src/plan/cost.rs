@@ -14,6 +14,7 @@ use super::EnginePlan;
 use crate::api::{DeviceKind, LayerTimes, Rates};
 use crate::model::{Block, Keep, Model};
 use ramtorch_device::Dtype;
+use ramtorch_store::GradientFormat;
 use std::collections::VecDeque;
 
 /// Typical figures of a data-centre GPU on PCIe 5, where the node's own were not measured.
@@ -225,14 +226,20 @@ impl Cost {
 
     /// Parameters a second that processor and GPU update together, where a share of them is `staged`. What bounds them is the
     /// host's memory: it gives little more to both than to the processor alone.
-    fn updates(&self, staged: f64) -> f64 {
+    fn updates(&self, staged: f64, device_gradients: bool) -> f64 {
         if self.adamw_gpu <= 0.0 {
             return self.adamw;
         }
+        // Gradients that are on the GPU do not cross the bus to it.
+        let gpu = |bytes_in: f64| {
+            let moments = 2.0 * self.moment;
+            1.0 / ((bytes_in + moments) / self.both[0]).max((STAGED_OUT + moments) / self.both[1])
+        };
+        let adamw_gpu = if device_gradients { self.adamw_gpu * gpu(STAGED_IN - 2.0) / gpu(STAGED_IN) } else { self.adamw_gpu };
         let traffic = 10.0 + 4.0 * self.moment;
         let memory = (self.adamw * traffic * MEMORY_TOGETHER).max(LEAST_MEMORY);
         let spared = staged * (4.0 + 2.0 * self.moment) / traffic;
-        ((self.adamw + self.adamw_gpu) * TOGETHER).min(memory / traffic) / (1.0 - spared)
+        ((self.adamw + adamw_gpu) * TOGETHER).min(memory / traffic) / (1.0 - spared)
     }
 
     /// Pages of a block whose state comes to the device during the backward pass of the last group, into its activations: as many
@@ -393,7 +400,7 @@ impl Cost {
         let base = Breakdown {
             compute,
             again,
-            optimizer: parameters / self.updates(self.staged_share(model, p)),
+            optimizer: parameters / self.updates(self.staged_share(model, p), p.device_gradients.is_some()),
             norm: parameters / self.norm,
             ..Default::default()
         };
@@ -403,7 +410,11 @@ impl Cost {
     fn sum(&self, model: &Model, p: &EnginePlan, mut s: Breakdown) -> Breakdown {
         let loads = 2.0 * p.groups as f64 - 1.0;
         let n = p.world as f64;
-        let out = if p.resident_gradients { 1.0 } else { 2.0 * p.groups as f64 - 1.0 };
+        let out = match p.device_gradients {
+            Some(_) => 0.0,
+            None if p.resident_gradients => 1.0,
+            None => 2.0 * p.groups as f64 - 1.0,
+        };
         for b in 0..model.len() {
             let bytes = model.places[b].1 as f64 * p.dtype.size() as f64;
             s.copies_in += bytes * if p.resident[b] { 1.0 } else { 1.0 + loads } / self.to_device;
@@ -472,7 +483,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times) -> Self {
-        let rate = cost.updates(cost.staged_share(model, p));
+        let rate = cost.updates(cost.staged_share(model, p), p.device_gradients.is_some());
         let mut done = 0.0;
         let published = model
             .places
@@ -587,6 +598,12 @@ impl<'a> Run<'a> {
             return;
         }
         let (elements, n) = (self.model.places[b].1 as f64, self.p.world as f64);
+        if let Some(format) = self.p.device_gradients {
+            // Rounded, and read once more for the norm; nothing leaves.
+            let passes = if self.p.keeps_rounded() { 6.0 } else { 0.0 } + if last_group { format.bytes() as f64 } else { 0.0 };
+            self.compute += elements * passes / self.cost.memory;
+            return;
+        }
         let bytes = elements * self.p.gradient_bytes() as f64 / n;
         let wire = if self.p.packs() { self.p.gradient_bytes() as f64 } else { 4.0 };
         let reduce = self.between(elements * wire, n);
@@ -613,11 +630,24 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Gradients may not be overwritten before the last step is committed.
+    fn await_commit(&mut self) {
+        let committed = self.published.last().copied().unwrap_or(0.0) + NOTICE;
+        let idle = (committed - self.compute).max(0.0);
+        self.s.wait_optimizer += idle;
+        self.compute += idle;
+    }
+
     fn group(&mut self, g: usize, last_group: bool) {
         let last = self.model.len() - 1;
         let first = g == 0;
         for b in 0..last {
             self.visit(&[b], self.t.forward[b] * self.count, first, false);
+        }
+        // Sums that stay are opened in their own buffers, which belong to the step before until it is committed.
+        let in_place = self.p.device_gradients == Some(GradientFormat::F32);
+        if first && in_place {
+            self.await_commit();
         }
         self.open(last, g);
         let needs = self.model.forward_needs(last);
@@ -625,12 +655,8 @@ impl<'a> Run<'a> {
         self.visit(&needs[..1], 0.0, first, false);
         let more: &[usize] = if needs.len() > 1 && !self.p.resident[needs[1]] { &needs[1..] } else { &[] };
         self.visit(more, self.t.forward[last] * self.count, false, false);
-        if first {
-            // Gradients may not be overwritten before the last step is committed.
-            let committed = self.published.last().copied().unwrap_or(0.0) + NOTICE;
-            let idle = (committed - self.compute).max(0.0);
-            self.s.wait_optimizer += idle;
-            self.compute += idle;
+        if first && !in_place {
+            self.await_commit();
         }
         self.close(last, g, last_group);
         let out = last_group || !self.p.resident_gradients;

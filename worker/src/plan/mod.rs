@@ -18,7 +18,7 @@ use crate::model::{Block, Keep, Model, Shape};
 use cost::Cost;
 use ramtorch_cpu::Collectives;
 use ramtorch_device::{AttentionShape, DevBuf, Dtype, Ranks};
-use ramtorch_job::{JobSpec, Precision};
+use ramtorch_job::{GradientPlace, JobSpec, Precision};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreError, StoreSpec};
 use serde::{Deserialize, Serialize};
@@ -65,6 +65,10 @@ pub(crate) struct EnginePlan {
     /// are not added to what is in the segment.
     #[serde(default)]
     pub pack_gradients: bool,
+    /// Gradients stay on the device, in this format, until their step is committed; the segment has no room for them. fp32: the
+    /// sums themselves, one a block. bf16: each block's sum rounded into a buffer of its own, to which later groups add.
+    #[serde(default)]
+    pub device_gradients: Option<GradientFormat>,
     /// The device updates pages too, beside the CPU.
     #[serde(default)]
     pub optimizer_split: bool,
@@ -149,11 +153,19 @@ pub(crate) fn rank_share(batch: usize, rank: usize, world: usize) -> std::ops::R
 impl EnginePlan {
     /// Gradients leave rounded: nothing in the segment is added to.
     pub fn packs(&self) -> bool {
-        self.pack_gradients && (self.resident_gradients || self.groups == 1)
+        self.pack_gradients && self.device_gradients.is_none() && (self.resident_gradients || self.groups == 1)
     }
 
-    /// The norm of the gradients comes from the device: their sums are whole there, in the store's format.
+    /// Sums are rounded into buffers that stay.
+    pub fn keeps_rounded(&self) -> bool {
+        self.device_gradients == Some(GradientFormat::Bf16)
+    }
+
+    /// The norm of the gradients comes from the device: their sums are whole there, in the format that the optimizer reads.
     pub fn squares(&self) -> bool {
+        if self.device_gradients.is_some() {
+            return true;
+        }
         let whole = self.store.gradients == GradientFormat::F32 && (self.resident_gradients || self.groups == 1);
         self.squares_on_device && (self.packs() || whole)
     }
@@ -238,17 +250,20 @@ pub(crate) fn device_use(
     let gradient = |b: usize| rounded(ranks.padded(model.places[b].1) * 4);
     u.gradients = if p.resident_gradients {
         (0..model.len()).map(gradient).sum()
-    } else if p.store.gradients == GradientFormat::None {
+    } else if p.store.gradients == GradientFormat::None && p.device_gradients.is_none() {
         0 // forward only
     } else {
         let own = usize::from(model.tied()); // block 0 collects over the whole sweep
         let ring = (own..model.len()).map(gradient).max().unwrap_or(0) * GRADIENT_RING as u64;
-        let ring = if p.packs() { ring / GRADIENT_RING as u64 } else { ring };
+        let ring = if p.packs() || p.keeps_rounded() { ring / GRADIENT_RING as u64 } else { ring };
         ring + if model.tied() { gradient(0) } else { 0 }
     };
     if p.packs() && p.store.gradients != GradientFormat::None {
         let largest = (0..model.len()).map(|b| rounded(ranks.padded(model.places[b].1) * p.store.gradients.bytes())).max().unwrap_or(0);
         u.gradients += largest * GRADIENT_RING as u64;
+    }
+    if p.keeps_rounded() {
+        u.gradients += (0..model.len()).map(|b| rounded(ranks.padded(model.places[b].1) * GradientFormat::Bf16.bytes())).sum::<u64>();
     }
     if let Some(page) = p.store.page_parameters.filter(|_| p.optimizer_split) {
         u.optimizer = ramtorch_device::staging_bytes(&p.store, u64::from(page));
@@ -397,12 +412,34 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     if optimizer_split {
         store = split_optimizer(store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     }
-    let layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
+    let mut layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
+    // A CPU device's memory is the same RAM: moving gradients there by itself would gain nothing and lose something.
+    let short = layout.bytes() > request.segment_bytes_available && first.kind == DeviceKind::Cuda && world == 1;
+    let place = spec.train.gradients_in;
+    let mut device_gradients = None;
+    if place == Some(GradientPlace::Device) || (place.is_none() && short) {
+        if world > 1 {
+            return Err(EngineError::new(
+                ErrorKind::Resources,
+                format!(
+                    "gradients_in = \"device\" is for one rank alone, and there are {world} devices: a page's gradients would lie on several of them. Set [device] ranks = 1, or leave gradients in the segment"
+                ),
+            ));
+        }
+        device_gradients = Some(store.gradients);
+        store.gradients = GradientFormat::None;
+        layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
+    }
     if layout.bytes() > request.segment_bytes_available {
+        let smaller = match (device_gradients, first.kind, world) {
+            (None, DeviceKind::Cuda, 1) => ", leave gradients_in out so that gradients may stay on the GPU,",
+            (None, DeviceKind::Cuda, _) => ", use one GPU, on which gradients may stay,",
+            _ => ",",
+        };
         return Err(EngineError::new(
             ErrorKind::Resources,
             format!(
-                "{} needs a segment of {} bytes in shared memory, {} are free: {} bytes are missing. Free memory, enlarge /dev/shm, or use moments = \"bf16\"",
+                "{} needs a segment of {} bytes in shared memory, {} are free: {} bytes are missing. Free memory, enlarge /dev/shm{smaller} or use moments = \"bf16\"",
                 prepared.description,
                 layout.bytes(),
                 request.segment_bytes_available,
@@ -427,6 +464,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         model: &model,
         spec,
         store: &store,
+        device_gradients,
         documents: prepared.dataset.get("document_mask").and_then(serde_json::Value::as_bool).unwrap_or(false),
         optimizer_split,
         seq: prepared.sequence_length,
@@ -453,6 +491,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
     let device = found.plan.uses.total();
     let host = if first.kind == DeviceKind::Cpu { device * world as u64 } else { 0 };
+    let ahead = found.plan.device_gradients.map_or(0, |f| ramtorch_device::gradient_reader_bytes(f, u64::from(layout.page_parameters())));
+    let host = host + ahead;
     let left = request.ram_bytes_available.max(request.segment_bytes_available).saturating_sub(layout.bytes()).saturating_sub(host);
     found.plan.checkpoint_staging = crate::checkpoint::staging_bytes(spec, &layout, left);
     let host = host + found.plan.checkpoint_staging * world as u64;
@@ -464,7 +504,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         host_bytes: host,
         step_seconds: found.parts.step,
         bound_by: found.parts.bound_by().into(),
-        text: text::describe(&model, &layout, &found, devices, prepared, budget, &cost),
+        text: text::describe(&model, &layout, &found, devices, prepared, budget, &cost, place.is_some()),
         detail: serde_json::to_value(p).map_err(EngineError::internal)?,
     })
 }
@@ -504,6 +544,7 @@ pub(crate) fn inference(
         slots: 0,
         resident_gradients: false,
         pack_gradients: false,
+        device_gradients: None,
         optimizer_split: false,
         gather_weights: false,
         devices: Vec::new(),

@@ -18,6 +18,8 @@ pub(super) struct Space<'a> {
     pub model: &'a Model,
     pub spec: &'a JobSpec,
     pub store: &'a StoreSpec,
+    /// Gradients are not in the segment; the job wants them in this format.
+    pub device_gradients: Option<GradientFormat>,
     pub documents: bool,
     /// The device updates pages too.
     pub optimizer_split: bool,
@@ -217,6 +219,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             pack_gradients: (s.world == 1 || s.spec.train.reduce == Some(Precision::Bf16))
                 && s.store.gradients == GradientFormat::Bf16
                 && s.model.dtype == ramtorch_device::Dtype::Bf16,
+            device_gradients: s.device_gradients,
             optimizer_split: s.optimizer_split,
             gather_weights: s.world > 1 && s.spec.train.gather_weights.unwrap_or(s.cost.gathers),
             devices: Vec::new(),
@@ -257,12 +260,20 @@ impl Combination<'_> {
     fn go(&self, base: EnginePlan, best: &mut Option<Found>, least: &mut u64, played: &mut usize) -> Result<(), EngineError> {
         let (s, n) = (self.s, self.s.model.len());
         let few = base.slots;
-        // Gradients that are nowhere else have to stay.
-        let stay: &[bool] = if s.store.gradients == GradientFormat::None { &[true] } else { &[false, true] };
-        for &resident_gradients in stay {
+        // Gradients that are nowhere else stay: rounded, each group's added to those before it, or as fp32 sums. Where there is
+        // one group, they are rounded once, as on their way to the segment.
+        let stay: &[(bool, Option<GradientFormat>)] = match s.device_gradients {
+            None => &[(false, None), (true, None)],
+            Some(GradientFormat::Bf16) if s.model.dtype == ramtorch_device::Dtype::Bf16 => {
+                let both = &[(false, Some(GradientFormat::Bf16)), (true, Some(GradientFormat::F32))];
+                if base.groups == 1 { &both[..1] } else { both }
+            }
+            Some(_) => &[(true, Some(GradientFormat::F32))],
+        };
+        for &(resident_gradients, device_gradients) in stay {
             let step = n.div_ceil(RESIDENT_STEPS);
             for count in (0..n).step_by(step).chain([n]) {
-                let mut p = EnginePlan { resident_gradients, resident: resident(s.model, count), ..base.clone() };
+                let mut p = EnginePlan { resident_gradients, device_gradients, resident: resident(s.model, count), ..base.clone() };
                 let slots: &[usize] = if count == n { &[0] } else { &[few, few + 2] };
                 for &slots in slots.iter().filter(|x| **x <= n) {
                     p.slots = slots;

@@ -142,6 +142,9 @@ fn the_bytes_of_the_plan_are_the_bytes_of_the_run() {
         (llama(3, false), "recompute = \"always\"\n"),
         (llama(4, true), "groups = 3\nmicro_batch_size = 2\n"),
         (llama(2, false), "precision = \"bf16\"\nmicro_batch_size = 3\n"),
+        (llama(2, true), "gradients_in = \"device\"\n"),
+        (llama(3, true), "gradients_in = \"device\"\nprecision = \"bf16\"\ngroups = 1\n"),
+        (llama(3, false), "gradients_in = \"device\"\nprecision = \"bf16\"\ngroups = 3\nmicro_batch_size = 2\n"),
     ]
     .into_iter()
     .enumerate()
@@ -329,35 +332,39 @@ fn large_steps_and_small_gpus_find_their_plans() {
     assert!(plan(&on_gpu(&a, 2048, 8, need / (1u64 << 30) as f64, "")).is_ok());
 }
 
-/// Without gradients in the segment they have to stay on the device, whatever else has to give way.
+/// Where RAM is short, gradients stay on the GPU, whatever else has to give way; not where the job says otherwise, and not on
+/// several GPUs.
 #[test]
-fn gradients_that_are_nowhere_else_stay() {
+fn gradients_that_have_no_room_in_ram_stay_on_the_gpu() {
     let a = shape("qwen2", 5120, 13_824, 48, [40, 8], 128, 152_064, false);
-    let r = on_gpu(&a, 1024, 64, 78.5, "[optimizer]\nmoments = \"bf16\"\n");
-    let store = StoreSpec { gradients: GradientFormat::None, ..store_spec(&r.spec, &r.prepared, &a, 1, Dtype::Bf16) };
-    let layout = Layout::new(&store).unwrap();
-    assert!(layout.bytes() < 112 << 30, "{}", layout.bytes());
-    let model = Model::new(&a, &layout, Dtype::Bf16).unwrap();
-    let cost = Cost::new(Rates::default(), DeviceKind::Cuda, Dtype::Bf16, 2, true, 1);
-    let space = search::Space {
-        model: &model,
-        spec: &r.spec,
-        store: &store,
-        documents: false,
-        optimizer_split: true,
-        seq: 1024,
-        kind: DeviceKind::Cuda,
-        world: 1,
-        budget: r.devices[0].memory_bytes,
-        cost: &cost,
-        workspace: &assumed_workspace(DeviceKind::Cuda),
+    let of = |more: &str, ram_gib: u64| {
+        let mut r = on_gpu(&a, 1024, 64, 78.5, &format!("{more}[optimizer]\nmoments = \"bf16\"\n"));
+        r.segment_bytes_available = ram_gib << 30;
+        r
     };
-    let found = search::run(&space).unwrap().unwrap();
-    let text = text::describe(&model, &layout, &found, &r.devices, &r.prepared, space.budget, &cost);
-    println!("{text}");
-    assert!(found.plan.resident_gradients && found.plan.uses.total() <= space.budget);
-    assert!(found.plan.uses.gradients >= 4 * layout.parameters());
-    assert!(found.parts.copies_out == 0.0, "{:?}", found.parts);
+    let (p, text) = planned(&of("", 113));
+    println!("{}", text.text);
+    assert!(text.segment_bytes < 112 << 30 && p.store.gradients == GradientFormat::None, "{}", text.text);
+    assert!(p.device_gradients.is_some() && p.squares() && !p.packs() && p.uses.total() <= of("", 113).devices[0].memory_bytes);
+    assert!(p.uses.gradients >= 2 * text.parameters && text.host_bytes > 0);
+    assert!(text.text.contains("stay on the device") && text.text.contains("goes back to the last checkpoint"), "{}", text.text);
+    let (roomy, _) = planned(&of("", 200));
+    assert!(roomy.device_gradients.is_none() && roomy.store.gradients == GradientFormat::Bf16);
+    // One group: rounded once, as on the way to the segment.
+    let (one, _) = planned(&of("groups = 1\ngradients_in = \"device\"\n", 200));
+    assert!(one.device_gradients == Some(GradientFormat::Bf16) && !one.resident_gradients);
+    let e = plan(&of("gradients_in = \"segment\"\n", 113)).unwrap_err();
+    assert!(e.kind == ErrorKind::Resources && e.message.contains("are missing") && e.message.contains("gradients_in"), "{e}");
+    for more in ["", "gradients_in = \"device\"\n"] {
+        let mut r = of(more, 113);
+        r.devices = (0..2).map(|index| DeviceSpec { index, ..r.devices[0].clone() }).collect();
+        let e = plan(&r).unwrap_err();
+        assert!(e.kind == ErrorKind::Resources && e.message.contains("gradients"), "{e}");
+    }
+    // The memory of a CPU device is the same RAM.
+    let mut r = request(&llama(2, true), 1, 4, 1 << 30, "");
+    r.segment_bytes_available = plan(&r).unwrap().segment_bytes - 4096;
+    assert!(plan(&r).unwrap_err().message.contains("4096 bytes are missing"));
 }
 
 #[test]

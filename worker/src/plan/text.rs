@@ -27,6 +27,7 @@ pub(crate) fn describe(
     prepared: &Prepared,
     budget: u64,
     cost: &Cost,
+    forced: bool,
 ) -> String {
     let (mut t, p) = (String::new(), &found.plan);
     let moments = match p.store.moments {
@@ -35,6 +36,7 @@ pub(crate) fn describe(
         MomentFormat::Bf16 => "bf16 moments",
     };
     let gradients = match p.store.gradients {
+        GradientFormat::None if p.device_gradients.is_some() => "gradients stay on the device",
         GradientFormat::None => "no gradients",
         GradientFormat::F32 => "fp32 gradients",
         GradientFormat::Bf16 => "bf16 gradients",
@@ -73,13 +75,13 @@ pub(crate) fn describe(
         let share = 100.0 * staged as f64 / all.max(1) as f64;
         let _ = writeln!(t, "host         {} of RAM beside it hold {share:.0} % of a checkpoint until it is on the disk", size(staged));
     }
-    choice(&mut t, model, found);
+    choice(&mut t, model, found, forced);
     time(&mut t, found, devices.first().map_or(DeviceKind::Cpu, |d| d.kind), prepared, cost);
     t
 }
 
 /// What was chosen, and why.
-fn choice(t: &mut String, model: &Model, found: &Found) {
+fn choice(t: &mut String, model: &Model, found: &Found, forced: bool) {
     let p = &found.plan;
     let _ = writeln!(
         t,
@@ -129,7 +131,21 @@ fn choice(t: &mut String, model: &Model, found: &Found) {
         let spares = p.store.spare_pages_per_rank;
         let _ = writeln!(t, "             optimizer on the processor and the device at once, {spares} spare pages a rank");
     }
+    if let Some(format) = p.device_gradients {
+        let (kept, sums) = match format {
+            GradientFormat::F32 => ("fp32", "summed where they stay"),
+            _ if p.groups == 1 => ("bf16", "each block's sum is rounded once"),
+            _ => ("bf16", "each group's sum is added and rounded"),
+        };
+        let forced = if forced { "as the job says" } else { "the RAM offered has no room for them" };
+        let _ = writeln!(t, "             gradients stay on the device in {kept} until their step is committed ({forced}); {sums}");
+        let _ = writeln!(
+            t,
+            "             a death while pages are updated goes back to the last checkpoint, or to the beginning where there is none; any other death loses nothing"
+        );
+    }
     let gradients = match (p.resident_gradients, p.groups) {
+        _ if p.device_gradients.is_some() => "pages that the processor updates get theirs through three page-locked buffers",
         (true, 1) => "each block has its own gradient buffer: the backward pass never waits for one to be copied out",
         (true, _) => "gradients add up on the device and leave it with the last group",
         (false, 1) => "gradients leave through two buffers as blocks are done",

@@ -2,10 +2,12 @@
 
 use super::*;
 use crate::CpuDevice;
-use crate::pages::{Queue, on_device, update_pages, update_pages_recorded};
+use crate::pages::{Kept, Queue, on_device, update_pages, update_pages_recorded};
 use proptest::prelude::*;
 use ramtorch_device::trace::Recorder;
-use ramtorch_device::{DevBuf, Device, Dtype, StagedPage, Stream, staged_parameters, state_bytes};
+use ramtorch_device::{
+    DevBuf, Device, DeviceGradients, Dtype, GradientPiece, GradientReader, StagedPage, Stream, staged_parameters, state_bytes,
+};
 use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, SharedOwner, Store, StoreSpec, TensorSpec};
 use std::sync::Arc;
 
@@ -279,25 +281,58 @@ fn stage(device: &CpuDevice, store: &Arc<Store>, pages: &[u32], room: DevBuf) ->
     staged
 }
 
+fn kept<'a>(stays: &'a Option<DeviceGradients>, reader: &'a mut Box<dyn GradientReader>) -> Option<Kept<'a>> {
+    stays.as_ref().map(|gradients| Kept { gradients, reader: reader.as_mut() })
+}
+
 /// Whoever updates a page, its bits are the same; pages that are at the step already are left alone.
 #[test]
 fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
     for moments in [MomentFormat::F32, MomentFormat::Bf16] {
         for gradients in [GradientFormat::F32, GradientFormat::Bf16] {
             let mut images = Vec::new();
-            for (who, spares) in
-                [("cpu", 1), ("device", 1), ("device", 3), ("both", 1), ("both", 2), ("both", 3), ("staged", 1), ("staged", 3)]
-            {
-                let store = store(&format!("{moments:?}{gradients:?}{who}{spares}"), moments, gradients, spares);
+            for (who, spares, on_device_only) in [
+                ("cpu", 1, false),
+                ("device", 1, false),
+                ("device", 3, false),
+                ("both", 1, false),
+                ("both", 2, false),
+                ("both", 3, false),
+                ("staged", 1, false),
+                ("staged", 3, false),
+                ("cpu", 1, true),
+                ("device", 3, true),
+                ("both", 3, true),
+                ("staged", 3, true),
+            ] {
+                // Where gradients are on the device alone: every other block's in other memory.
+                let format = if on_device_only { GradientFormat::None } else { gradients };
+                let store = store(&format!("{moments:?}{gradients:?}{who}{spares}{on_device_only}"), moments, format, spares);
+                let elsewhere = ["even", "odd"].map(|x| self::store(&format!("{x}{moments:?}{gradients:?}{who}"), moments, gradients, 1));
+                let of_block = |(b, block): (usize, &ramtorch_store::Block)| {
+                    let buf = DevBuf { ptr: elsewhere[b % 2].gradient_ptr(block.start) as u64, bytes: block.len * gradients.bytes() };
+                    GradientPiece { first: block.start, end: block.start + block.len, buf }
+                };
+                let pieces = store.layout().blocks().iter().enumerate().map(of_block).collect();
+                let stays = Some(DeviceGradients::new(gradients, pieces)).filter(|_| on_device_only);
                 let mut device = CpuDevice::open(0, Dtype::F32, 1, 4 << 20).unwrap();
                 let mut updater = device.page_updater(&store).unwrap().unwrap();
                 let room = device.alloc(2 << 20, "staged pages").unwrap();
+                let mut reader = device.gradient_reader(gradients, 1024).unwrap();
                 let owner = SharedOwner::new(store.claim(0).unwrap());
                 let all = u64::from(store.layout().page_count());
                 for step in 1..=5 {
-                    put(&store, step);
+                    if on_device_only {
+                        elsewhere.iter().for_each(|s| put(s, step));
+                    } else {
+                        put(&store, step);
+                    }
                     let k = AdamwStep { step, ..K };
-                    if step == 3 {
+                    if step == 3 && on_device_only {
+                        let runs = DecayRun::of(store.layout(), &store.layout().page_range(4));
+                        let update = |g: Gradients| owner.update(4, 3, |old, new, _| adamw_page(&k, &runs, old, new, g)).unwrap();
+                        assert!(crate::read_gradients(&elsewhere[0], 4, update));
+                    } else if step == 3 {
                         // One page was updated before a crash.
                         let runs = DecayRun::of(store.layout(), &store.layout().page_range(4));
                         assert!(owner.update(4, 3, |old, new, g| adamw_page(&k, &runs, old, new, g)).unwrap());
@@ -305,25 +340,45 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                     let pages = all - u64::from(step == 3);
                     let updater = updater.as_mut();
                     match who {
-                        "cpu" => assert_eq!(update_pages(&owner, &k, None).unwrap().cpu, pages),
+                        "cpu" => {
+                            let done = update_pages_recorded(&owner, &k, None, Vec::new(), kept(&stays, &mut reader), &Recorder::default())
+                                .unwrap();
+                            assert_eq!(done.cpu, pages);
+                        }
                         "device" => {
                             let depth = updater.depth().min(spares as usize);
-                            assert_eq!(on_device(&owner, &k, &Queue::new(&owner, Vec::new()), updater, depth).unwrap(), pages);
+                            assert_eq!(
+                                on_device(&owner, &k, &Queue::new(&owner, Vec::new()), updater, stays.as_ref(), depth).unwrap(),
+                                pages
+                            );
                         }
                         "staged" => {
                             let pages: Vec<u32> = owner.pages().filter(|p| p % 2 == 1).collect();
                             let staged = stage(&device, &store, &pages, room);
-                            let done = update_pages_recorded(&owner, &k, Some(updater), staged, &Recorder::default()).unwrap();
+                            let done =
+                                update_pages_recorded(&owner, &k, Some(updater), staged, kept(&stays, &mut reader), &Recorder::default())
+                                    .unwrap();
                             assert_eq!(done.cpu + done.device, all - u64::from(step == 3));
                         }
                         _ => {
-                            let done = update_pages(&owner, &k, Some(updater)).unwrap();
+                            let done = update_pages_recorded(
+                                &owner,
+                                &k,
+                                Some(updater),
+                                Vec::new(),
+                                kept(&stays, &mut reader),
+                                &Recorder::default(),
+                            )
+                            .unwrap();
                             assert_eq!(done.cpu + done.device, pages);
                             assert!(spares > 1 || done.device == 0, "{done:?}");
                         }
                     }
                     assert!(owner.pages().all(|p| store.entry(p).step == step));
-                    assert_eq!(update_pages(&owner, &k, None).unwrap().cpu, 0);
+                    assert_eq!(
+                        update_pages_recorded(&owner, &k, None, Vec::new(), kept(&stays, &mut reader), &Recorder::default()).unwrap().cpu,
+                        0
+                    );
                 }
                 let mut image = Vec::new();
                 for part in [ramtorch_store::Part::Weight, ramtorch_store::Part::Moment1, ramtorch_store::Part::Moment2] {
@@ -385,7 +440,7 @@ fn a_snapshot_changes_nothing_and_is_not_changed() {
                     let k = AdamwStep { step, ..K };
                     match who {
                         "cpu" => drop(update_pages(owner, &k, None).unwrap()),
-                        "device" => drop(on_device(owner, &k, &Queue::new(owner, Vec::new()), updater, 1).unwrap()),
+                        "device" => drop(on_device(owner, &k, &Queue::new(owner, Vec::new()), updater, None, 1).unwrap()),
                         _ => drop(update_pages(owner, &k, Some(updater)).unwrap()),
                     }
                 }

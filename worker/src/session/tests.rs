@@ -1,0 +1,199 @@
+//! Steps of a session on a CPU device with its page updater beside it: what lies where changes no bit of the store.
+
+use super::*;
+use crate::api::{DeviceKind, DeviceSpec, PlanRequest, Prepared, Rates};
+use crate::plan::{DeviceUse, device_use, plan};
+use ramtorch_cpu::{CpuDevice, Kept, update_pages_recorded};
+use ramtorch_device::AdamwStep;
+use ramtorch_job::JobSpec;
+use ramtorch_modelio::{TransformerConfig, fill_page, open_weights, parse_config};
+use ramtorch_store::{SharedOwner, StoreSpec};
+use std::path::Path;
+
+const VOCABULARY: usize = 97;
+const SEQ: usize = 16;
+const STEPS: u64 = 4;
+
+fn architecture(tied: bool) -> Architecture {
+    let text = format!(
+        r#"{{"model_type":"llama","vocab_size":{VOCABULARY},"hidden_size":48,"intermediate_size":80,"num_hidden_layers":3,
+            "num_attention_heads":4,"num_key_value_heads":2,"max_position_embeddings":64,"rms_norm_eps":1e-5,
+            "tie_word_embeddings":{tied},"hidden_act":"silu"}}"#
+    );
+    let config: TransformerConfig = parse_config(text.as_bytes(), Path::new("config.json")).unwrap().config;
+    Architecture::Transformer(config)
+}
+
+/// What a run leaves: state of all parameters as bits, losses and sums of squares of the steps, pages that were staged.
+struct Run {
+    state: Vec<Vec<u32>>,
+    losses: Vec<u64>,
+    squares: Vec<u64>,
+    staged: usize,
+    device: u64,
+}
+
+/// Four steps of a tiny model in bf16, pages updated by the CPU and by the device's updater beside the next forward pass.
+fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
+    let dir = tempfile::tempdir().unwrap();
+    let tokens: Vec<u8> = (0..4000u32).flat_map(|i| ((i * i / 7 + i) % VOCABULARY as u32).to_le_bytes()).collect();
+    std::fs::write(dir.path().join("tokens.bin"), tokens).unwrap();
+    let text = format!(
+        "name = \"t\"\n[model]\nconfig = \"/c\"\n[data]\nformat = \"tokens\"\ntrain = \"tokens.bin\"\nsequence_length = {SEQ}\n[train]\nsteps = 4\nbatch_size = 8\nmicro_batch_size = 2\nprecision = \"bf16\"\nrecompute = \"never\"\n{train}"
+    );
+    let spec = JobSpec::parse(&text, dir.path(), "job.toml").unwrap();
+    let a = architecture(tied);
+    let dataset = ramtorch_data::prepare(&spec.data, None, Some(VOCABULARY), dir.path(), &|_, _, _| {}).unwrap();
+    let data = dataset.open().unwrap();
+    let memory_bytes = 64 << 20;
+    let request = PlanRequest {
+        spec,
+        prepared: Prepared {
+            architecture: serde_json::to_value(&a).unwrap(),
+            description: a.describe(),
+            weights: None,
+            resume: None,
+            train_sequences: dataset.train_sequences,
+            validation_sequences: 0,
+            sequence_length: SEQ,
+            steps: STEPS,
+            dataset: serde_json::Value::Null,
+            rates: Rates::default(),
+        },
+        devices: vec![DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes }],
+        segment_bytes_available: 1 << 40,
+        ram_bytes_available: 1 << 40,
+    };
+    let mut p = EnginePlan::of(&plan(&request).unwrap()).unwrap();
+    // As on a GPU: small pages, several in hand, staged pages, squares by the device.
+    p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
+    (p.staged_pages, p.squares_on_device) = (staged_pages, true);
+    let name = format!("/ramtorch-session-{tag}-{tied}-{}", std::process::id());
+    let store = Arc::new(Store::create(&name, &p.store).unwrap());
+    Store::unlink(&name).unwrap();
+    let mut owner = store.claim(0).unwrap();
+    let weights = open_weights(&a, None, 5).unwrap();
+    for page in owner.pages() {
+        fill_page(&mut owner, store.layout(), page, 0, weights.as_ref()).unwrap();
+    }
+    let owner = SharedOwner::new(owner);
+    let model = Model::new(&a, store.layout(), p.dtype).unwrap();
+    p.uses = DeviceUse { optimizer: 0, ..device_use(&model, &p, &|_| Ok(0)).unwrap() };
+    let dev = CpuDevice::open(0, p.dtype, 1, p.uses.allocated()).unwrap();
+    let mut session = Session::new(Box::new(dev), model, store.clone(), &p, true).unwrap();
+    assert_eq!(session.dev.allocated(), p.uses.allocated());
+    session.join(&Arc::new(Collectives::new(store.clone(), 0, 1, 0))).unwrap();
+    let mut updater = session.dev.page_updater(&store).unwrap().unwrap();
+    let gradients = session.device_gradients();
+    assert_eq!(gradients.is_some(), p.device_gradients.is_some());
+    let mut reader = gradients.as_ref().map(|g| session.dev.gradient_reader(g.format(), 1024).unwrap());
+    let reader_of = Reader { data: &data, seq: SEQ, document_mask: false, padding: None };
+    let batches = StepBatches::new(&[3, 1, 4, 15, 9, 2, 6, 5], p.micro_batch, p.group_len);
+    let mut end = Run { state: Vec::new(), losses: Vec::new(), squares: Vec::new(), staged: 0, device: 0 };
+    let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
+    for step in 1..=STEPS + 1 {
+        end.device += std::thread::scope(|scope| {
+            let (owner, updater, gradients, reader) = (&owner, updater.as_mut(), gradients.as_ref(), reader.as_mut());
+            let update = move |(k, staged): (AdamwStep, Vec<StagedPage>)| {
+                let kept = gradients.zip(reader).map(|(gradients, reader)| Kept { gradients, reader: reader.as_mut() });
+                update_pages_recorded(owner, &k, Some(updater), staged, kept, &Default::default()).unwrap().device
+            };
+            // Beside the sweep, up to where its first gradient leaves.
+            let mut pending = due.take().map(|due| scope.spawn(move || update(due)));
+            let mut device = 0;
+            let mut committed = || {
+                device += pending.take().map_or(0, |p| p.join().unwrap());
+                Ok(())
+            };
+            if step > STEPS {
+                committed().unwrap();
+                return device;
+            }
+            let visits = session.visits(p.groups, true);
+            session.weights.plan_visits(visits, step - 1);
+            session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, &mut committed).unwrap();
+            session.finish_gradients().unwrap();
+            end.losses.push(session.sum_losses(&batches).unwrap().to_bits());
+            end.squares.push(session.sum_squares().unwrap().unwrap().to_bits());
+            device
+        });
+        if step <= STEPS {
+            let staged = session.take_staged().unwrap();
+            end.staged += staged.len();
+            let k = AdamwStep {
+                step,
+                beta1: 0.9,
+                beta2: 0.95,
+                one_minus_beta1: 0.1,
+                one_minus_beta2: 0.05,
+                step_size: 1e-2,
+                sqrt_bias2: 0.4,
+                eps: 1e-8,
+                gradient_scale: 0.5,
+                keep: 0.999,
+            };
+            due = Some((k, staged));
+        }
+    }
+    drop((updater, reader));
+    session.close();
+    use ramtorch_store::Part;
+    for part in [Part::Weight, Part::Moment1, Part::Moment2] {
+        let mut out = vec![0f32; store.layout().span() as usize];
+        store.read_at_step(0, part, STEPS, &mut out).unwrap();
+        end.state.push(out.into_iter().map(f32::to_bits).collect());
+    }
+    end
+}
+
+fn assert_same(a: &Run, b: &Run, what: &str) {
+    assert_eq!(a.losses, b.losses, "{what}: losses");
+    assert_eq!(a.squares, b.squares, "{what}: squares");
+    assert!(a.state == b.state, "{what}: the store");
+}
+
+/// Pages come to the device during the backward pass, into memory of activations, and are updated there while the next forward
+/// pass comes nearer to it.
+#[test]
+fn staged_pages_change_nothing() {
+    for tied in [false, true] {
+        let plain = run("plain", tied, "groups = 1\n", 0);
+        assert!(plain.losses.windows(2).all(|w| f64::from_bits(w[1]) < f64::from_bits(w[0])), "it learns");
+        for most in [1, 3, 40] {
+            let staged = run(&format!("staged-{most}"), tied, "groups = 1\n", most);
+            assert!(staged.staged >= STEPS as usize * 3 && staged.device > 0, "{} pages were staged", staged.staged);
+            assert_same(&staged, &plain, &format!("{most} pages a block, tied: {tied}"));
+        }
+        let groups = run("groups", tied, "groups = 2\n", 0);
+        assert_same(&run("groups-staged", tied, "groups = 2\n", 3), &groups, "two groups");
+    }
+}
+
+/// bf16 gradients that stay on the device have the bits of those in the segment.
+#[test]
+fn gradients_that_stay_on_the_device_change_nothing() {
+    for tied in [false, true] {
+        let segment = run("segment", tied, "groups = 1\n", 0);
+        for staged in [0, 3] {
+            let device = run(&format!("device-{staged}"), tied, "groups = 1\ngradients_in = \"device\"\n", staged);
+            assert_same(&device, &segment, &format!("{staged} staged, tied: {tied}"));
+        }
+    }
+}
+
+/// Sums of several groups: in fp32 where they stay as they are, rounded after each group otherwise.
+#[test]
+fn gradients_of_several_groups_add_up_on_the_device() {
+    let norms = |r: &Run| f64::from_bits(r.squares[0]).sqrt();
+    for tied in [false, true] {
+        let one = run("one", tied, "groups = 1\n", 0);
+        for more in ["groups = 4\n", "groups = 2\ngradients = \"fp32\"\n"] {
+            let several = run("several", tied, &format!("{more}gradients_in = \"device\"\n"), 2);
+            let off = (norms(&several) / norms(&one) - 1.0).abs();
+            assert!(off < 5e-3, "{more}: the first norm is off by {off}");
+            assert_eq!(several.losses[0], one.losses[0], "the first step's loss does not depend on gradients");
+            let last = f64::from_bits(several.losses[3]) / f64::from_bits(one.losses[3]) - 1.0;
+            assert!(last.abs() < 2e-2, "{more}: the last loss is off by {last}");
+        }
+    }
+}
