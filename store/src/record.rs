@@ -23,7 +23,7 @@ pub(crate) const RECORD: Cell<RECORD_WORDS> = Cell { selector: LIVE + 8, slots: 
 /// How far a step is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StepPhase {
-    /// Pages are being written for the first time; nothing can be trained or read yet.
+    /// Pages are being written for the first time, or again, from a checkpoint; nothing can be trained or read yet.
     Loading,
     /// Gradients are being computed. After a death: throw them away, run the step again.
     Computing,

@@ -4,7 +4,7 @@ use super::*;
 use crate::api::{DeviceKind, DeviceSpec, PlanRequest, Prepared, Rates};
 use crate::plan::{DeviceUse, device_use, plan};
 use ramtorch_cpu::{CpuDevice, Kept, update_pages_recorded};
-use ramtorch_device::AdamwStep;
+use ramtorch_device::{AdamwStep, DecayRun, PageGradients, PageUpdater};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::{TransformerConfig, fill_page, open_weights, parse_config};
 use ramtorch_store::{SharedOwner, StoreSpec};
@@ -35,6 +35,41 @@ struct Run {
 
 /// Four steps of a tiny model in bf16, pages updated by the CPU and by the device's updater beside the next forward pass.
 fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
+    run_on(tag, tied, train, staged_pages, false)
+}
+
+/// Every page through the device, two in hand.
+fn by_device(
+    owner: &SharedOwner<'_>,
+    k: &AdamwStep,
+    updater: &mut dyn PageUpdater,
+    staged: &[StagedPage],
+    gradients: Option<&DeviceGradients>,
+) -> u64 {
+    let layout = owner.store().layout();
+    let mut in_hand = std::collections::VecDeque::new();
+    for page in owner.pages() {
+        if in_hand.len() == updater.depth() {
+            updater.finish().unwrap();
+            owner.publish(in_hand.pop_front().unwrap()).unwrap();
+        }
+        let params = layout.page_range(page);
+        let pieces = gradients.map(|g| g.of(&params)).unwrap_or_default();
+        let place = gradients.map_or(PageGradients::Segment, |g| PageGradients::Device(g.format(), &pieces));
+        let state = staged.iter().find(|s| s.page == page).map_or([].as_slice(), |s| &s.state);
+        let update = owner.begin(page, k.step).unwrap().unwrap();
+        updater.submit(k, &update, &DecayRun::of(layout, &params), state, place).unwrap();
+        in_hand.push_back(update);
+    }
+    for update in in_hand {
+        updater.finish().unwrap();
+        owner.publish(update).unwrap();
+    }
+    layout.page_count().into()
+}
+
+/// As [`run`]; with `alone` the device's updater does all pages.
+fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) -> Run {
     let dir = tempfile::tempdir().unwrap();
     let tokens: Vec<u8> = (0..4000u32).flat_map(|i| ((i * i / 7 + i) % VOCABULARY as u32).to_le_bytes()).collect();
     std::fs::write(dir.path().join("tokens.bin"), tokens).unwrap();
@@ -95,6 +130,9 @@ fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
         end.device += std::thread::scope(|scope| {
             let (owner, updater, gradients, reader) = (&owner, updater.as_mut(), gradients.as_ref(), reader.as_mut());
             let update = move |(k, staged): (AdamwStep, Vec<StagedPage>)| {
+                if alone {
+                    return by_device(owner, &k, updater, &staged, gradients);
+                }
                 let kept = gradients.zip(reader).map(|(gradients, reader)| Kept { gradients, reader: reader.as_mut() });
                 update_pages_recorded(owner, &k, Some(updater), staged, kept, &Default::default()).unwrap().device
             };
@@ -160,9 +198,12 @@ fn staged_pages_change_nothing() {
         let plain = run("plain", tied, "groups = 1\n", 0);
         assert!(plain.losses.windows(2).all(|w| f64::from_bits(w[1]) < f64::from_bits(w[0])), "it learns");
         for most in [1, 3, 40] {
-            let staged = run(&format!("staged-{most}"), tied, "groups = 1\n", most);
-            assert!(staged.staged >= STEPS as usize * 3 && staged.device > 0, "{} pages were staged", staged.staged);
-            assert_same(&staged, &plain, &format!("{most} pages a block, tied: {tied}"));
+            for alone in [false, true] {
+                let staged = run_on(&format!("staged-{most}-{alone}"), tied, "groups = 1\n", most, alone);
+                assert!(staged.staged >= STEPS as usize * 3, "{} pages were staged", staged.staged);
+                assert!(staged.device > 0 || !alone);
+                assert_same(&staged, &plain, &format!("{most} pages a block, tied: {tied}, alone: {alone}"));
+            }
         }
         let groups = run("groups", tied, "groups = 2\n", 0);
         assert_same(&run("groups-staged", tied, "groups = 2\n", 3), &groups, "two groups");
@@ -174,9 +215,10 @@ fn staged_pages_change_nothing() {
 fn gradients_that_stay_on_the_device_change_nothing() {
     for tied in [false, true] {
         let segment = run("segment", tied, "groups = 1\n", 0);
-        for staged in [0, 3] {
-            let device = run(&format!("device-{staged}"), tied, "groups = 1\ngradients_in = \"device\"\n", staged);
-            assert_same(&device, &segment, &format!("{staged} staged, tied: {tied}"));
+        for (staged, alone) in [(0, false), (3, false), (0, true), (3, true)] {
+            let train = "groups = 1\ngradients_in = \"device\"\n";
+            let device = run_on(&format!("device-{staged}-{alone}"), tied, train, staged, alone);
+            assert_same(&device, &segment, &format!("{staged} staged, tied: {tied}, alone: {alone}"));
         }
     }
 }

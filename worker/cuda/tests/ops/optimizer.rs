@@ -2,7 +2,7 @@
 
 use crate::Test;
 use half::bf16;
-use ramtorch_cpu::{CpuDevice, PagesUpdated, update_pages, update_pages_recorded};
+use ramtorch_cpu::{CpuDevice, Kept, PagesUpdated, update_pages, update_pages_recorded};
 use ramtorch_cuda::CudaDevice;
 use ramtorch_device::*;
 use ramtorch_store::*;
@@ -11,6 +11,9 @@ use std::sync::Arc;
 pub const TESTS: &[Test] = &[
     ("optimizer_pages_have_the_bits_of_the_cpu", small_pages),
     ("optimizer_pages_larger_than_the_staging", large_pages),
+    ("optimizer_gradients_that_stay_on_the_device", kept_small),
+    ("optimizer_gradients_that_stay_of_large_pages", kept_large),
+    ("optimizer_reader_keeps_ahead", reader),
     ("optimizer_staging_is_counted", staging),
     ("optimizer_stops_between_pages", stopped),
 ];
@@ -106,6 +109,17 @@ fn put(s: &Store, value: impl Fn(u64) -> f32) {
 
 /// Every page through the device, as many in hand as it wants; those that `staged` has were brought before.
 fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdater, staged: &[StagedPage]) -> u64 {
+    by_device_from(owner, k, updater, staged, None)
+}
+
+/// As [`by_device`]; `kept`: gradients are on the device.
+fn by_device_from(
+    owner: &SharedOwner<'_>,
+    k: &AdamwStep,
+    updater: &mut dyn PageUpdater,
+    staged: &[StagedPage],
+    kept: Option<&DeviceGradients>,
+) -> u64 {
     let layout = owner.store().layout();
     let mut in_hand = std::collections::VecDeque::new();
     for page in owner.pages() {
@@ -115,7 +129,10 @@ fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdat
         }
         let update = owner.begin(page, k.step).unwrap().unwrap();
         let state = staged.iter().find(|s| s.page == page).map_or([].as_slice(), |s| &s.state);
-        updater.submit(k, &update, &DecayRun::of(layout, &layout.page_range(page)), state).unwrap();
+        let params = layout.page_range(page);
+        let pieces = kept.map(|kept| kept.of(&params)).unwrap_or_default();
+        let gradients = kept.map_or(PageGradients::Segment, |kept| PageGradients::Device(kept.format(), &pieces));
+        updater.submit(k, &update, &DecayRun::of(layout, &params), state, gradients).unwrap();
         in_hand.push_back(update);
     }
     for update in in_hand {
@@ -168,7 +185,7 @@ fn agree(rows: u64, page: u32, steps: u64) {
                         }
                         "both, staged" => {
                             let staged = stage(&d, &s, room, 3);
-                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, &Default::default()).unwrap()
+                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, None, &Default::default()).unwrap()
                         }
                         "gpu" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
                         _ => update_pages(&owner, &k(step), Some(updater.as_mut())).unwrap(),
@@ -211,6 +228,123 @@ fn large_pages() {
     agree(20_011, 3 * (2 << 20) + 5 * 1024, 2);
 }
 
+/// Gradients of `step` in memory of the device, a buffer a block; whole when this returns.
+fn put_on_device(d: &CudaDevice, kept: &DeviceGradients, span: u64, step: u64) {
+    for piece in kept.of(&(0..span)) {
+        let bytes: Vec<u8> = (piece.first..piece.end)
+            .flat_map(|i| match (kept.format(), number(i ^ step << 45)) {
+                (GradientFormat::F32, x) => x.to_le_bytes().to_vec(),
+                (_, x) => bf16::from_f32(x).to_le_bytes().to_vec(),
+            })
+            .collect();
+        for (i, part) in bytes.chunks(1 << 20).enumerate() {
+            d.upload(Stream::Compute, piece.buf.slice((i << 20) as u64, part.len() as u64), part).unwrap();
+        }
+    }
+    d.synchronize(Stream::Compute).unwrap();
+}
+
+/// Room for a store's gradients on the device: a buffer a block, so that pages go on in another.
+fn room_for_gradients(d: &mut CudaDevice, s: &Store, format: GradientFormat) -> DeviceGradients {
+    let of_block = |b: &Block| {
+        let buf = d.alloc(b.len * format.bytes(), "gradients").unwrap().slice(0, b.len * format.bytes());
+        GradientPiece { first: b.start, end: b.start + b.len, buf }
+    };
+    DeviceGradients::new(format, s.layout().blocks().iter().map(of_block).collect())
+}
+
+/// Gradients on the device alone: the bits are those of gradients in the segment, whoever updates.
+fn kept(rows: u64, page: u32, steps: u64) {
+    for moments in [MomentFormat::F32, MomentFormat::Bf16] {
+        for gradients in [GradientFormat::F32, GradientFormat::Bf16] {
+            let reference = store(&format!("kept-cpu-{moments:?}-{gradients:?}"), rows, page, moments, gradients);
+            let owner = SharedOwner::new(reference.claim(0).unwrap());
+            for step in 1..=steps {
+                put_gradients(&reference, step);
+                update_pages(&owner, &k(step), None).unwrap();
+            }
+            let want = image(&reference, steps);
+            for who in ["cpu", "gpu", "both", "gpu, staged", "both, staged"] {
+                let s = store(&format!("kept-{who}-{moments:?}-{gradients:?}"), rows, page, moments, GradientFormat::None);
+                let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
+                let kept = room_for_gradients(&mut d, &s, gradients);
+                let mut updater = d.page_updater(&s).unwrap().unwrap();
+                let mut reader = d.gradient_reader(gradients, u64::from(page)).unwrap();
+                let room = d.alloc(512 << 20, "staged pages").unwrap();
+                let owner = SharedOwner::new(s.claim(0).unwrap());
+                let mut total = PagesUpdated::default();
+                for step in 1..=steps {
+                    put_on_device(&d, &kept, s.layout().span(), step);
+                    let staged = if who.ends_with("staged") { stage(&d, &s, room, 2) } else { Vec::new() };
+                    let from = Kept { gradients: &kept, reader: reader.as_mut() };
+                    let done = match who {
+                        "cpu" => update_pages_recorded(&owner, &k(step), None, staged, Some(from), &Default::default()).unwrap(),
+                        "gpu" | "gpu, staged" => {
+                            let device = by_device_from(&owner, &k(step), updater.as_mut(), &staged, Some(&kept));
+                            PagesUpdated { device, ..Default::default() }
+                        }
+                        _ => {
+                            let updater = Some(updater.as_mut() as &mut dyn PageUpdater);
+                            update_pages_recorded(&owner, &k(step), updater, staged, Some(from), &Default::default()).unwrap()
+                        }
+                    };
+                    assert_eq!(done.cpu + done.device, u64::from(s.layout().page_count()));
+                    total.cpu += done.cpu;
+                    total.device += done.device;
+                }
+                println!(
+                    "    kept: {moments:?} moments, {gradients:?} gradients, {who}: {} pages by the CPU, {} by the GPU",
+                    total.cpu, total.device
+                );
+                let got = image(&s, steps);
+                for (part, (g, w)) in got.iter().zip(&want).enumerate() {
+                    let first = g.iter().zip(w).position(|(a, b)| a != b);
+                    assert!(first.is_none(), "kept, {moments:?}, {gradients:?}, {who}, part {part}: parameter {first:?} differs");
+                }
+            }
+        }
+    }
+}
+
+fn kept_small() {
+    kept(211, 4096, 5);
+}
+
+fn kept_large() {
+    kept(20_011, 3 * (2 << 20) + 5 * 1024, 2);
+}
+
+/// Pages of gradients come in order, as many ahead as there is room for, and what does not fit is refused.
+fn reader() {
+    let s = store("reader", 211, 4096, MomentFormat::F32, GradientFormat::None);
+    let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
+    let kept = room_for_gradients(&mut d, &s, GradientFormat::Bf16);
+    let allocated = d.allocated();
+    let mut reader = d.gradient_reader(GradientFormat::Bf16, 4096).unwrap();
+    assert_eq!(d.allocated(), allocated, "it takes RAM alone");
+    assert!(reader.finish().is_err(), "nothing is on its way");
+    put_on_device(&d, &kept, s.layout().span(), 1);
+    let pages = s.layout().page_count();
+    let mut submitted = 0;
+    for page in 0..pages {
+        while submitted < pages && submitted < page + reader.depth() as u32 {
+            reader.submit(submitted, &kept.of(&s.layout().page_range(submitted))).unwrap();
+            submitted += 1;
+        }
+        let Gradients::Bf16(got) = reader.finish().unwrap() else { panic!("bf16 gradients") };
+        let want: Vec<u16> = s.layout().page_range(page).map(|i| bf16::from_f32(number(i ^ 1 << 45)).to_bits()).collect();
+        assert!(got == want, "page {page}");
+    }
+    for page in 0..reader.depth() as u32 {
+        reader.submit(page, &kept.of(&s.layout().page_range(page))).unwrap();
+    }
+    assert!(reader.submit(9, &kept.of(&s.layout().page_range(9))).is_err(), "too many");
+    drop(reader); // with copies on their way
+    let mut reader = d.gradient_reader(GradientFormat::Bf16, 1024).unwrap();
+    assert!(reader.submit(0, &kept.of(&s.layout().page_range(0))).is_err(), "too long");
+    assert!(d.gradient_reader(GradientFormat::None, 1024).is_err());
+}
+
 fn staging() {
     let s = store("staging", 211, 4096, MomentFormat::F32, GradientFormat::Bf16);
     let bytes = staging_bytes(s.layout().spec(), 4096);
@@ -241,8 +375,8 @@ fn stopped() {
         let owner = SharedOwner::new(b.claim(0).unwrap());
         let runs = |page| DecayRun::of(b.layout(), &b.layout().page_range(page));
         let (first, second) = (owner.begin(0, 1).unwrap().unwrap(), owner.begin(1, 1).unwrap().unwrap());
-        updater.submit(&k(1), &first, &runs(0), &[]).unwrap();
-        updater.submit(&k(1), &second, &runs(1), &[]).unwrap();
+        updater.submit(&k(1), &first, &runs(0), &[], PageGradients::Segment).unwrap();
+        updater.submit(&k(1), &second, &runs(1), &[], PageGradients::Segment).unwrap();
         updater.finish().unwrap();
         owner.publish(first).unwrap();
         assert!(updater.finish().is_ok() && updater.finish().is_err());
@@ -265,17 +399,37 @@ pub fn bench() {
         // Subnormal numbers, which training does not meet in numbers, take processors a hundred times as long.
         put(&s, |i| (mixed(i) % 2001) as f32 * 1e-6 - 1e-3);
         let n = s.layout().span() as f64;
-        let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
+        let mut d = CudaDevice::open(0, Dtype::Bf16, 2 << 30, false).unwrap();
         let mut updater = d.page_updater(&s).unwrap().unwrap();
         let owner = SharedOwner::new(s.claim(0).unwrap());
         let mut step = 0;
-        for who in ["CPU", "GPU", "CPU and GPU"] {
+        let kept = room_for_gradients(&mut d, &s, GradientFormat::Bf16);
+        for (piece, b) in kept.of(&(0..s.layout().span())).iter().zip(s.layout().blocks()) {
+            // SAFETY: the gradients of the block, which nobody writes now.
+            let bytes = unsafe { std::slice::from_raw_parts(s.gradient_ptr(b.start), (2 * b.len) as usize) };
+            for (i, part) in bytes.chunks(1 << 20).enumerate() {
+                d.upload(Stream::Compute, piece.buf.slice((i << 20) as u64, part.len() as u64), part).unwrap();
+            }
+        }
+        d.synchronize(Stream::Compute).unwrap();
+        let mut reader = d.gradient_reader(GradientFormat::Bf16, 16 << 20).unwrap();
+        for who in ["CPU", "GPU", "CPU and GPU", "kept, CPU", "kept, GPU", "kept, both"] {
             let mut times = Vec::new();
             let mut last = PagesUpdated::default();
             for _ in 0..6 {
                 step += 1;
                 let begin = std::time::Instant::now();
+                let from = Kept { gradients: &kept, reader: reader.as_mut() };
                 last = pool.install(|| match who {
+                    "kept, CPU" => update_pages_recorded(&owner, &k(step), None, Vec::new(), Some(from), &Default::default()).unwrap(),
+                    "kept, GPU" => {
+                        let device = by_device_from(&owner, &k(step), updater.as_mut(), &[], Some(&kept));
+                        PagesUpdated { device, ..Default::default() }
+                    }
+                    "kept, both" => {
+                        let updater = Some(updater.as_mut() as &mut dyn PageUpdater);
+                        update_pages_recorded(&owner, &k(step), updater, Vec::new(), Some(from), &Default::default()).unwrap()
+                    }
                     "CPU" => update_pages(&owner, &k(step), None).unwrap(),
                     "GPU" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
                     _ => update_pages(&owner, &k(step), Some(updater.as_mut())).unwrap(),
