@@ -26,7 +26,7 @@ use crate::session::{Session, StepBatches};
 use crate::trace::Tracing;
 use ramtorch_cpu::{Channel, Collectives, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded};
 use ramtorch_data::{Dataset, Order};
-use ramtorch_device::{PageUpdater, StagedPage};
+use ramtorch_device::{Dtype, PageUpdater, StagedPage};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
@@ -242,6 +242,9 @@ impl Rank<'_> {
         let device = dev.name();
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
+        if let Some(updater) = updater.as_mut().filter(|_| self.comm.world() == 1 && self.plan.dtype == Dtype::Bf16) {
+            updater.deliver_to(session.weights.direct());
+        }
         session.join(&self.comm)?;
         let committed = self.store.record().step;
         let (mut metrics, last_line) = if self.leader() {

@@ -25,8 +25,8 @@ mod optimizer;
 pub use error::{EngineError, ErrorKind};
 pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
-    AdamwStep, DecayRun, PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, random_bits, staged_parameters, staging_bytes, state_bytes,
-    stochastic,
+    AdamwStep, DecayRun, DirectWeights, PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, random_bits, staged_parameters,
+    staging_bytes, state_bytes, stochastic,
 };
 use ramtorch_store::Store;
 pub use ramtorch_trace as trace;

@@ -156,6 +156,11 @@ fn agree(rows: u64, page: u32, steps: u64) {
                 let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
                 let mut updater = d.page_updater(&s).unwrap().unwrap();
                 let room = d.alloc(512 << 20, "staged pages").unwrap();
+                // Weights of the first three quarters are delivered, in two pieces of odd lengths.
+                let cut = [s.layout().span() / 3 + 1, s.layout().span() / 4 * 3];
+                let places = [0..cut[0], cut[0]..cut[1]].map(|r| (r.clone(), d.alloc((r.end - r.start) * 2, "weights").unwrap())).to_vec();
+                let direct = Arc::new(DirectWeights::new(s.layout(), places.clone()));
+                updater.deliver_to(direct.clone());
                 let owner = SharedOwner::new(s.claim(0).unwrap());
                 let mut total = PagesUpdated::default();
                 for step in 1..=steps {
@@ -182,6 +187,24 @@ fn agree(rows: u64, page: u32, steps: u64) {
                     total.cpu, total.device
                 );
                 let got = image(&s, steps);
+                if who.starts_with("gpu") {
+                    let mut weights = Vec::new();
+                    for (_, buf) in &places {
+                        let mut bytes = vec![0u8; buf.bytes as usize];
+                        d.download(Stream::Compute, *buf, &mut bytes).unwrap();
+                        weights.extend(bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])));
+                    }
+                    let pages = (0..s.layout().page_count()).filter(|p| direct.delivered(*p, steps));
+                    let params: Vec<u64> = pages.flat_map(|p| s.layout().page_range(p)).collect();
+                    assert!(params.len() as u64 > cut[1] / 2);
+                    for p in params {
+                        let page = s.layout().pages_of(p..p + 1).start;
+                        let at = (p - s.layout().page_range(page).start) as usize;
+                        // SAFETY: the weight of that parameter; no page is being updated.
+                        let want = unsafe { *s.page_ptrs(s.entry(page).physical).hi.add(at) };
+                        assert_eq!(weights[p as usize], want, "{who}: weight {p}");
+                    }
+                }
                 match &want {
                     None => want = Some(got),
                     Some(want) => {
