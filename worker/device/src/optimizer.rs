@@ -12,7 +12,7 @@
 //! which instruction set or device updates a page, nor in how many parts: recovery does not need to know.
 
 use crate::{DevBuf, Device, EngineError, Stream};
-use ramtorch_store::{Layout, PageId, Store, StoreSpec, Update};
+use ramtorch_store::{Layout, NEVER, PageId, Store, StoreSpec, Update};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -148,7 +148,7 @@ pub struct DirectWeights {
 impl DirectWeights {
     /// `places` are ranges of parameters in ascending order, each with a buffer of its bf16 weights.
     pub fn new(layout: &Layout, places: Vec<(Range<u64>, DevBuf)>) -> DirectWeights {
-        DirectWeights { places, delivered: (0..layout.page_count()).map(|_| AtomicU64::new(0)).collect() }
+        DirectWeights { places, delivered: (0..layout.page_count()).map(|_| AtomicU64::new(NEVER)).collect() }
     }
 
     /// The places of `params`, ascending and without a gap; nothing where some of them have none.
@@ -284,7 +284,8 @@ mod tests {
         for gap in [140..160, 160..170, 199..201, 290..301, 300..310] {
             assert_eq!(d.pieces(gap), None);
         }
-        assert!(!d.delivered(0, 3));
+        // Nothing is delivered at first, of whatever step.
+        assert!(!d.delivered(0, 0) && !d.delivered(0, 3));
         d.deliver(0, 3);
         assert!(d.delivered(0, 3) && !d.delivered(0, 4) && !d.delivered(7, 3));
     }

@@ -189,9 +189,9 @@ fn agree(rows: u64, page: u32, steps: u64) {
                 let got = image(&s, steps);
                 if who.starts_with("gpu") {
                     let mut weights = Vec::new();
-                    for (_, buf) in &places {
-                        let mut bytes = vec![0u8; buf.bytes as usize];
-                        d.download(Stream::Compute, *buf, &mut bytes).unwrap();
+                    for (range, buf) in &places {
+                        let mut bytes = vec![0u8; (range.end - range.start) as usize * 2];
+                        d.download(Stream::Compute, buf.slice(0, bytes.len() as u64), &mut bytes).unwrap();
                         weights.extend(bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])));
                     }
                     let pages = (0..s.layout().page_count()).filter(|p| direct.delivered(*p, steps));
