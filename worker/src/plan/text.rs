@@ -128,6 +128,15 @@ fn choice(t: &mut String, model: &Model, found: &Found) {
     if p.optimizer_split {
         let spares = p.store.spare_pages_per_rank;
         let _ = writeln!(t, "             optimizer on the processor and the device at once, {spares} spare pages a rank");
+        if p.staged_pages > 0 {
+            let _ = writeln!(
+                t,
+                "             {} page{} a layer come{} to the device during the backward pass, into activations that are done with",
+                p.staged_pages,
+                s(p.staged_pages),
+                if p.staged_pages == 1 { "s" } else { "" }
+            );
+        }
     }
     let gradients = match (p.resident_gradients, p.groups) {
         (true, 1) => "each block has its own gradient buffer: the backward pass never waits for one to be copied out",
