@@ -34,8 +34,9 @@ mod typical {
     /// What all GPUs of a node get together: in, out, both at once.
     pub const NODE: [f64; 2] = [1.65e11, 1.31e11];
     pub const NODE_BOTH: [f64; 2] = [8.4e10, 1.0e11];
-    /// Bytes a second that a rank receives, and sends, in a gather or a reduction beside products.
-    pub const PEERS: f64 = 1.2e11;
+    /// Bytes a second that a rank receives, and sends, in a gather or a reduction of 8 thread blocks beside products: two GPUs
+    /// with NVLink.
+    pub const PEERS: f64 = 9.5e10;
 }
 
 /// Kernels of a layer's visits: forward, backward, made again.
@@ -53,8 +54,9 @@ const STAGED_IN: f64 = 6.0;
 const STAGED_OUT: f64 = 4.0;
 /// Copies slow the arithmetic beside them by this share of their own time: in, out.
 const DRAG: [f64; 2] = [0.01, 0.08];
-/// Gathers and reductions take multiprocessors from the arithmetic beside them: by this share of their own time.
-const PEERS_DRAG: f64 = 0.14;
+/// Gathers and reductions take multiprocessors from the arithmetic beside them, 8 of 132: by this share of their own time, at
+/// most (nothing could be measured).
+const PEERS_DRAG: f64 = 0.06;
 /// From a block's publication to the start of its copy; from the last gradient to the optimizer's start. Seconds.
 const NOTICE: f64 = 1e-4;
 const TURN: f64 = 3e-3;
