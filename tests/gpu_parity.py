@@ -66,8 +66,40 @@ def main():
             good = len(lines) == expected["steps"] and worst[0] < loss_limit and worst[1] < norm_limit
             passed, failed = passed + good, failed + (not good)
             print(f"{'ok  ' if good else 'FAIL'} {name} {precision}: {len(lines)} steps, loss within {worst[0]:.1e}, norm within {worst[1]:.1e}")
+    if len(sys.argv) <= 3 or "bf16" in sys.argv[3:]:
+        good = bf16(binary, out)
+        passed, failed = passed + good, failed + (not good)
     print(f"{passed} passed, {failed} failed")
     return failed > 0
+
+
+def bf16(binary, out):
+    """50 steps of every family in bf16: no farther from fp32 than PyTorch's bf16 run, over all families, but for a tenth, which
+    another order of summation makes."""
+    with open(os.path.join(FIXTURES, "expected", "bf16.json")) as f:
+        reference = json.load(f)
+    ours = theirs = 0.0
+    for name, expected in reference["models"].items():
+        folder = os.path.abspath(os.path.join(out, f"{name}-bf16-50"))
+        os.makedirs(folder, exist_ok=True)
+        path = job(folder, {**reference, "model": name}, "bf16")
+        command = [binary, "run", path, "--devices", "cuda:0", "--device-memory", str(8 << 30)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        if run.returncode != 0:
+            print(f"FAIL {name} bf16, 50 steps: exit {run.returncode}: {(run.stdout + run.stderr)[-1500:]}")
+            return False
+        with open(os.path.join(folder, "metrics.jsonl")) as f:
+            losses = [json.loads(line)["loss"] for line in f]
+        if len(losses) != len(expected["fp32"]):
+            print(f"FAIL {name} bf16: {len(losses)} steps")
+            return False
+        off = sum((a / b - 1) ** 2 for a, b in zip(losses, expected["fp32"])) / len(losses)
+        print(f"     {name}: off by {off ** 0.5:.1e} (root mean square of 50 steps), PyTorch by {expected['bf16_rms']:.1e}")
+        ours, theirs = ours + off, theirs + expected["bf16_rms"] ** 2
+    n = len(reference["models"])
+    good = ours <= 1.1 ** 2 * theirs
+    print(f"{'ok  ' if good else 'FAIL'} bf16 against fp32, 50 steps of {n} families: off by {(ours / n) ** 0.5:.2e}, PyTorch by {(theirs / n) ** 0.5:.2e}")
+    return good
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ pub enum StartError {
         /// Why not.
         source: std::io::Error,
     },
-    /// An address of [tcp] or [metrics].
+    /// An address of `[tcp]` or `[metrics]`.
     #[error("[{section}] cannot listen on {address}: {source}")]
     Listen {
         /// Section of the configuration.

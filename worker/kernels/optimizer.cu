@@ -27,9 +27,10 @@ DEVICE void narrow(float x, u64 step, u64 i, u64 stream, u16& out) {
   out = (b & 0x7f800000u) == 0x7f800000u ? (u16)((b >> 16) | quiet) : (u16)((b + random_bits(step, i, stream)) >> 16);
 }
 
-// Parameters first .. first + count of the store, in place, in arrays that begin with parameter `first`.
+// Parameters first .. first + count of the store, in place, in arrays that begin with parameter `first`; the new weights go to
+// `weights` as well, where that is not null.
 template <typename M, typename G, int V>
-DEVICE void adamw(u16* hi, u16* lo, M* m, M* v, const G* g, u64 count, u64 first, u64 step, float keep, const Factors& k) {
+DEVICE void adamw(u16* hi, u16* lo, M* m, M* v, const G* g, u16* weights, u64 count, u64 first, u64 step, float keep, const Factors& k) {
   for (u64 at = thread_index() * V; at < count; at += thread_count() * V) {
     Pack<u16, V> H = *reinterpret_cast<const Pack<u16, V>*>(hi + at);
     Pack<u16, V> L = *reinterpret_cast<const Pack<u16, V>*>(lo + at);
@@ -51,6 +52,7 @@ DEVICE void adamw(u16* hi, u16* lo, M* m, M* v, const G* g, u64 count, u64 first
       narrow(b, step, first + at + i, 2, M2.v[i]);
     }
     *reinterpret_cast<Pack<u16, V>*>(hi + at) = H;
+    if (weights) *reinterpret_cast<Pack<u16, V>*>(weights + at) = H;
     *reinterpret_cast<Pack<u16, V>*>(lo + at) = L;
     *reinterpret_cast<Pack<M, V>*>(m + at) = M1;
     *reinterpret_cast<Pack<M, V>*>(v + at) = M2;
@@ -60,8 +62,8 @@ DEVICE void adamw(u16* hi, u16* lo, M* m, M* v, const G* g, u64 count, u64 first
 // Named by the formats of moments and gradients. Those that end in `_v` take four parameters at a time.
 #define KERNEL(NAME, M, G, V)                                                                                               \
   extern "C" __global__ void __launch_bounds__(256)                                                                         \
-      NAME(u16* hi, u16* lo, M* m, M* v, const G* g, u64 count, u64 first, u64 step, float keep, Factors k) {               \
-    adamw<M, G, V>(hi, lo, m, v, g, count, first, step, keep, k);                                                           \
+      NAME(u16* hi, u16* lo, M* m, M* v, const G* g, u16* weights, u64 count, u64 first, u64 step, float keep, Factors k) { \
+    adamw<M, G, V>(hi, lo, m, v, g, weights, count, first, step, keep, k);                                                  \
   }
 KERNEL(adamw_f32_f32_v, float, float, 4)
 KERNEL(adamw_f32_f32_s, float, float, 1)

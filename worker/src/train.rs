@@ -32,7 +32,7 @@ use crate::session::{Session, StepBatches};
 use crate::trace::Tracing;
 use ramtorch_cpu::{Channel, Collectives, Kept, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded};
 use ramtorch_data::{Dataset, Order};
-use ramtorch_device::{DeviceGradients, GradientReader, PageUpdater, StagedPage};
+use ramtorch_device::{DeviceGradients, Dtype, GradientReader, PageUpdater, StagedPage};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
@@ -325,7 +325,10 @@ impl Rank<'_> {
         dev.observe(&self.recorder);
         let device = dev.name();
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
-        let updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
+        let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
+        if let Some(updater) = updater.as_mut().filter(|_| self.comm.world() == 1 && self.plan.dtype == Dtype::Bf16) {
+            updater.deliver_to(session.weights.direct());
+        }
         let kept = match session.device_gradients() {
             Some(gradients) => {
                 let page = u64::from(self.store.layout().page_parameters());

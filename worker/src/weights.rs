@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   schedule: the blocks that coming visits need, in order
-//!   load(b):  host waits until the pages of b are published ─► CopyIn waits until the buffer is free ─► copies ─► ready
+//!   load(b):  CopyIn waits until the buffer is free ─► each page of b: host waits until it is published ─► copy ─► ready
 //!   acquire:  Compute waits for ready        release: records free on Compute
 //!   shared:   load(b) is decided ─► begun once this rank's share of b is published, in the order of decisions:
 //!             CopyIn copies the share ─► Peers gathers the others' ─► ready
@@ -15,8 +15,8 @@ use crate::api::EngineError;
 use crate::model::{Model, Weights};
 use ramtorch_cpu::Collectives;
 use ramtorch_device::trace::{Label, Wait};
-use ramtorch_device::{DevBuf, Device, Dtype, Event, Gang, Ranks, Stream};
-use ramtorch_store::Store;
+use ramtorch_device::{DevBuf, Device, DirectWeights, Dtype, Event, Gang, Ranks, Stream};
+use ramtorch_store::{PageId, Store};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +49,7 @@ pub(crate) struct WeightCache {
     ranks: Ranks,
     /// Loads that are decided and not begun: block and buffer.
     decided: VecDeque<(usize, usize)>,
+    direct: Option<Arc<DirectWeights>>,
 }
 
 impl WeightCache {
@@ -94,6 +95,7 @@ impl WeightCache {
             bytes: 0,
             ranks,
             decided: VecDeque::new(),
+            direct: None,
         })
     }
 
@@ -155,15 +157,10 @@ impl WeightCache {
         self.store.layout().pages_of(self.own_part(b)).all(|p| self.store.entry(p).step == self.version)
     }
 
-    /// Waits until block `b` is published at the version wanted. Pages of other ranks come when their owners are done. What
-    /// counts as waiting is not the host's time, but that in which Compute has run out of work.
-    fn await_published(&self, dev: &dyn Device, b: usize) -> Result<(), EngineError> {
-        if self.published(b) {
-            return Ok(());
-        }
-        let stretch = dev.begin(Stream::Compute, &Label::wait(Wait::Pages).block(b))?;
+    /// Waits until `page` is published at the version wanted. Pages of other ranks come when their owners are done.
+    fn await_page(&self, page: PageId) -> Result<(), EngineError> {
         let mut tries = 0u32;
-        while !self.published(b) {
+        while self.store.entry(page).step != self.version {
             tries += 1;
             if self.comm.as_ref().is_some_and(|c| c.aborted()) {
                 return Err(EngineError::internal("the optimizer has given up"));
@@ -174,7 +171,7 @@ impl WeightCache {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        dev.end(Stream::Compute, stretch)
+        Ok(())
     }
 
     fn load(&mut self, dev: &dyn Device, b: usize, into: usize) -> Result<(), EngineError> {
@@ -195,11 +192,22 @@ impl WeightCache {
         Ok(())
     }
 
+    /// Weights of blocks that stay, for an updater that writes them itself.
+    pub fn direct(&mut self) -> Arc<DirectWeights> {
+        let place = |b: usize| {
+            let (start, len) = self.places[b];
+            self.own[b].map(|i| (start..start + len, self.buffers[i].buf.slice(0, len * self.dtype.size())))
+        };
+        let direct = Arc::new(DirectWeights::new(self.store.layout(), (0..self.places.len()).filter_map(place).collect()));
+        self.direct = Some(direct.clone());
+        direct
+    }
+
     /// Begins decided loads up to that of block `b`, of all blocks without one; waits for their pages.
     pub fn settle(&mut self, dev: &dyn Device, b: Option<usize>) -> Result<(), EngineError> {
-        while let Some(&(first, _)) = self.decided.front().filter(|_| b.is_none_or(|b| self.decided.iter().any(|d| d.0 == b))) {
-            self.await_published(dev, first)?;
-            self.begin_loads(dev)?;
+        while let Some(&(first, into)) = self.decided.front().filter(|_| b.is_none_or(|b| self.decided.iter().any(|d| d.0 == b))) {
+            self.decided.pop_front();
+            self.begin_load(dev, first, into)?;
         }
         Ok(())
     }
@@ -213,17 +221,32 @@ impl WeightCache {
             // What was gathered into it last may never have been used.
             dev.wait(Stream::CopyIn, buffer.ready)?;
         }
-        let bytes = (part.end - part.start) * self.dtype.size();
-        let stretch = dev.begin(Stream::CopyIn, &Label::copy("load weights", bytes).block(b))?;
         let layout = self.store.layout();
+        let direct = self.direct.as_ref().filter(|_| self.own[b].is_some());
+        // What counts as waiting is not the host's time, but that in which Compute has run out of work.
+        let mut waiting = None;
         for page in layout.pages_of(part.clone()) {
+            if self.store.entry(page).step != self.version {
+                if waiting.is_none() {
+                    waiting = Some(dev.begin(Stream::Compute, &Label::wait(Wait::Pages).block(b))?);
+                }
+                self.await_page(page)?;
+            }
+            if direct.is_some_and(|d| d.delivered(page, self.version)) {
+                continue;
+            }
             let range = layout.page_range(page);
             let (from, to) = (range.start.max(part.start), range.end.min(part.end));
-            let dst = buffer.buf.slice((from - start) * self.dtype.size(), (to - from) * self.dtype.size());
+            let bytes = (to - from) * self.dtype.size();
+            let dst = buffer.buf.slice((from - start) * self.dtype.size(), bytes);
+            let stretch = dev.begin(Stream::CopyIn, &Label::copy("load weights", bytes).block(b).page(page))?;
             dev.load_parameters(Stream::CopyIn, dst, &self.store, self.store.entry(page).physical, from - range.start, to - from)?;
+            dev.end(Stream::CopyIn, stretch)?;
+            self.bytes += bytes;
         }
-        self.bytes += bytes;
-        dev.end(Stream::CopyIn, stretch)?;
+        if let Some(stretch) = waiting {
+            dev.end(Stream::Compute, stretch)?;
+        }
         dev.record(buffer.ready, Stream::CopyIn)?;
         if !shared {
             return Ok(());
@@ -278,9 +301,6 @@ impl WeightCache {
             let i = match self.find(b) {
                 Some(i) => i,
                 None => {
-                    if self.ranks.world == 1 {
-                        self.await_published(dev, b)?;
-                    }
                     let i = self
                         .victim(b, 0)
                         .or_else(|| self.any_free())

@@ -4,7 +4,7 @@
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, EngineError, GradientPiece, PageGradients, PageUpdater, staged_parameters, state_bytes,
+    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, PageGradients, PageUpdater, staged_parameters, state_bytes,
 };
 use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView, Store, Update};
 use std::ops::Range;
@@ -21,13 +21,15 @@ struct Work {
     state: Vec<DevBuf>,
     /// Where they are not in the segment.
     gradients: Option<(GradientFormat, Vec<GradientPiece>)>,
+    direct: Option<Arc<DirectWeights>>,
 }
 
 /// See the module.
 pub(crate) struct Updater {
     store: Arc<Store>,
     jobs: Option<mpsc::Sender<Work>>,
-    done: mpsc::Receiver<Result<(), EngineError>>,
+    done: mpsc::Receiver<Result<(u32, u64), EngineError>>,
+    direct: Option<Arc<DirectWeights>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -40,7 +42,7 @@ impl Updater {
         let run = move || {
             for work in inbox {
                 let span = recorder.scope(Row::OptimizerKernel, Label::work("adamw").step(work.k.step).page(work.page));
-                let result = pool.install(|| run(&mapping, &work));
+                let result = pool.install(|| run(&mapping, &work)).map(|()| (work.page, work.k.step));
                 drop(span);
                 if report.send(result).is_err() {
                     return;
@@ -48,11 +50,22 @@ impl Updater {
             }
         };
         let thread = std::thread::Builder::new().name(format!("cpu{index}-adamw")).spawn(run).map_err(|e| failed(&e))?;
-        Ok(Updater { store: store.clone(), jobs: Some(jobs), done, thread: Some(thread) })
+        Ok(Updater { store: store.clone(), jobs: Some(jobs), done, direct: None, thread: Some(thread) })
     }
 }
 
 fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
+    update(store, w)?;
+    for (range, buf) in w.direct.as_ref().and_then(|d| d.pieces(w.params.clone())).unwrap_or_default() {
+        let (at, n) = ((range.start - w.params.start) as usize, (range.end - range.start) as usize);
+        // SAFETY: the spare's weights, written above; nobody reads or writes the places of weights while pages of a step are
+        // updated (contract of `PageUpdater::deliver_to`), and each is as long as its range.
+        unsafe { std::ptr::copy_nonoverlapping(w.spare.hi.add(at), buf.ptr as *mut u16, n) };
+    }
+    Ok(())
+}
+
+fn update(store: &Store, w: &Work) -> Result<(), EngineError> {
     if w.state.is_empty() {
         return part(store, w, w.params.clone(), w.live);
     }
@@ -165,13 +178,22 @@ impl PageUpdater for Updater {
                 PageGradients::Segment => None,
                 PageGradients::Device(format, pieces) => Some((format, pieces.to_vec())),
             },
+            direct: self.direct.clone(),
         };
         let sent = self.jobs.as_ref().map(|jobs| jobs.send(work).is_ok());
         if sent == Some(true) { Ok(()) } else { Err(EngineError::internal("the page updater's thread has ended")) }
     }
 
+    fn deliver_to(&mut self, weights: Arc<DirectWeights>) {
+        self.direct = Some(weights);
+    }
+
     fn finish(&mut self) -> Result<(), EngineError> {
-        self.done.recv().map_err(|_| EngineError::internal("the page updater's thread has ended"))?
+        let (page, step) = self.done.recv().map_err(|_| EngineError::internal("the page updater's thread has ended"))??;
+        if let Some(direct) = self.direct.as_ref().filter(|d| d.pieces(self.store.layout().page_range(page)).is_some()) {
+            direct.deliver(page, step);
+        }
+        Ok(())
     }
 }
 

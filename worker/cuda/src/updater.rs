@@ -24,10 +24,13 @@ use crate::driver::{Context, Memory, RawEvent, RawStream, cu};
 use crate::kernels::{Kernels, Launch, launch};
 use crate::timing::Timing;
 use ramtorch_device::trace::{Label, Recorder, Row};
-use ramtorch_device::{AdamwStep, DecayRun, DevBuf, EngineError, GradientPiece, PageGradients, PageUpdater, STAGINGS, staged_parameters};
-use ramtorch_store::{GradientFormat, MomentFormat, Store, Update};
+use ramtorch_device::{
+    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, PageGradients, PageUpdater, STAGINGS, staged_parameters,
+};
+use ramtorch_store::{GradientFormat, MomentFormat, PageId, Store, Update};
 use std::collections::VecDeque;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Factors as the kernels take them.
@@ -52,6 +55,9 @@ struct Slot {
     computed: RawEvent,
 }
 
+/// A whole page on its way: its end, its number, and the step of its weights where they are delivered.
+type InHand = (RawEvent, PageId, Option<u64>);
+
 /// See the module. Field order matters: whatever uses the context goes before it.
 pub(crate) struct Updater {
     name: String,
@@ -66,7 +72,9 @@ pub(crate) struct Updater {
     /// After the gradients that the reader was asked for last.
     fetched: Arc<RawEvent>,
     /// Whole pages on their way, oldest first, and events that are not in use.
-    pages: VecDeque<RawEvent>,
+    pages: VecDeque<InHand>,
+    /// Weights that are written here as well.
+    direct: Option<Arc<DirectWeights>>,
     spare_events: Vec<RawEvent>,
     timing: Timing,
     /// Step that the clocks were tied together in, where a trace is on.
@@ -116,6 +124,7 @@ impl Updater {
             gradients,
             fetched,
             pages: VecDeque::new(),
+            direct: None,
             spare_events: Vec::new(),
             timing: Timing::new(recorder),
             anchored: None,
@@ -126,6 +135,14 @@ impl Updater {
             registration,
             context,
         }))
+    }
+
+    /// `params` cut where the places of their weights end, each with its address; uncut with 0 where none are `wanted`.
+    fn direct_pieces(&self, wanted: bool, params: Range<u64>) -> Vec<(Range<u64>, u64)> {
+        match self.direct.as_ref().filter(|_| wanted).and_then(|d| d.pieces(params.clone())) {
+            Some(pieces) => pieces.into_iter().map(|(range, buf)| (range, buf.ptr)).collect(),
+            None => vec![(params, 0)],
+        }
     }
 
     /// Sends `count` parameters from `offset` of the page through a slot; of those whose state is `staged` the gradients alone,
@@ -139,6 +156,7 @@ impl Updater {
         (offset, count): (u64, u64),
         staged: Option<&DevBuf>,
         gradients: PageGradients<'_>,
+        direct: bool,
     ) -> Result<(), EngineError> {
         let store: &Store = self.registration.store();
         let (live, spare) = (store.page_ptrs(update.live()), store.page_ptrs(update.spare()));
@@ -230,24 +248,25 @@ impl Updater {
             eps: k.eps,
             gradient_scale: k.gradient_scale,
         };
-        // Runs end where the gradients go on elsewhere, too.
-        for (run, g) in pieces.iter().flat_map(|p| {
-            DecayRun::within(runs, p.first..p.end).map(|run| {
-                let at = p.buf.ptr + gb * (run.first - p.first);
-                (run, at)
-            })
-        }) {
-            let (skip, len) = (run.first - from, run.end - run.first);
-            // Staged parts follow one another without gaps.
-            let aligned = [(hi, 2), (lo, 2), (m, mb), (v, mb), (g, gb)].iter().all(|(p, size)| p.is_multiple_of(4 * size));
-            let vector = aligned && skip.is_multiple_of(4) && len.is_multiple_of(4);
-            let function = self.kernels.get(&format!("{kernel}_{}", if vector { 'v' } else { 's' }))?;
-            let a_thread = if vector { 4 } else { 1 };
-            let grid = Launch::new((len.div_ceil(256 * a_thread).clamp(1, 512) as u32, 1, 1), (256, 1));
-            let (hi, lo, m, v) = (hi + 2 * skip, lo + 2 * skip, m + mb * skip, v + mb * skip);
-            let keep: f32 = if run.decay { k.keep } else { 1.0 };
-            let (first, step): (u64, u64) = (run.first, k.step);
-            launch!(function, grid, &self.compute, what; hi, lo, m, v, g, len, first, step, keep, factors)?;
+        // Runs end where the gradients, or the places of the weights, go on elsewhere.
+        for piece in &pieces {
+            for run in DecayRun::within(runs, piece.first..piece.end) {
+                for (range, weights) in self.direct_pieces(direct, run.first..run.end) {
+                    let (skip, len) = (range.start - from, range.end - range.start);
+                    let (hi, lo, m, v) = (hi + 2 * skip, lo + 2 * skip, m + mb * skip, v + mb * skip);
+                    let g = piece.buf.ptr + gb * (range.start - piece.first);
+                    // Staged parts, weights and gradients follow one another without gaps.
+                    let aligned =
+                        [(hi, 2), (lo, 2), (m, mb), (v, mb), (g, gb), (weights, 2)].iter().all(|(p, size)| p.is_multiple_of(4 * size));
+                    let vector = aligned && len.is_multiple_of(4);
+                    let function = self.kernels.get(&format!("{kernel}_{}", if vector { 'v' } else { 's' }))?;
+                    let a_thread = if vector { 4 } else { 1 };
+                    let grid = Launch::new((len.div_ceil(256 * a_thread).clamp(1, 512) as u32, 1, 1), (256, 1));
+                    let keep: f32 = if run.decay { k.keep } else { 1.0 };
+                    let (first, step): (u64, u64) = (range.start, k.step);
+                    launch!(function, grid, &self.compute, what; hi, lo, m, v, g, weights, len, first, step, keep, factors)?;
+                }
+            }
         }
         if let Some(span) = span {
             self.timing.end(&self.compute, span)?;
@@ -297,24 +316,33 @@ impl PageUpdater for Updater {
         if !state.is_empty() && state.len() as u64 != len.div_ceil(self.part) {
             return Err(EngineError::internal(format!("{} staged parts of a page of {len} parameters", state.len())));
         }
+        let direct = self.direct.as_ref().is_some_and(|d| d.pieces(params.clone()).is_some());
         for (i, offset) in (0..len).step_by(self.part as usize).enumerate() {
-            self.part(k, update, runs, params.start, (offset, self.part.min(len - offset)), state.get(i), gradients)?;
+            let part = (offset, self.part.min(len - offset));
+            self.part(k, update, runs, params.start, part, state.get(i), gradients, direct)?;
         }
         let done = match self.spare_events.pop() {
             Some(e) => e,
             None => RawEvent::blocking()?,
         };
         done.record(&self.down)?;
-        self.pages.push_back(done);
+        self.pages.push_back((done, update.page(), direct.then_some(k.step)));
         Ok(())
+    }
+
+    fn deliver_to(&mut self, weights: Arc<DirectWeights>) {
+        self.direct = Some(weights);
     }
 
     fn finish(&mut self) -> Result<(), EngineError> {
         self.context.enter()?;
-        let Some(done) = self.pages.pop_front() else {
+        let Some((done, page, delivered)) = self.pages.pop_front() else {
             return Err(EngineError::internal("no page is in the device's hand"));
         };
         done.synchronize()?;
+        if let (Some(direct), Some(step)) = (&self.direct, delivered) {
+            direct.deliver(page, step);
+        }
         self.spare_events.push(done);
         self.timing.resolve()?;
         Ok(())

@@ -25,8 +25,8 @@ mod optimizer;
 pub use error::{EngineError, ErrorKind};
 pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
-    AdamwStep, DecayRun, DeviceGradients, GRADIENTS_AHEAD, GradientPiece, GradientReader, PageGradients, PageUpdater, STAGED_PARAMETERS,
-    STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staging_bytes, state_bytes, stochastic,
+    AdamwStep, DecayRun, DeviceGradients, DirectWeights, GRADIENTS_AHEAD, GradientPiece, GradientReader, PageGradients, PageUpdater,
+    STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staging_bytes, state_bytes, stochastic,
 };
 use ramtorch_store::{GradientFormat, Store};
 pub use ramtorch_trace as trace;

@@ -12,9 +12,10 @@
 //! which instruction set or device updates a page, nor in how many parts: recovery does not need to know.
 
 use crate::{DevBuf, Device, EngineError, Stream};
-use ramtorch_store::{GradientFormat, Gradients, Layout, PageId, Store, StoreSpec, Update};
+use ramtorch_store::{GradientFormat, Gradients, Layout, NEVER, PageId, Store, StoreSpec, Update};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Factors of one step, the same for every page.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -133,6 +134,9 @@ pub trait PageUpdater: Send {
         state: &[DevBuf],
         gradients: PageGradients<'_>,
     ) -> Result<(), EngineError>;
+    /// From now on, new weights of pages that lie whole in `weights` are written there as well. Nobody may read them there from
+    /// the first submission of a step to the last of its pages.
+    fn deliver_to(&mut self, weights: Arc<DirectWeights>);
     /// Blocks until the oldest page in hand is whole in its spare, and visible to the calling thread.
     ///
     /// # Errors
@@ -227,6 +231,50 @@ pub const GRADIENTS_AHEAD: usize = 3;
 /// Bytes of RAM that a [`GradientReader`] takes.
 pub fn gradient_reader_bytes(format: GradientFormat, page_parameters: u64) -> u64 {
     GRADIENTS_AHEAD as u64 * page_parameters * format.bytes()
+}
+
+/// Weights on the device that a page updater writes itself, so that they need not come from the host.
+#[derive(Debug)]
+pub struct DirectWeights {
+    /// Ranges of parameters, ascending, and where their weights lie in bf16.
+    places: Vec<(Range<u64>, DevBuf)>,
+    /// By page: the last step whose weights were written there.
+    delivered: Vec<AtomicU64>,
+}
+
+impl DirectWeights {
+    /// `places` are ranges of parameters in ascending order, each with a buffer of its bf16 weights.
+    pub fn new(layout: &Layout, places: Vec<(Range<u64>, DevBuf)>) -> DirectWeights {
+        DirectWeights { places, delivered: (0..layout.page_count()).map(|_| AtomicU64::new(NEVER)).collect() }
+    }
+
+    /// The places of `params`, ascending and without a gap; nothing where some of them have none.
+    pub fn pieces(&self, params: Range<u64>) -> Option<Vec<(Range<u64>, DevBuf)>> {
+        let mut pieces = Vec::new();
+        let mut at = params.start;
+        let first = self.places.partition_point(|(range, _)| range.end <= params.start);
+        for (range, buf) in self.places[first..].iter().take_while(|(range, _)| range.start < params.end) {
+            if range.start > at {
+                return None;
+            }
+            let end = range.end.min(params.end);
+            pieces.push((at..end, buf.slice((at - range.start) * 2, (end - at) * 2)));
+            at = end;
+        }
+        (at == params.end).then_some(pieces)
+    }
+
+    /// All weights of `page` lie in their places, as of `step`. To be told before the page is published.
+    pub fn deliver(&self, page: PageId, step: u64) {
+        if let Some(d) = self.delivered.get(page as usize) {
+            d.store(step, Ordering::Release);
+        }
+    }
+
+    /// Whether the weights of `page` are in their places as of `step`, at which it was published.
+    pub fn delivered(&self, page: PageId, step: u64) -> bool {
+        self.delivered.get(page as usize).is_some_and(|d| d.load(Ordering::Acquire) == step)
+    }
 }
 
 /// Parameters that a device with memory of its own stages at once: some tenths of a millisecond of the bus.
@@ -334,6 +382,18 @@ mod tests {
         assert_eq!(all.of(&(704..705)), [piece(704, 705, 20_000)]);
         assert_eq!(all.of(&(1024..2048)), [piece(1024, 2048, 20_000 + 640)]);
         assert!(all.of(&(700..700)).iter().all(|p| p.first == p.end));
+    fn direct_weights_cover_a_range_or_are_not_used() {
+        let buf = |ptr, n: u64| DevBuf { ptr, bytes: 2 * n };
+        let d = DirectWeights::new(&layout(), vec![(0..100, buf(1000, 100)), (100..150, buf(5000, 50)), (200..300, buf(9000, 100))]);
+        assert_eq!(d.pieces(90..110), Some(vec![(90..100, buf(1180, 10)), (100..110, buf(5000, 10))]));
+        assert_eq!(d.pieces(250..300), Some(vec![(250..300, buf(9100, 50))]));
+        for gap in [140..160, 160..170, 199..201, 290..301, 300..310] {
+            assert_eq!(d.pieces(gap), None);
+        }
+        // Nothing is delivered at first, of whatever step.
+        assert!(!d.delivered(0, 0) && !d.delivered(0, 3));
+        d.deliver(0, 3);
+        assert!(d.delivered(0, 3) && !d.delivered(0, 4) && !d.delivered(7, 3));
     }
 
     #[test]

@@ -35,8 +35,9 @@ mod typical {
     /// What all GPUs of a node get together: in, out, both at once.
     pub const NODE: [f64; 2] = [1.65e11, 1.31e11];
     pub const NODE_BOTH: [f64; 2] = [8.4e10, 1.0e11];
-    /// Bytes a second that a rank receives, and sends, in a gather or a reduction beside products.
-    pub const PEERS: f64 = 1.2e11;
+    /// Bytes a second that a rank receives, and sends, in a gather or a reduction of 8 thread blocks beside products: two GPUs
+    /// with NVLink.
+    pub const PEERS: f64 = 9.5e10;
 }
 
 /// Kernels of a layer's visits: forward, backward, made again.
@@ -46,15 +47,17 @@ const TOGETHER: f64 = 0.92;
 /// The host's memory for both, over what the processor's AdamW moves; bytes a second that it has at least on such nodes.
 const MEMORY_TOGETHER: f64 = 1.17;
 const LEAST_MEMORY: f64 = 1.2e11;
-/// Of the bus's time during the backward pass that pages on their way may take.
-const STAGED_SHARE: f64 = 0.85;
+/// Of the bus's time during the backward pass that pages on their way may take. Beside copies the pass takes longer than was
+/// measured alone.
+const STAGED_SHARE: f64 = 1.05;
 /// Bytes a parameter that an update on the GPU moves in and out, beside the moments: both halves in and out, a gradient in.
 const STAGED_IN: f64 = 6.0;
 const STAGED_OUT: f64 = 4.0;
 /// Copies slow the arithmetic beside them by this share of their own time: in, out.
 const DRAG: [f64; 2] = [0.01, 0.08];
-/// Gathers and reductions take multiprocessors from the arithmetic beside them: by this share of their own time.
-const PEERS_DRAG: f64 = 0.14;
+/// Gathers and reductions take multiprocessors from the arithmetic beside them, 8 of 132: by this share of their own time, at
+/// most (nothing could be measured).
+const PEERS_DRAG: f64 = 0.06;
 /// From a block's publication to the start of its copy; from the last gradient to the optimizer's start. Seconds.
 const NOTICE: f64 = 1e-4;
 const TURN: f64 = 3e-3;

@@ -119,6 +119,7 @@ fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) 
     assert_eq!(session.dev.allocated(), p.uses.allocated());
     session.join(&Arc::new(Collectives::new(store.clone(), 0, 1, 0))).unwrap();
     let mut updater = session.dev.page_updater(&store).unwrap().unwrap();
+    updater.deliver_to(session.weights.direct());
     let gradients = session.device_gradients();
     assert_eq!(gradients.is_some(), p.device_gradients.is_some());
     let mut reader = gradients.as_ref().map(|g| session.dev.gradient_reader(g.format(), 1024).unwrap());

@@ -6,9 +6,10 @@ use crate::pages::{Kept, Queue, on_device, update_pages, update_pages_recorded};
 use proptest::prelude::*;
 use ramtorch_device::trace::Recorder;
 use ramtorch_device::{
-    DevBuf, Device, DeviceGradients, Dtype, GradientPiece, GradientReader, StagedPage, Stream, staged_parameters, state_bytes,
+    DevBuf, Device, DeviceGradients, DirectWeights, Dtype, GradientPiece, GradientReader, StagedPage, Stream, staged_parameters,
+    state_bytes,
 };
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, SharedOwner, Store, StoreSpec, TensorSpec};
+use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Part, SharedOwner, Store, StoreSpec, TensorSpec, split};
 use std::sync::Arc;
 
 const K: AdamwStep = AdamwStep {
@@ -319,6 +320,11 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                 let mut updater = device.page_updater(&store).unwrap().unwrap();
                 let room = device.alloc(2 << 20, "staged pages").unwrap();
                 let mut reader = device.gradient_reader(gradients, 1024).unwrap();
+                // Weights of the first half are delivered, in two pieces of odd lengths.
+                let cut = [store.layout().span() / 5 + 1, store.layout().span() / 2];
+                let weights = [0..cut[0], cut[0]..cut[1]].map(|r| (r.clone(), device.alloc((r.end - r.start) * 2, "weights").unwrap()));
+                let direct = Arc::new(DirectWeights::new(store.layout(), weights.to_vec()));
+                updater.deliver_to(direct.clone());
                 let owner = SharedOwner::new(store.claim(0).unwrap());
                 let all = u64::from(store.layout().page_count());
                 for step in 1..=5 {
@@ -375,6 +381,20 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         }
                     }
                     assert!(owner.pages().all(|p| store.entry(p).step == step));
+                    let delivered = owner.pages().filter(|p| direct.delivered(*p, step)).count();
+                    assert!(if who == "cpu" { delivered == 0 } else { delivered > 0 || who != "device" }, "{who}: {delivered}");
+                    for page in owner.pages().filter(|p| direct.delivered(*p, step)) {
+                        for (range, buf) in direct.pieces(store.layout().page_range(page)).unwrap() {
+                            let mut bytes = vec![0u8; buf.bytes as usize];
+                            device.download(Stream::Compute, buf, &mut bytes).unwrap();
+                            let mut want = vec![0f32; (range.end - range.start) as usize];
+                            store.read_at_step(range.start, Part::Weight, step, &mut want).unwrap();
+                            for (b, w) in bytes.chunks_exact(2).zip(&want) {
+                                let (hi, _) = split::split(*w);
+                                assert_eq!(u16::from_le_bytes([b[0], b[1]]), hi);
+                            }
+                        }
+                    }
                     assert_eq!(
                         update_pages_recorded(&owner, &k, None, Vec::new(), kept(&stays, &mut reader), &Recorder::default()).unwrap().cpu,
                         0

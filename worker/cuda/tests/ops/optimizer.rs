@@ -173,6 +173,11 @@ fn agree(rows: u64, page: u32, steps: u64) {
                 let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
                 let mut updater = d.page_updater(&s).unwrap().unwrap();
                 let room = d.alloc(512 << 20, "staged pages").unwrap();
+                // Weights of the first three quarters are delivered, in two pieces of odd lengths.
+                let cut = [s.layout().span() / 3 + 1, s.layout().span() / 4 * 3];
+                let places = [0..cut[0], cut[0]..cut[1]].map(|r| (r.clone(), d.alloc((r.end - r.start) * 2, "weights").unwrap())).to_vec();
+                let direct = Arc::new(DirectWeights::new(s.layout(), places.clone()));
+                updater.deliver_to(direct.clone());
                 let owner = SharedOwner::new(s.claim(0).unwrap());
                 let mut total = PagesUpdated::default();
                 for step in 1..=steps {
@@ -199,6 +204,24 @@ fn agree(rows: u64, page: u32, steps: u64) {
                     total.cpu, total.device
                 );
                 let got = image(&s, steps);
+                if who.starts_with("gpu") {
+                    let mut weights = Vec::new();
+                    for (range, buf) in &places {
+                        let mut bytes = vec![0u8; (range.end - range.start) as usize * 2];
+                        d.download(Stream::Compute, buf.slice(0, bytes.len() as u64), &mut bytes).unwrap();
+                        weights.extend(bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])));
+                    }
+                    let pages = (0..s.layout().page_count()).filter(|p| direct.delivered(*p, steps));
+                    let params: Vec<u64> = pages.flat_map(|p| s.layout().page_range(p)).collect();
+                    assert!(params.len() as u64 > cut[1] / 2);
+                    for p in params {
+                        let page = s.layout().pages_of(p..p + 1).start;
+                        let at = (p - s.layout().page_range(page).start) as usize;
+                        // SAFETY: the weight of that parameter; no page is being updated.
+                        let want = unsafe { *s.page_ptrs(s.entry(page).physical).hi.add(at) };
+                        assert_eq!(weights[p as usize], want, "{who}: weight {p}");
+                    }
+                }
                 match &want {
                     None => want = Some(got),
                     Some(want) => {
@@ -270,6 +293,10 @@ fn kept(rows: u64, page: u32, steps: u64) {
                 let kept = room_for_gradients(&mut d, &s, gradients);
                 let mut updater = d.page_updater(&s).unwrap().unwrap();
                 let mut reader = d.gradient_reader(gradients, u64::from(page)).unwrap();
+                // Weights of the first three quarters are delivered, in two pieces of odd lengths.
+                let cut = [s.layout().span() / 3 + 1, s.layout().span() / 4 * 3];
+                let places = [0..cut[0], cut[0]..cut[1]].map(|r| (r.clone(), d.alloc((r.end - r.start) * 2, "weights").unwrap())).to_vec();
+                updater.deliver_to(Arc::new(DirectWeights::new(s.layout(), places)));
                 let room = d.alloc(512 << 20, "staged pages").unwrap();
                 let owner = SharedOwner::new(s.claim(0).unwrap());
                 let mut total = PagesUpdated::default();
