@@ -45,7 +45,7 @@ const CALLS: [(&str, bool); 17] = [
 const MOST: usize = 6;
 /// Answers that are read of one call, and how long they are waited for.
 const ANSWERS: usize = 3;
-const PATIENCE: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_millis(4);
 
 /// Bytes as they are.
 #[derive(Clone, Copy, Default)]

@@ -194,7 +194,7 @@ fn training_and_calls_go_on_under_load() {
 
     let tally = Arc::new(Tally::default());
     let request = |name: &str| {
-        let job = Fixture::load("llama").job(name).set("train.steps", 1);
+        let job = Fixture::load("llama").job(name).set("train.steps", 1).set("schedule.warmup_steps", 0u64);
         let base_dir = sandbox.root().to_str().unwrap().to_owned();
         v1::SubmitRequest { job_toml: job.text(), base_dir, file_name: "waits.toml".into(), dry_run: false }
     };

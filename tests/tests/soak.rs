@@ -60,7 +60,7 @@ impl Soak<'_> {
     fn job(&mut self, steps: u64) -> JobFile {
         // A transformer now and then: other models have other segments.
         let fixture = if self.random.below(8) == 0 { "llama" } else { "stack-relu-mse" };
-        Fixture::load(fixture).job("soak").set("train.steps", steps).unset("output.metrics")
+        Fixture::load(fixture).job("soak").set("train.steps", steps).set("schedule.warmup_steps", 0u64).unset("output.metrics")
     }
 
     async fn submit(&mut self, job: &JobFile) -> Result<String, ramtorch_client::ClientError> {
