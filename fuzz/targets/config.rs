@@ -6,7 +6,10 @@ use ramtorch_modelio::{Architecture, parse_config};
 use std::path::Path;
 
 fn seeds() -> Vec<Vec<u8>> {
-    ["gpt2", "llama", "llama-tied-llama3", "mistral", "qwen2", "qwen3"].iter().map(|m| fixture(&format!("models/{m}/config.json"))).collect()
+    ["gpt2", "llama", "llama-tied-llama3", "mistral", "qwen2", "qwen3"]
+        .iter()
+        .map(|m| fixture(&format!("models/{m}/config.json")))
+        .collect()
 }
 
 libfuzzer_sys::fuzz_target!(init: ramtorch_fuzz::seeds(seeds), |data: &[u8]| {

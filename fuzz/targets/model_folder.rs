@@ -8,7 +8,8 @@ use ramtorch_modelio::{Architecture, INDEX_FILE, OpenModel, SINGLE_FILE, parse_c
 use std::path::Path;
 
 const LLAMA: &str = r#"{"model_type":"llama","vocab_size":7,"hidden_size":4,"intermediate_size":4,"num_hidden_layers":1,"num_attention_heads":1,"num_key_value_heads":1,"max_position_embeddings":8,"tie_word_embeddings":true,"torch_dtype":"bfloat16"}"#;
-const GPT2: &str = r#"{"model_type":"gpt2","vocab_size":7,"n_embd":4,"n_layer":1,"n_head":2,"n_positions":8,"activation_function":"gelu_new"}"#;
+const GPT2: &str =
+    r#"{"model_type":"gpt2","vocab_size":7,"n_embd":4,"n_layer":1,"n_head":2,"n_positions":8,"activation_function":"gelu_new"}"#;
 
 /// Zeros of the shapes that a configuration has.
 fn model(config: &str, indexed: bool) -> Vec<u8> {

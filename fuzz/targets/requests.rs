@@ -111,7 +111,8 @@ fn bench() -> &'static Bench {
     static BENCH: OnceLock<Bench> = OnceLock::new();
     BENCH.get_or_init(|| {
         let dir = folder();
-        let device = Device { spec: DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: 1 << 30 }, model: "CPU".into() };
+        let device =
+            Device { spec: DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: 1 << 30 }, model: "CPU".into() };
         let mut service = Service::default();
         service.limits.calls_per_second = 1e9;
         let settings = Settings {
@@ -146,8 +147,15 @@ fn seeds() -> Vec<Vec<u8>> {
     let model = |source| Some(pb::ModelSource { source: Some(source) });
     let of_path = model(pb::model_source::Source::Path("/nowhere".into()));
     let of_job = model(pb::model_source::Source::Job(id()));
-    let generate = pb::GenerateRequest { model: of_path.clone(), prompts: vec!["p".into()], max_new_tokens: 3, top_p: 0.5, ..Default::default() };
-    let eval = pb::EvalRequest { model: of_job.clone(), data_format: "text".into(), files: vec!["/f".into()], sequence_length: 8, ..Default::default() };
+    let generate =
+        pb::GenerateRequest { model: of_path.clone(), prompts: vec!["p".into()], max_new_tokens: 3, top_p: 0.5, ..Default::default() };
+    let eval = pb::EvalRequest {
+        model: of_job.clone(),
+        data_format: "text".into(),
+        files: vec!["/f".into()],
+        sequence_length: 8,
+        ..Default::default()
+    };
     let export = pb::ExportRequest { model: of_job.clone(), path: "/nowhere/x".into(), dtype: "bf16".into(), overwrite: false };
     let inspect = pb::InspectRequest { model: of_path, names: vec!["n".into()], values: 3 };
     let register = pb::RegisterRequest { token: "t".into(), pid: 7, start_time_ticks: 9 };
@@ -189,7 +197,6 @@ async fn send(channel: &Channel, path: &'static str, request: Bytes) {
     };
     let _ = tokio::time::timeout(PATIENCE, answers).await;
 }
-
 
 fn init() {
     ramtorch_fuzz::seeds(seeds);

@@ -11,7 +11,10 @@ fn made(header: &str, bytes: usize) -> Vec<u8> {
 fn seeds() -> Vec<Vec<u8>> {
     vec![
         made(r#"{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"BF16","shape":[4],"data_offsets":[24,32]}}"#, 32),
-        made(r#"{"__metadata__":{"format":"pt"},"x":{"dtype":"F16","shape":[],"data_offsets":[0,2]},"i":{"dtype":"I64","shape":[1,1],"data_offsets":[2,10]}}"#, 10),
+        made(
+            r#"{"__metadata__":{"format":"pt"},"x":{"dtype":"F16","shape":[],"data_offsets":[0,2]},"i":{"dtype":"I64","shape":[1,1],"data_offsets":[2,10]}}"#,
+            10,
+        ),
         made(r#"{"z":{"dtype":"F64","shape":[0,5],"data_offsets":[0,0]}}"#, 0),
         fixture("models/gpt2/model.safetensors").into_iter().take(32 << 10).collect(),
     ]

@@ -11,7 +11,8 @@ const SEGMENT: &str = "state-segment";
 
 fn seeds() -> Vec<Vec<u8>> {
     let name = format!("/ramtorch-fuzz-{SEGMENT}");
-    let registration = format!(r#"{{"name":"{name}","job":"abcdefgh","generation":1,"bytes":4096,"owner":{{"pid":1,"start_ticks":1,"boot_id":"x"}}}}"#);
+    let registration =
+        format!(r#"{{"name":"{name}","job":"abcdefgh","generation":1,"bytes":4096,"owner":{{"pid":1,"start_ticks":1,"boot_id":"x"}}}}"#);
     let line = fuzzing::history_line(3);
     fuzzing::records("abcdefgh", &name)
         .iter()

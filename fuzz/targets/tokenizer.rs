@@ -11,7 +11,8 @@ const TRICKS: &str = "{%- set ns = namespace(x=0) -%}{% for m in messages %}{% i
 const MESSAGES: &str = r#"[{"role":"user","content":"Hi a"},{"role":"assistant","content":"Yo"}]"#;
 const SMALL: &str = r#"{"version":"1.0","added_tokens":[{"id":3,"content":"<|im_end|>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"NFC"},"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true},"post_processor":null,"decoder":{"type":"ByteLevel"},"model":{"type":"BPE","vocab":{"a":0,"b":1,"ab":2},"merges":["a b"]}}"#;
 const WORDS: &str = r#"{"version":"1.0","added_tokens":[],"normalizer":{"type":"Sequence","normalizers":[{"type":"Lowercase"},{"type":"Replace","pattern":{"Regex":"[0-9]+"},"content":"n"}]},"pre_tokenizer":{"type":"Whitespace"},"post_processor":{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"a","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],"pair":[],"special_tokens":{"a":{"id":"a","ids":[0],"tokens":["a"]}}},"decoder":null,"model":{"type":"WordLevel","vocab":{"a":0,"[UNK]":1},"unk_token":"[UNK]"}}"#;
-const CONFIG: &str = r#"{"bos_token":null,"eos_token":"<|im_end|>","chat_template":[{"name":"default","template":"{{ messages[0].content }}"}]}"#;
+const CONFIG: &str =
+    r#"{"bos_token":null,"eos_token":"<|im_end|>","chat_template":[{"name":"default","template":"{{ messages[0].content }}"}]}"#;
 
 fn seeds() -> Vec<Vec<u8>> {
     let [json, config, small, words] = [&fixture("models/gpt2/tokenizer.json")[..], CONFIG.as_bytes(), SMALL.as_bytes(), WORDS.as_bytes()];

@@ -46,7 +46,8 @@ pub fn observe(pid: Pid) -> Observed {
 pub fn cpu_seconds(pid: Pid) -> f64 {
     let stat = read(pid, "stat");
     // The second field, a name in parentheses, may hold spaces. utime and stime are the 14th and the 15th.
-    let ticks = |i: usize| -> f64 { stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(i)).expect("a field").parse().expect("ticks") };
+    let ticks =
+        |i: usize| -> f64 { stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(i)).expect("a field").parse().expect("ticks") };
     let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().expect("ticks a second");
     (ticks(11) + ticks(12)) / hertz as f64
 }

@@ -174,7 +174,8 @@ fn training_and_calls_go_on_under_load() {
     let mut daemon = sandbox.start_daemon("cpu:1", &["--threads", "1"]);
     let daemon_pid = daemon.process().pid();
     // Steps of some hundred milliseconds: what a training job on a GPU has at the least.
-    let train = Fixture::load("llama").job("train").set("train.steps", 1_000_000).set("train.batch_size", setting("RAMTORCH_LOAD_BATCH", 64));
+    let train =
+        Fixture::load("llama").job("train").set("train.steps", 1_000_000).set("train.batch_size", setting("RAMTORCH_LOAD_BATCH", 64));
     let id = daemon.submit("train", &train);
     let metrics = sandbox.path("metrics.jsonl");
     let lines = || std::fs::read(&metrics).map_or(0, |b| b.iter().filter(|b| **b == b'\n').count());
@@ -258,20 +259,39 @@ fn training_and_calls_go_on_under_load() {
         times.sort_by(f64::total_cmp);
         let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
         worst = worst.max(at(0.99));
-        text += &format!("  {call:8} {:7} calls, 0 errors; median {:.1} ms, p99 {:.1} ms, most {:.1} ms\n", times.len(), at(0.5), at(0.99), at(1.0));
+        text += &format!(
+            "  {call:8} {:7} calls, 0 errors; median {:.1} ms, p99 {:.1} ms, most {:.1} ms\n",
+            times.len(),
+            at(0.5),
+            at(0.99),
+            at(1.0)
+        );
     }
     text += &format!("  events received by watchers: {}\n", tally.events.load(Ordering::Relaxed));
     text += &format!(
         "  a step of training: {:.1} ms before ({} steps), {:.1} ms under load ({}), {:.1} ms after ({}): {:+.2} %\n",
-        calm.1 * 1e3, calm.2, loaded.1 * 1e3, loaded.2, calm_again.1 * 1e3, calm_again.2, slower * 100.0
+        calm.1 * 1e3,
+        calm.2,
+        loaded.1 * 1e3,
+        loaded.2,
+        calm_again.1 * 1e3,
+        calm_again.2,
+        slower * 100.0
     );
     text += &format!(
         "  processor seconds: daemon {:.1}, load generator {:.1}, worker {:.1} in {load_seconds:.1} s\n",
-        cpu_after.0 - cpu_before.0, cpu_after.2 - cpu_before.2, cpu_after.1 - cpu_before.1
+        cpu_after.0 - cpu_before.0,
+        cpu_after.2 - cpu_before.2,
+        cpu_after.1 - cpu_before.1
     );
     text += &format!(
         "  daemon under load: {} MiB, {} descriptors, {} threads; after it: {} MiB, {} descriptors, {} threads\n",
-        under_load.memory >> 20, under_load.descriptors, under_load.threads, left.memory >> 20, left.descriptors, left.threads
+        under_load.memory >> 20,
+        under_load.descriptors,
+        under_load.threads,
+        left.memory >> 20,
+        left.descriptors,
+        left.threads
     );
     eprint!("{text}");
     if let Some(path) = std::env::var_os("RAMTORCH_LOAD_SUMMARY") {

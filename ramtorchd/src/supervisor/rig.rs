@@ -316,4 +316,3 @@ pub(super) fn to_work(bench: &mut Bench) -> Vec<ProcKey> {
     bench.beat();
     gang
 }
-
