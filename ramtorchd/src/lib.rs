@@ -17,6 +17,8 @@ pub mod daemon;
 pub mod devices;
 mod disk;
 pub mod faults;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gpus;
 mod journal;
 mod logs;

@@ -67,7 +67,7 @@ struct ManifestBlock {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Manifest {
+pub(crate) struct Manifest {
     world_size: u32,
     spare_pages_per_rank: u32,
     moments: MomentFormat,
@@ -201,18 +201,7 @@ pub(crate) fn layout_of(words: &[u64; HEADER_WORDS], manifest: &[u8]) -> Result<
     if words[5] != u64::from(crc32c::crc32c(manifest)) {
         return Err("the checksum of its manifest is wrong".into());
     }
-    let parsed: Manifest = serde_json::from_slice(manifest).map_err(|e| format!("its manifest cannot be read: {e}"))?;
-    let spec = StoreSpec {
-        blocks: parsed.blocks.iter().map(block_spec).collect(),
-        world_size: parsed.world_size,
-        moments: parsed.moments,
-        gradients: parsed.gradients,
-        page_parameters: Some(parsed.page_parameters),
-        spare_pages_per_rank: parsed.spare_pages_per_rank,
-        exchange_bytes: parsed.exchange_bytes,
-        metadata: parsed.metadata.clone(),
-    };
-    let layout = Layout::with_manifest_length(&spec, manifest.len() as u64).map_err(|e| e.to_string())?;
+    let (layout, parsed) = layout_of_manifest(manifest)?;
     for (is, says) in layout.blocks().iter().zip(&parsed.blocks) {
         if (is.start, is.len) != (says.start, says.parameters) {
             return Err(format!(
@@ -237,6 +226,23 @@ pub(crate) fn layout_of(words: &[u64; HEADER_WORDS], manifest: &[u8]) -> Result<
             Err(format!("word {i} of its header ({field}) is {}, and {} follows from its manifest", words[i], expected[i]))
         }
     }
+}
+
+/// The layout that a manifest gives, whatever else it says of places.
+pub(crate) fn layout_of_manifest(manifest: &[u8]) -> Result<(Layout, Manifest), String> {
+    let parsed: Manifest = serde_json::from_slice(manifest).map_err(|e| format!("its manifest cannot be read: {e}"))?;
+    let spec = StoreSpec {
+        blocks: parsed.blocks.iter().map(block_spec).collect(),
+        world_size: parsed.world_size,
+        moments: parsed.moments,
+        gradients: parsed.gradients,
+        page_parameters: Some(parsed.page_parameters),
+        spare_pages_per_rank: parsed.spare_pages_per_rank,
+        exchange_bytes: parsed.exchange_bytes,
+        metadata: parsed.metadata.clone(),
+    };
+    let layout = Layout::with_manifest_length(&spec, manifest.len() as u64).map_err(|e| e.to_string())?;
+    Ok((layout, parsed))
 }
 
 fn block_spec(block: &ManifestBlock) -> BlockSpec {

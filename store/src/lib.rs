@@ -17,6 +17,9 @@ compile_error!("the parameter store is for 64-bit little-endian Linux");
 mod commit;
 mod error;
 mod format;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod layout;
 mod mapping;
 mod name;

@@ -19,6 +19,7 @@ mod fixture;
 mod job;
 mod leaks;
 mod metrics;
+pub mod observed;
 mod process;
 mod sandbox;
 mod tensors;

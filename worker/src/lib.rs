@@ -10,6 +10,9 @@ mod checkpoint;
 mod device;
 mod errors;
 mod evaluate;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generate;
 mod inference;
 mod metrics;

@@ -50,6 +50,8 @@ mod actor;
 pub mod admission;
 mod calls;
 pub mod devices;
+#[cfg(fuzzing)]
+pub(crate) mod fuzz;
 mod gang;
 mod gpus;
 mod job;
@@ -59,6 +61,8 @@ pub mod outside;
 mod proc;
 mod queue;
 pub mod record;
+#[cfg(any(test, fuzzing))]
+mod rig;
 pub mod telemetry;
 #[cfg(test)]
 mod tests;
@@ -363,10 +367,20 @@ impl Supervisor {
 
     /// Makes a job's state durable and tells its watchers.
     fn changed(&mut self, key: JobKey) {
-        let Some(view) = self.view(key) else { return };
-        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let Some(job) = self.jobs.get(&key) else { return };
         self.out.save(&job.record);
-        job.tell(pb::watch_event::Event::Job(view));
+        self.show(key);
+    }
+
+    /// Tells a job's watchers how it is, if there are any.
+    fn show(&mut self, key: JobKey) {
+        if self.jobs.get(&key).is_none_or(|job| job.events.is_none()) {
+            return;
+        }
+        let Some(view) = self.view(key) else { return };
+        if let Some(job) = self.jobs.get_mut(&key) {
+            job.tell(pb::watch_event::Event::Job(view));
+        }
     }
 
     fn note(&mut self, key: JobKey, level: Level, text: &str, rank: Option<usize>) {

@@ -58,11 +58,16 @@ impl Supervisor {
 
     fn wait(&mut self, key: JobKey, message: String, retry_at: Option<Instant>) {
         let Some(job) = self.jobs.get_mut(&key) else { return };
-        let news = job.record.message != message || !matches!(job.phase, Phase::Queued { .. });
+        let waited = matches!(job.phase, Phase::Queued { .. });
+        let news = job.record.message != message;
         job.phase = Phase::Queued { retry_at };
         job.record.message = message;
-        if news {
-            self.changed(key);
+        match waited {
+            false => self.changed(key),
+            // What a job waits for changes with every job before it, and the next daemon finds out anew: it is not worth
+            // the disk. A long queue whose first job is cancelled would otherwise be written whole.
+            true if news => self.show(key),
+            true => {}
         }
     }
 

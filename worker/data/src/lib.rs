@@ -18,6 +18,9 @@ mod documents;
 mod encode;
 mod error;
 mod file;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod map;
 mod order;
 mod pieces;

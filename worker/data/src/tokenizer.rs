@@ -6,6 +6,7 @@ use crate::stream::ID_MASK;
 use crate::template::{ChatTemplate, Clock};
 use crate::{DataError, TextStream};
 use serde::{Deserialize, Serialize};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 /// The files that a tokenizer is read from.
@@ -83,18 +84,13 @@ impl Tokenizer {
         let path = &source.tokenizer_json;
         let bytes = std::fs::read(path).map_err(DataError::read(path))?;
         let bad = |reason: String| DataError::Tokenizer { path: path.clone(), reason };
-        // A damaged file can trip an assertion in the tokenizers crate; that is bad input like any other.
-        let loaded = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes));
-        let mut inner = match loaded {
-            Ok(Ok(t)) => t,
-            Ok(Err(e)) => return Err(bad(format!("not a tokenizer that this program can read: {e}"))),
-            Err(_) => return Err(bad("not a tokenizer that this program can read: the file is damaged".into())),
-        };
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes))
+            .map_err(|e| bad(format!("not a tokenizer that this program can read: {e}")))?;
         // Truncation and padding are settings for batches of short texts; training data is neither cut nor padded.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| bad(e.to_string()))?;
 
-        let (prefix, suffix) = special::around(&inner).map_err(|e| bad(format!("its post-processor fails: {e}")))?;
+        let (prefix, suffix) = guarded(|| special::around(&inner)).map_err(|e| bad(format!("its post-processor fails: {e}")))?;
         // From here on special tokens are added by hand, and offsets are not trimmed.
         inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
 
@@ -145,7 +141,7 @@ impl Tokenizer {
     /// Token ids of `text`. With `add_special`, the tokens that the tokenizer itself puts around a text (such as a
     /// begin-of-text token) are added; text from a chat template carries its own and must be encoded without.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, DataError> {
-        let body = self.inner.encode_fast(text, false).map_err(|e| self.failed(e))?;
+        let body = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.failed(e))?;
         if !add_special {
             return Ok(body.get_ids().to_vec());
         }
@@ -154,14 +150,14 @@ impl Tokenizer {
 
     /// Token ids without special tokens, and the bytes of `text` that each stands for.
     pub(crate) fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>), DataError> {
-        let encoding = self.inner.encode(text, false).map_err(|e| self.failed(e))?;
+        let encoding = guarded(|| self.inner.encode(text, false)).map_err(|e| self.failed(e))?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }
 
     /// Text of `ids`; special tokens are left out with `skip_special`. Ids that the tokenizer does not have are
     /// skipped.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, DataError> {
-        self.inner.decode(ids, skip_special).map_err(|e| self.failed(e))
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|e| self.failed(e))
     }
 
     /// Decodes a growing list of ids piece by piece.
@@ -248,6 +244,12 @@ impl Tokenizer {
     fn failed(&self, e: tokenizers::Error) -> DataError {
         DataError::Tokenizer { path: self.path.clone(), reason: format!("the tokenizer fails: {e}") }
     }
+}
+
+/// Runs a call of the tokenizers crate. A damaged file makes it fail, or trips an assertion or an index in it, on loading or
+/// later; that is bad input like any other.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err("the file is damaged".into()))
 }
 
 #[cfg(test)]
@@ -339,6 +341,22 @@ mod tests {
         assert!(Tokenizer::load(&source).unwrap_err().to_string().contains("not valid JSON"));
         std::fs::remove_file(d.path().join("tokenizer.json")).unwrap();
         assert!(Tokenizer::load(&source).unwrap_err().to_string().contains("cannot read"));
+    }
+
+    #[test]
+    fn a_post_processor_that_names_an_unknown_token_is_refused() {
+        let d = dir();
+        let source = model_dir(d.path(), true, None);
+        let mut json = tokenizer_json(true);
+        json["post_processor"] = json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {"other": {"id": "<bos>", "ids": [256], "tokens": ["<bos>"]}},
+        });
+        write(d.path(), "tokenizer.json", json.to_string());
+        let e = Tokenizer::load(&source).unwrap_err().to_string();
+        assert!(e.contains("tokenizer.json") && e.contains("post-processor"), "{e}");
     }
 
     #[test]
