@@ -3,13 +3,12 @@
 use super::message::{Message, Planned};
 use super::rig::{Bench, fits, to_work};
 use super::*;
-use crate::node::Memory;
 use crate::process::Status;
 use nix::sys::signal::Signal;
 use pb::worker_report::Report;
 use proptest::prelude::*;
 use ramtorch_worker::{EngineError, ErrorKind};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 #[test]
 fn a_process_that_outlives_sigkill_costs_its_device_and_nothing_else() {

@@ -382,6 +382,9 @@ mod tests {
         assert_eq!(all.of(&(704..705)), [piece(704, 705, 20_000)]);
         assert_eq!(all.of(&(1024..2048)), [piece(1024, 2048, 20_000 + 640)]);
         assert!(all.of(&(700..700)).iter().all(|p| p.first == p.end));
+    }
+
+    #[test]
     fn direct_weights_cover_a_range_or_are_not_used() {
         let buf = |ptr, n: u64| DevBuf { ptr, bytes: 2 * n };
         let d = DirectWeights::new(&layout(), vec![(0..100, buf(1000, 100)), (100..150, buf(5000, 50)), (200..300, buf(9000, 100))]);
