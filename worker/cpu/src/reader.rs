@@ -32,7 +32,9 @@ impl Buffer {
             let n = (p.end - p.first) as usize;
             // SAFETY: the gradients are whole and do not change until they are here (contract of `GradientReader::submit`).
             match self {
+                // SAFETY: gradients that are whole and do not change until they are there (contract of `GradientReader::submit`).
                 Buffer::F32(x) => x.extend_from_slice(unsafe { view::<f32>(p.buf, n) }),
+                // SAFETY: as above.
                 Buffer::Bf16(x) => x.extend_from_slice(unsafe { view::<u16>(p.buf, n) }),
             }
         }
