@@ -19,28 +19,29 @@ impl Supervisor {
             return;
         }
         let waiting: Vec<JobKey> = self.jobs.values().filter(|j| matches!(j.phase, Phase::Queued { .. })).map(|j| j.key).collect();
-        let mut first: Option<String> = None;
+        // What all others wait for, once one has to wait. This goes through a queue of any length at every event of any job.
+        let mut behind: Option<String> = None;
         for key in waiting {
-            let Some(job) = self.jobs.get(&key) else { continue };
-            let id = job.record.id.clone();
-            if let Some(first) = &first {
-                self.wait(key, format!("waits for its turn after job {first}"), None);
+            if let Some(text) = &behind {
+                self.wait(key, text, None);
                 continue;
             }
+            let Some(job) = self.jobs.get(&key) else { continue };
+            let after = || Some(format!("waits for its turn after job {}", job.record.id));
             if matches!(job.phase, Phase::Queued { retry_at: Some(at) } if now < at) {
-                first = Some(id);
+                behind = after();
                 continue;
             }
             let resume = job.record.plan.as_ref().filter(|_| job.record.segment.is_some());
             match self.pool.lease(&job.spec, resume) {
                 Lease::Now(devices) => self.go(key, devices, now),
                 Lease::Later => {
-                    self.wait(key, "waits for devices that other jobs hold".into(), None);
-                    first = Some(id);
+                    behind = after();
+                    self.wait(key, "waits for devices that other jobs hold", None);
                 }
                 Lease::NotHere(why) => {
                     let kept = if resume.is_some() { "; its parameter store is kept" } else { "" };
-                    self.wait(key, format!("waits: {why}{kept}; start the daemon with other devices, or cancel it"), None);
+                    self.wait(key, &format!("waits: {why}{kept}; start the daemon with other devices, or cancel it"), None);
                 }
             }
         }
@@ -56,12 +57,14 @@ impl Supervisor {
         self.schedule(now);
     }
 
-    fn wait(&mut self, key: JobKey, message: String, retry_at: Option<Instant>) {
+    fn wait(&mut self, key: JobKey, message: &str, retry_at: Option<Instant>) {
         let Some(job) = self.jobs.get_mut(&key) else { return };
         let waited = matches!(job.phase, Phase::Queued { .. });
         let news = job.record.message != message;
         job.phase = Phase::Queued { retry_at };
-        job.record.message = message;
+        if news {
+            job.record.message = message.to_string();
+        }
         match waited {
             false => self.changed(key),
             // What a job waits for changes with every job before it, and the next daemon finds out anew: it is not worth
@@ -85,7 +88,7 @@ impl Supervisor {
         let Some(job) = self.jobs.get(&key) else { return };
         if self.pool.any_quarantined(&job.leases) {
             self.release_devices(key);
-            self.wait(key, "waits for healthy devices".into(), None);
+            self.wait(key, "waits for healthy devices", None);
             return self.schedule(now);
         }
         match (&job.record.segment, &job.record.prepared) {
@@ -199,7 +202,7 @@ impl Supervisor {
 
     fn wait_for_memory(&mut self, key: JobKey, why: String, now: Instant) {
         self.release_devices(key);
-        self.wait(key, format!("waits for memory that other jobs hold: {why}"), Some(now + super::MEMORY_RETRY));
+        self.wait(key, &format!("waits for memory that other jobs hold: {why}"), Some(now + super::MEMORY_RETRY));
     }
 
     fn release_devices(&mut self, key: JobKey) {
