@@ -209,11 +209,11 @@ impl Rank<'_> {
                 ..Default::default()
             };
             self.set_record(&numbers, StepPhase::Committed)?;
-            hit(Point::LoadRecorded);
             if back {
                 let from = resume.map_or("the beginning: there is no checkpoint".into(), |r| format!("checkpoint {}", r.path.display()));
                 self.control.event(Level::Warn, &format!("went back to step {step}, {from}; the steps after it are run again"));
             }
+            hit(Point::LoadRecorded);
         }
         self.comm.barrier(Channel::Step)?;
         Ok(())
