@@ -75,8 +75,8 @@ pub(crate) struct Session {
 
 /// Pages whose state is brought to the device during the backward pass (`plan::staging`).
 struct Staging {
-    /// Pages of a block, at most.
-    most: usize,
+    /// Pages of each block, at most.
+    most: Vec<usize>,
     /// Of each block: the pages that go into its activations.
     pages: Vec<Vec<PageId>>,
     /// After each block's backward visit.
@@ -142,9 +142,9 @@ impl Session {
             }
         }
         let shared = (0..last).map(|b| model.saved_bytes(b, shape, Keep::Inputs)).max().unwrap_or(0);
-        let staging = if train && plan.staged_pages > 0 {
+        let staging = if train && plan.staged_pages.iter().any(|n| *n > 0) {
             let visited = (0..last).map(|_| d.event()).collect::<Result<_, _>>()?;
-            Some(Staging { most: plan.staged_pages, pages: vec![Vec::new(); last], visited, staged: Vec::new() })
+            Some(Staging { most: plan.staged_pages.clone(), pages: vec![Vec::new(); last], visited, staged: Vec::new() })
         } else {
             None
         };
@@ -343,7 +343,7 @@ impl Session {
         let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| (buf.bytes / part) as usize).sum();
         let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
         if let Some(staging) = &mut self.staging {
-            staging.pages = staged_pages(self.store.layout(), rank, &self.model.places, &rooms, staging.most);
+            staging.pages = staged_pages(self.store.layout(), rank, &self.model.places, &rooms, &staging.most);
         }
     }
 

@@ -227,9 +227,9 @@ impl Cost {
         self.kind == DeviceKind::Cuda
     }
 
-    /// Parameters a second that processor and GPU update together, where a share of them is `staged`. What bounds them is the
-    /// host's memory: it gives little more to both than to the processor alone.
-    fn updates(&self, staged: f64, device_gradients: bool) -> f64 {
+    /// Parameters a second that processor and GPU update together. What bounds them is the host's memory: it gives little more
+    /// to both than to the processor alone.
+    fn update_rate(&self, model: &Model, p: &EnginePlan) -> f64 {
         if self.adamw_gpu <= 0.0 {
             return self.adamw;
         }
@@ -238,41 +238,41 @@ impl Cost {
             let moments = 2.0 * self.moment;
             1.0 / ((bytes_in + moments) / self.both[0]).max((STAGED_OUT + moments) / self.both[1])
         };
-        let adamw_gpu = if device_gradients { self.adamw_gpu * gpu(STAGED_IN - 2.0) / gpu(STAGED_IN) } else { self.adamw_gpu };
+        let here = p.device_gradients.is_some();
+        let adamw_gpu = if here { self.adamw_gpu * gpu(STAGED_IN - 2.0) / gpu(STAGED_IN) } else { self.adamw_gpu };
         let traffic = 10.0 + 4.0 * self.moment;
         let memory = (self.adamw * traffic * MEMORY_TOGETHER).max(LEAST_MEMORY);
-        let spared = staged * (4.0 + 2.0 * self.moment) / traffic;
+        let spared = self.staged_share(model, p) * (4.0 + 2.0 * self.moment) / traffic;
         ((self.adamw + adamw_gpu) * TOGETHER).min(memory / traffic) / (1.0 - spared)
     }
 
-    /// Pages of a block whose state comes to the device during the backward pass of the last group, into its activations: as many
-    /// as the bus has time for beside the block's own copies, where there is room.
-    pub fn staged_pages(&self, model: &Model, p: &EnginePlan, t: &Times) -> usize {
+    /// For each block but the last: pages whose state comes to the device during its backward pass in the last group, into its
+    /// activations. As many as the bus has time for beside the block's own weights, where there is room. What is made again
+    /// takes time too, but counts for nothing: more memory, where less is made again, shall not mean fewer pages.
+    pub fn staged_pages(&self, model: &Model, p: &EnginePlan, t: &Times) -> Vec<usize> {
         let Some(page) = p.store.page_parameters.filter(|_| self.overlapped() && p.optimizer_split && self.adamw_gpu > 0.0) else {
-            return 0;
+            return Vec::new();
         };
-        let state = ramtorch_device::state_bytes(&p.store) as f64;
-        let last = model.len() - 1;
+        let page = f64::from(page) * ramtorch_device::state_bytes(&p.store) as f64;
         let of_block = |b: usize| {
-            let seconds = (t.backward[b] + t.again(b, p.keep[b])) * p.group_len as f64;
+            if p.keep[b] == Keep::Inputs || !matches!(model.blocks[b], Block::Layer(_)) {
+                return 0;
+            }
+            let seconds = t.backward[b] * p.group_len as f64;
             let weights = if p.resident[b] { 0.0 } else { (model.places[b].1 * p.dtype.size()) as f64 };
-            let pages = (seconds * self.both[0] * STAGED_SHARE - weights) / (f64::from(page) * state);
-            let room = model.saved_bytes(b, p.shape(), p.keep[b]) as f64 * p.group_len as f64 / (f64::from(page) * state);
-            pages.min(room).max(0.0) as usize
+            let time = seconds * self.both[0] * STAGED_SHARE - weights;
+            let room = model.saved_bytes(b, p.shape(), p.keep[b]) as f64 * p.group_len as f64;
+            (time.min(room) / page).max(0.0) as usize
         };
-        let layers = (0..last).filter(|b| p.keep[*b] != Keep::Inputs && matches!(model.blocks[*b], Block::Layer(_)));
-        layers.map(of_block).min().unwrap_or(0)
+        (0..model.len() - 1).map(of_block).collect()
     }
 
-    /// Share of the parameters whose pages are staged.
+    /// Share of the parameters whose pages are staged, by all ranks.
     fn staged_share(&self, model: &Model, p: &EnginePlan) -> f64 {
-        let Some(page) = p.store.page_parameters.filter(|_| p.staged_pages > 0) else { return 0.0 };
-        let last = model.len() - 1;
-        let staged: f64 = (0..last)
-            .filter(|b| p.keep[*b] != Keep::Inputs && matches!(model.blocks[*b], Block::Layer(_)))
-            .map(|b| (p.staged_pages as f64 * f64::from(page)).min(model.places[b].1 as f64))
-            .sum();
-        staged / model.places.iter().map(|x| x.1 as f64).sum::<f64>() / p.world as f64
+        let Some(page) = p.store.page_parameters else { return 0.0 };
+        let of_ranks = f64::from(page) * p.world as f64;
+        let staged: f64 = p.staged_pages.iter().zip(&model.places).map(|(pages, place)| (*pages as f64 * of_ranks).min(place.1 as f64)).sum();
+        staged / model.places.iter().map(|x| x.1 as f64).sum::<f64>()
     }
 
     /// Operations a second of products with `rows` rows.
@@ -403,7 +403,7 @@ impl Cost {
         let base = Breakdown {
             compute,
             again,
-            optimizer: parameters / self.updates(self.staged_share(model, p), p.device_gradients.is_some()),
+            optimizer: parameters / self.update_rate(model, p),
             norm: parameters / self.norm,
             ..Default::default()
         };
@@ -486,7 +486,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times) -> Self {
-        let rate = cost.updates(cost.staged_share(model, p), p.device_gradients.is_some());
+        let rate = cost.update_rate(model, p);
         let mut done = 0.0;
         let published = model
             .places

@@ -78,10 +78,10 @@ pub(crate) struct EnginePlan {
     /// Devices by rank, for the place of their pages.
     #[serde(default)]
     pub devices: Vec<(DeviceKind, u32)>,
-    /// Pages of each block whose state is brought to the device during the backward pass, into memory of activations that
+    /// For each block but the last (or empty: none): pages whose state is brought to the device during the backward pass, into memory of activations that
     /// are done with.
     #[serde(default)]
-    pub staged_pages: usize,
+    pub staged_pages: Vec<usize>,
     /// The device squares gradients before they leave, where what leaves is what is stored.
     #[serde(default)]
     pub squares_on_device: bool,
@@ -548,7 +548,7 @@ pub(crate) fn inference(
         optimizer_split: false,
         gather_weights: false,
         devices: Vec::new(),
-        staged_pages: 0,
+        staged_pages: Vec::new(),
         squares_on_device: false,
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
         checkpoint_staging: 0,

@@ -223,7 +223,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             optimizer_split: s.optimizer_split,
             gather_weights: s.world > 1 && s.spec.train.gather_weights.unwrap_or(s.cost.gathers),
             devices: Vec::new(),
-            staged_pages: 0,
+            staged_pages: Vec::new(),
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
             checkpoint_staging: 0,

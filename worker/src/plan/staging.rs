@@ -12,19 +12,19 @@ use ramtorch_device::staged_parameters;
 use ramtorch_store::{Layout, PageId};
 
 /// For each block but the last: pages that rank `rank` stages into its activations, which have room for `rooms[block]` parts
-/// of pages; at most `most` of them, evenly spread over the block's, highest first.
-pub(crate) fn staged_pages(layout: &Layout, rank: u32, places: &[(u64, u64)], rooms: &[usize], most: usize) -> Vec<Vec<PageId>> {
+/// of pages; at most `most[block]` of them, evenly spread over the block's, highest first.
+pub(crate) fn staged_pages(layout: &Layout, rank: u32, places: &[(u64, u64)], rooms: &[usize], most: &[usize]) -> Vec<Vec<PageId>> {
     let parts_a_page = u64::from(layout.page_parameters()).div_ceil(staged_parameters(u64::from(layout.page_parameters()))) as usize;
     places
         .iter()
-        .zip(rooms)
-        .map(|((start, len), room)| {
+        .zip(rooms.iter().zip(most))
+        .map(|((start, len), (room, most))| {
             let ends_here = |page: &PageId| {
                 let end = layout.page_range(*page).end;
                 end > *start && end <= start + len && layout.page_owner(*page) == rank
             };
             let mine: Vec<PageId> = layout.pages_of(*start..start + len).filter(ends_here).collect();
-            let count = most.min(mine.len()).min(room / parts_a_page);
+            let count = mine.len().min(*most).min(room / parts_a_page);
             let chosen = |i: &usize| (i + 1) * count / mine.len() > i * count / mine.len();
             let mut pages: Vec<PageId> = (0..mine.len()).filter(chosen).map(|i| mine[i]).collect();
             pages.reverse();
@@ -56,7 +56,7 @@ mod tests {
             let rooms = vec![room; places.len() - 1];
             let mut seen = std::collections::HashSet::new();
             for rank in 0..world {
-                let staged = staged_pages(&layout, rank, &places, &rooms, most);
+                let staged = staged_pages(&layout, rank, &places, &rooms, &vec![most; rooms.len()]);
                 prop_assert_eq!(staged.len(), places.len() - 1);
                 for (pages, (start, len)) in staged.iter().zip(&places) {
                     prop_assert!(pages.len() <= most.min(room) && pages.is_sorted_by(|a, b| a > b));

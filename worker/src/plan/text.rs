@@ -130,13 +130,13 @@ fn choice(t: &mut String, model: &Model, found: &Found, forced: bool) {
     if p.optimizer_split {
         let spares = p.store.spare_pages_per_rank;
         let _ = writeln!(t, "             optimizer on the processor and the device at once, {spares} spare pages a rank");
-        if p.staged_pages > 0 {
+        let staged: usize = p.staged_pages.iter().sum();
+        if staged > 0 {
             let _ = writeln!(
                 t,
-                "             {} page{} a layer come{} to the device during the backward pass, into activations that are done with",
-                p.staged_pages,
-                s(p.staged_pages),
-                if p.staged_pages == 1 { "s" } else { "" }
+                "             {staged} page{} come{} to the device during the backward pass, into activations that are done with",
+                s(staged),
+                if staged == 1 { "s" } else { "" }
             );
         }
     }

@@ -102,7 +102,7 @@ fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) 
     let mut p = EnginePlan::of(&plan(&request).unwrap()).unwrap();
     // As on a GPU: small pages, several in hand, staged pages, squares by the device.
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
-    (p.staged_pages, p.squares_on_device) = (staged_pages, true);
+    (p.staged_pages, p.squares_on_device) = (vec![staged_pages; p.keep.len() - 1], true);
     let name = format!("/ramtorch-session-{tag}-{tied}-{}", std::process::id());
     let store = Arc::new(Store::create(&name, &p.store).unwrap());
     Store::unlink(&name).unwrap();
