@@ -72,7 +72,8 @@ fn store(tag: &str, rows: u64, page: u32, moments: MomentFormat, gradients: Grad
         exchange_bytes: 4096,
         metadata: String::new(),
     };
-    let name = format!("ramtorch-test-optimizer-{}-{tag}", std::process::id());
+    let tag: String = tag.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let name = format!("/ramtorch-test-optimizer-{}-{tag}", std::process::id());
     let _ = Store::unlink(&name);
     let s = Store::create(&name, &spec).unwrap();
     Store::unlink(&name).unwrap();
