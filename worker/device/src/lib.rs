@@ -18,10 +18,12 @@
 
 #![forbid(unsafe_code)]
 
+mod bounds;
 mod error;
 mod gang;
 mod optimizer;
 
+pub use bounds::{check_gradients, check_load, check_room};
 pub use error::{EngineError, ErrorKind};
 pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
