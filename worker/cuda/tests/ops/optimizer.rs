@@ -156,8 +156,7 @@ fn image(s: &Store, step: u64) -> Vec<Vec<u32>> {
 
 /// The state of every so many-th page, on the device.
 fn stage(d: &CudaDevice, s: &Arc<Store>, room: DevBuf, every: usize) -> Vec<StagedPage> {
-    let part = staged_parameters(u64::from(s.layout().page_parameters())) * state_bytes(s.layout().spec());
-    let mut parts = (0..room.bytes / part).map(|i| room.slice(i * part, part));
+    let mut parts = staged_rooms(s.layout(), room);
     let pages = (0..s.layout().page_count()).step_by(every);
     let staged = pages.map(|page| StagedPage::load(d, s, page, || parts.next()).unwrap()).collect();
     d.synchronize(Stream::CopyIn).unwrap();
