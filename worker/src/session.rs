@@ -375,18 +375,13 @@ impl Session {
         Ok(std::mem::take(&mut staging.staged))
     }
 
-    /// The device works out the squares of gradients.
-    pub fn squares_gradients(&self) -> bool {
-        self.squares.is_some()
-    }
-
-    /// Σ of the squares of this step's gradients, where the device has worked it out; blocks until it has.
-    pub fn sum_squares(&self) -> Result<Option<f64>, EngineError> {
-        let Some(buf) = self.squares else { return Ok(None) };
+    /// Σ of the squares of this step's gradients, where the device works it out (`EnginePlan::squares`); blocks until it has.
+    pub fn squares_by_device(&self) -> Result<f64, EngineError> {
+        let buf = self.squares.ok_or_else(|| EngineError::internal("the device does not square gradients"))?;
         let mut raw = vec![0u8; 8 * self.model.len()];
         self.dev.download(Stream::Compute, buf.slice(0, raw.len() as u64), &mut raw)?;
         // In the order of blocks.
-        Ok(Some(raw.as_chunks::<8>().0.iter().map(|c| f64::from_le_bytes(*c)).sum()))
+        Ok(raw.as_chunks::<8>().0.iter().map(|c| f64::from_le_bytes(*c)).sum())
     }
 
     /// Calls `f` with every page, as soon as this rank's gradients of a step that is enqueued whole lie in it; the backward
