@@ -12,16 +12,17 @@ daemon's binary. For a 3B model on one GPU (segment 45 GB, checkpoint 38 GB):
 """
 
 import argparse
-import array
 import json
 import os
-import random
 import re
 import shutil
 import statistics
 import subprocess
 
+import inputs
+
 WARM_UP_STEPS = 2
+TOKENS = 2_000_000
 EVENT = re.compile(r"checkpoint of step (\d+): (\d+) bytes copied or written in ([\d.]+) s and durable after ([\d.]+) s; "
                    r"the optimizer stood still for ([\d.]+) s")
 
@@ -44,13 +45,7 @@ MODELS = {
 
 def write_job(folder, args, staging):
     config, length, batch = MODELS[args.model]
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(config, f, indent=1)
-    values = array.array("I")
-    values.frombytes(random.Random(0).randbytes(4 * 2_000_000))
-    with open(os.path.join(folder, "tokens.bin"), "wb") as f:
-        array.array("I", (v % (config["vocab_size"] - 300) for v in values)).tofile(f)
+    inputs.write(folder, config, TOKENS)
     path = os.path.join(folder, "job.toml")
     more = "" if staging == "default" else f"staging_gib = {float(staging)}\n"
     with open(path, "w") as f:

@@ -10,10 +10,8 @@ and for each row its job file, plan, metrics and log. Needs nothing but Python, 
 """
 
 import argparse
-import array
 import json
 import os
-import random
 import shutil
 import signal
 import statistics
@@ -22,6 +20,8 @@ import sys
 import tempfile
 import threading
 import time
+
+import inputs
 
 WARM_UP_STEPS = 2
 TOKENS = 4_000_000
@@ -60,14 +60,7 @@ LARGE = {"llama-8b-65k", "qwen-32b-32k"}
 
 
 def write_job(folder, name, config, length, batch, steps, more, train):
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(config, f, indent=1)
-    values = array.array("I")
-    values.frombytes(random.Random(0).randbytes(4 * TOKENS))
-    top = config["vocab_size"] - 300  # no special tokens
-    with open(os.path.join(folder, "tokens.bin"), "wb") as f:
-        array.array("I", (v % top for v in values)).tofile(f)
+    inputs.write(folder, config, TOKENS)
     path = os.path.join(folder, "job.toml")
     with open(path, "w") as f:
         f.write(f"""name = "{name}"

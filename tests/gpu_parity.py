@@ -39,6 +39,18 @@ def job(folder, expected, precision):
     return path
 
 
+def run(binary, folder, expected, precision):
+    """Runs the job to its end: its metrics, or what it says of its failure."""
+    folder = os.path.abspath(folder)
+    os.makedirs(folder, exist_ok=True)
+    command = [binary, "run", job(folder, expected, precision), "--devices", "cuda:0", "--device-memory", str(8 << 30)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    if done.returncode != 0:
+        return None, f"exit {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f], None
+
+
 def main():
     binary, out = sys.argv[1], sys.argv[2]
     passed = failed = 0
@@ -52,16 +64,11 @@ def main():
         if "grad_norm" not in expected or "sequence_length" not in expected or name.startswith("stack"):
             continue
         for precision, (loss_limit, norm_limit) in LIMITS.items():
-            folder = os.path.abspath(os.path.join(out, f"{name}-{precision}"))
-            os.makedirs(folder, exist_ok=True)
-            command = [binary, "run", job(folder, expected, precision), "--devices", "cuda:0", "--device-memory", str(8 << 30)]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=180)
-            if run.returncode != 0:
-                print(f"FAIL {name} {precision}: exit {run.returncode}: {(run.stdout + run.stderr)[-1500:]}")
+            lines, failure = run(binary, os.path.join(out, f"{name}-{precision}"), expected, precision)
+            if failure:
+                print(f"FAIL {name} {precision}: {failure}")
                 failed += 1
                 continue
-            with open(os.path.join(folder, "metrics.jsonl")) as f:
-                lines = [json.loads(line) for line in f]
             worst = [max(abs(m[k] / e - 1) for m, e in zip(lines, expected[k])) for k in ("loss", "grad_norm")]
             good = len(lines) == expected["steps"] and worst[0] < loss_limit and worst[1] < norm_limit
             passed, failed = passed + good, failed + (not good)
@@ -80,16 +87,11 @@ def bf16(binary, out):
         reference = json.load(f)
     ours = theirs = 0.0
     for name, expected in reference["models"].items():
-        folder = os.path.abspath(os.path.join(out, f"{name}-bf16-50"))
-        os.makedirs(folder, exist_ok=True)
-        path = job(folder, {**reference, "model": name}, "bf16")
-        command = [binary, "run", path, "--devices", "cuda:0", "--device-memory", str(8 << 30)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=180)
-        if run.returncode != 0:
-            print(f"FAIL {name} bf16, 50 steps: exit {run.returncode}: {(run.stdout + run.stderr)[-1500:]}")
+        lines, failure = run(binary, os.path.join(out, f"{name}-bf16-50"), {**reference, "model": name}, "bf16")
+        if failure:
+            print(f"FAIL {name} bf16, 50 steps: {failure}")
             return False
-        with open(os.path.join(folder, "metrics.jsonl")) as f:
-            losses = [json.loads(line)["loss"] for line in f]
+        losses = [line["loss"] for line in lines]
         if len(losses) != len(expected["fp32"]):
             print(f"FAIL {name} bf16: {len(losses)} steps")
             return False

@@ -1,7 +1,8 @@
 //! A running daemon and its client.
 
 use crate::{Binary, Finished, JobFile, Process, Sandbox};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -151,6 +152,24 @@ impl<'a> Daemon<'a> {
             }
             assert!(Instant::now() < end, "waited too long for {what}: {job:#}");
             std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until the job runs and has done `step` steps; returns it.
+    #[track_caller]
+    pub fn wait_for_step(&self, id: &str, step: u64) -> Value {
+        self.wait_for(id, "steps", |j| j["step"].as_u64() >= Some(step) && j["state"] == "running")
+    }
+
+    /// For each (rank, step): kills the worker of that rank once the job has done so many steps, and waits for the restart.
+    #[track_caller]
+    pub fn kill_ranks(&self, id: &str, deaths: &[(usize, u64)]) {
+        for (rank, step) in deaths {
+            let running = self.wait_for_step(id, *step);
+            let pid = running["workers"][rank]["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+            let pid = pid.unwrap_or_else(|| panic!("no worker of rank {rank}: {running:#}"));
+            kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the worker runs");
+            self.wait_for(id, "the restart", |j| j["restarts"].as_u64() > running["restarts"].as_u64());
         }
     }
 

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod binaries;
+pub mod chance;
 mod daemon;
 pub mod disturbed;
 mod fixture;

@@ -9,31 +9,13 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use ramtorch_tests::chance::{Random, setting};
 use ramtorch_tests::disturbed::{Immortal, Outcome, everything};
 use ramtorch_tests::{Daemon, Sandbox};
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-/// splitmix64
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-    fn pause(&mut self, most_ms: u64) -> Duration {
-        Duration::from_micros(self.below(most_ms * 1000))
-    }
-}
 
 /// A death whose end is waited for.
 struct Death {
@@ -125,13 +107,6 @@ fn lines_from(path: &Path, offset: u64) -> usize {
         Ok(bytes)
     };
     read().unwrap_or_default().iter().filter(|b| **b == b'\n').count()
-}
-
-fn setting(name: &str, default: u64) -> u64 {
-    match std::env::var(name) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")),
-        Err(_) => default,
-    }
 }
 
 fn summary(seed: u64, steps: u64, runs: u64, tally: &Tally, elapsed: Duration) -> String {

@@ -120,7 +120,7 @@ fn a_successor_goes_on_where_the_daemon_was_asked_to_stop() {
     let id = daemon.submit(&everything(400));
     let mut segment = String::new();
     for stop in 1..=3u64 {
-        let running = daemon.alive().wait_for(&id, "steps", |j| j["state"] == "running" && j["step"].as_u64() >= Some(stop * 60));
+        let running = daemon.alive().wait_for_step(&id, stop * 60);
         let name = running["segment"].as_str().unwrap().to_owned();
         assert!(segment.is_empty() || segment == name, "the job goes on in the same segment");
         segment = name;

@@ -15,6 +15,7 @@
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use ramtorch_client::{Client, ClientError, Endpoint, v1};
+use ramtorch_tests::chance::setting;
 use ramtorch_tests::observed::{cpu_seconds, observe, threads};
 use ramtorch_tests::{Fixture, Sandbox, read_metrics};
 use std::collections::{BTreeMap, VecDeque};
@@ -29,13 +30,6 @@ use tokio::time::{MissedTickBehavior, interval};
 const QUEUE: usize = 300;
 /// Looks at the job, the list, the node: each so often a second.
 const LOOKS: u64 = 10;
-
-fn setting(name: &str, default: u64) -> u64 {
-    match std::env::var(name) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")),
-        Err(_) => default,
-    }
-}
 
 /// Times of calls, by name, and what failed.
 #[derive(Default)]

@@ -2,8 +2,6 @@
 //! take the same steps as GPUs do.
 #![allow(clippy::unwrap_used)]
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use ramtorch_tests::{
     Fixture, JobFile, MetricsLine, Sandbox, Tensor, assert_same_tensors, bits, exit, losses, read_metrics, read_tensors,
     worst_relative_difference,
@@ -86,12 +84,7 @@ fn a_gang_that_gathers_survives_the_death_of_a_rank() {
     let sandbox = Sandbox::new();
     let daemon = sandbox.start_daemon("cpu:3", &[]);
     let id = daemon.submit("peers", &job);
-    for (rank, step) in [(2, 10), (0, 50)] {
-        let running = daemon.wait_for(&id, "steps", |j| j["step"].as_u64() >= Some(step) && j["state"] == "running");
-        let pid = running["workers"][rank]["pid"].as_i64().unwrap();
-        kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
-        daemon.wait_for(&id, "the restart", |j| j["restarts"].as_u64() > running["restarts"].as_u64());
-    }
+    daemon.kill_ranks(&id, &[(2, 10), (0, 50)]);
     let job = daemon.wait_for_state(&id, "succeeded");
     assert_eq!(job["restarts"], 2, "{job:#}");
     assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&whole));

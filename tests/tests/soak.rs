@@ -9,6 +9,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use ramtorch_client::{Client, Endpoint, v1};
+use ramtorch_tests::chance::{Random, setting};
 use ramtorch_tests::disturbed::{PATIENT, assert_tidy};
 use ramtorch_tests::observed::{Observed, files, observe};
 use ramtorch_tests::{Fixture, JobFile, Sandbox};
@@ -21,29 +22,6 @@ const REMEMBERED: usize = 12;
 /// Files that a remembered job has at the most: its record, its metrics, logs of its preparation and of the last gangs.
 const FILES_PER_JOB: usize = 40;
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// splitmix64
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
-
-fn setting(name: &str, default: u64) -> u64 {
-    match std::env::var(name) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")),
-        Err(_) => default,
-    }
-}
 
 /// What becomes of a job.
 const LIVES: [&str; 6] = ["finished", "cancelled", "failed", "worker killed", "cancelled while it waited", "refused"];

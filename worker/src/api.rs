@@ -2,6 +2,7 @@
 
 pub use ramtorch_device::{EngineError, ErrorKind};
 use ramtorch_job::JobSpec;
+pub use ramtorch_modelio::TensorSummary;
 pub use ramtorch_trace::RankTrace;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -192,24 +193,6 @@ pub struct Exported {
 pub struct Inspected {
     pub step: u64,
     pub tensors: Vec<TensorSummary>,
-}
-
-/// One tensor, described.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct TensorSummary {
-    pub name: String,
-    pub shape: Vec<u64>,
-    pub dtype: String,
-    pub block: String,
-    pub parameters: u64,
-    pub mean: f64,
-    pub std: f64,
-    pub min: f64,
-    pub max: f64,
-    pub nonfinite: u64,
-    pub values: Vec<f32>,
-    pub pages: Vec<u32>,
 }
 
 /// What [`Task::Prepare`] found out: all that the plan needs to know of the job's files.

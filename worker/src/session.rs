@@ -14,7 +14,10 @@ use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes, staged_pages};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
 use ramtorch_device::trace::{Label, Wait};
-use ramtorch_device::{AttentionShape, DevBuf, Device, DeviceGradients, Dtype, Event, Gang, GradientPiece, Ranks, StagedPage, Stream};
+use ramtorch_device::{
+    AttentionShape, DevBuf, Device, DeviceGradients, Dtype, Event, Gang, GradientPiece, Ranks, StagedPage, Stream, staged_rooms,
+    state_bytes,
+};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{GradientFormat, PageId, Store};
 use std::sync::Arc;
@@ -339,32 +342,25 @@ impl Session {
 
     /// This rank's pages are those that it may stage.
     fn own_pages_of(&mut self, rank: u32) {
-        let part = self.part_bytes();
-        let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| (buf.bytes / part) as usize).sum();
+        let layout = self.store.layout();
+        let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| staged_rooms(layout, *buf).len()).sum();
         let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
         if let Some(staging) = &mut self.staging {
-            staging.pages = staged_pages(self.store.layout(), rank, &self.model.places, &rooms, &staging.most);
+            staging.pages = staged_pages(layout, rank, &self.model.places, &rooms, &staging.most);
         }
-    }
-
-    /// Bytes of a part of a page's state.
-    fn part_bytes(&self) -> u64 {
-        let layout = self.store.layout();
-        ramtorch_device::staged_parameters(u64::from(layout.page_parameters())) * ramtorch_device::state_bytes(layout.spec())
     }
 
     /// Begins to bring the state of pages to where activations of block `b` were, whose backward visit is enqueued.
     fn stage(&mut self, b: usize) -> Result<(), EngineError> {
-        let part = self.part_bytes();
         let Some(staging) = self.staging.as_mut().filter(|s| !s.pages[b].is_empty()) else { return Ok(()) };
         let dev = self.dev.as_ref();
         dev.record(staging.visited[b], Stream::Compute)?;
         dev.wait(Stream::CopyIn, staging.visited[b])?;
-        let bytes = ramtorch_device::state_bytes(self.store.layout().spec());
-        let whole = |buf: &DevBuf| (0..buf.bytes / part).map(|i| buf.slice(i * part, part)).collect::<Vec<_>>();
-        let mut parts = self.saved[b].iter().flat_map(whole);
+        let layout = self.store.layout();
+        let bytes = state_bytes(layout.spec());
+        let mut parts = self.saved[b].iter().flat_map(|buf| staged_rooms(layout, *buf));
         for &page in &staging.pages[b] {
-            let range = self.store.layout().page_range(page);
+            let range = layout.page_range(page);
             let stretch = dev.begin(Stream::CopyIn, &Label::copy("stage page", (range.end - range.start) * bytes).page(page))?;
             staging.staged.push(StagedPage::load(dev, &self.store, page, || parts.next())?);
             dev.end(Stream::CopyIn, stretch)?;
@@ -379,18 +375,13 @@ impl Session {
         Ok(std::mem::take(&mut staging.staged))
     }
 
-    /// The device works out the squares of gradients.
-    pub fn squares_gradients(&self) -> bool {
-        self.squares.is_some()
-    }
-
-    /// Σ of the squares of this step's gradients, where the device has worked it out; blocks until it has.
-    pub fn sum_squares(&self) -> Result<Option<f64>, EngineError> {
-        let Some(buf) = self.squares else { return Ok(None) };
+    /// Σ of the squares of this step's gradients, where the device works it out (`EnginePlan::squares`); blocks until it has.
+    pub fn squares_by_device(&self) -> Result<f64, EngineError> {
+        let buf = self.squares.ok_or_else(|| EngineError::internal("the device does not square gradients"))?;
         let mut raw = vec![0u8; 8 * self.model.len()];
         self.dev.download(Stream::Compute, buf.slice(0, raw.len() as u64), &mut raw)?;
         // In the order of blocks.
-        Ok(Some(raw.as_chunks::<8>().0.iter().map(|c| f64::from_le_bytes(*c)).sum()))
+        Ok(raw.as_chunks::<8>().0.iter().map(|c| f64::from_le_bytes(*c)).sum())
     }
 
     /// Calls `f` with every page, as soon as this rank's gradients of a step that is enqueued whole lie in it; the backward

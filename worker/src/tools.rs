@@ -56,22 +56,5 @@ pub(crate) fn describe(source: &Source, names: &[String], values: usize, control
             ramtorch_modelio::ModelError::Invalid(text) => EngineError::input(text),
             e => errors::model(e),
         })?;
-    let tensors = tensors
-        .into_iter()
-        .map(|t| TensorSummary {
-            name: t.name,
-            shape: t.shape,
-            dtype: t.dtype,
-            block: t.block,
-            parameters: t.parameters,
-            mean: t.mean,
-            std: t.std,
-            min: t.min,
-            max: t.max,
-            nonfinite: t.nonfinite,
-            values: t.values,
-            pages: t.pages,
-        })
-        .collect();
     Ok(Inspected { step: model.step, tensors })
 }

@@ -699,7 +699,7 @@ impl Loop<'_> {
             r.control.heartbeat(step, "reducing");
         }
         // All is enqueued: gradients are squared as they come, while the backward pass works on the next ones.
-        let squares = self.square_gradients()?;
+        let by_host = if plan.squares() { None } else { Some(self.squares_by_host()?) };
         let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the losses"));
         let loss = self.session.sum_losses(&batches)?;
         drop(span);
@@ -715,7 +715,7 @@ impl Loop<'_> {
         r.comm.barrier(Channel::Step)?;
         drop(span);
         hit(Point::StepReduced);
-        let squares = self.session.sum_squares()?.unwrap_or(squares);
+        let squares = by_host.map_or_else(|| self.session.squares_by_device(), Ok)?;
         let [flags, checkpoint] = self.listen(wishes);
         let span = r.recorder.scope(Row::Loop, Label::collective("gather"));
         let gathered = r.comm.gather(Channel::Step, [loss, squares, flags, checkpoint])?;
@@ -755,11 +755,8 @@ impl Loop<'_> {
 
     /// Σ of squares of the gradients that this rank is the one to square, in one order whoever was complete first: by page
     /// where it is alone, otherwise by block the part that it sends out itself.
-    fn square_gradients(&self) -> Result<f64, EngineError> {
+    fn squares_by_host(&self) -> Result<f64, EngineError> {
         let r = self.rank;
-        if self.session.squares_gradients() {
-            return Ok(0.0); // Session::sum_squares tells
-        }
         if r.comm.world() == 1 {
             let mut squares = vec![0f64; r.store.layout().page_count() as usize];
             self.session.complete_pages(|page| {

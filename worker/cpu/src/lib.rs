@@ -198,11 +198,8 @@ impl Device for CpuDevice {
         offset: u64,
         count: u64,
     ) -> Result<(), EngineError> {
+        check_load(store, dst, offset, count, self.dtype.size(), "load of parameters")?;
         let (store, dtype) = (store.clone(), self.dtype);
-        let page = store.layout().page_range(0);
-        if offset + count > page.end {
-            return Err(EngineError::internal("a load past the end of a page"));
-        }
         self.queue(stream).run(move || parameters::load(dst, dtype, &store, physical, offset, count))
     }
     fn load_state(
@@ -214,11 +211,8 @@ impl Device for CpuDevice {
         offset: u64,
         count: u64,
     ) -> Result<(), EngineError> {
+        check_load(store, dst, offset, count, state_bytes(store.layout().spec()), "load of state")?;
         let store = store.clone();
-        let page = store.layout().page_range(0);
-        if offset + count > page.end || dst.bytes < count * state_bytes(store.layout().spec()) {
-            return Err(EngineError::internal("a load of state past the end of a page or its buffer"));
-        }
         self.queue(stream).run(move || parameters::load_state(dst, &store, physical, offset, count))
     }
     fn store_gradients(
@@ -230,18 +224,13 @@ impl Device for CpuDevice {
         count: u64,
         accumulate: bool,
     ) -> Result<(), EngineError> {
+        check_gradients(store, src, start, count, 4)?;
         let store = store.clone();
-        if start + count > store.layout().span() {
-            return Err(EngineError::internal("gradients past the end of the store"));
-        }
         self.queue(stream).run(move || parameters::store_gradients(src, &store, start, count, accumulate))
     }
     fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
+        check_gradients(store, src, start, count, store.layout().spec().gradients.bytes())?;
         let store = store.clone();
-        let bytes = store.layout().spec().gradients.bytes() * count;
-        if start + count > store.layout().span() || bytes > src.bytes {
-            return Err(EngineError::internal("packed gradients past the end of the store or of their buffer"));
-        }
         self.queue(stream).run(move || parameters::store_packed_gradients(src, &store, start, count))
     }
     fn join_gang(&mut self, gang: &Arc<dyn Gang>) -> Result<(), EngineError> {

@@ -2,7 +2,7 @@
 
 use crate::memory::{Bf16, Elem, view, view_mut};
 use crate::simd::simd;
-use ramtorch_device::{DevBuf, Dtype};
+use ramtorch_device::{DevBuf, Dtype, state_bytes};
 use ramtorch_store::{GradientFormat, Store, split};
 use std::sync::Arc;
 
@@ -42,9 +42,10 @@ pub(crate) fn load(dst: DevBuf, dtype: Dtype, store: &Arc<Store>, physical: u32,
 /// Both halves of the master and both moments, one array behind the other.
 pub(crate) fn load_state(dst: DevBuf, store: &Arc<Store>, physical: u32, offset: u64, count: u64) {
     let pages = store.page_ptrs(physical);
-    let (n, at, moment) = (count as usize, offset as usize, store.layout().spec().moments.bytes() as usize);
+    let spec = store.layout().spec();
+    let (n, at, moment) = (count as usize, offset as usize, spec.moments.bytes() as usize);
     // SAFETY: stream order; `dst` is as long as the four arrays (checked by the caller).
-    let mut out = unsafe { view_mut::<u8>(dst, n * (4 + 2 * moment)) };
+    let mut out = unsafe { view_mut::<u8>(dst, n * state_bytes(spec) as usize) };
     for (array, size) in [(pages.hi.cast::<u8>(), 2), (pages.lo.cast::<u8>(), 2), (pages.m, moment), (pages.v, moment)] {
         if size == 0 {
             continue; // no moments: no such array

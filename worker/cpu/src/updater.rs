@@ -28,7 +28,7 @@ struct Work {
 pub(crate) struct Updater {
     store: Arc<Store>,
     jobs: Option<mpsc::Sender<Work>>,
-    done: mpsc::Receiver<Result<(u32, u64), EngineError>>,
+    done: mpsc::Receiver<Result<(), EngineError>>,
     direct: Option<Arc<DirectWeights>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -42,7 +42,7 @@ impl Updater {
         let run = move || {
             for work in inbox {
                 let span = recorder.scope(Row::OptimizerKernel, Label::work("adamw").step(work.k.step).page(work.page));
-                let result = pool.install(|| run(&mapping, &work)).map(|()| (work.page, work.k.step));
+                let result = pool.install(|| run(&mapping, &work));
                 drop(span);
                 if report.send(result).is_err() {
                     return;
@@ -56,12 +56,15 @@ impl Updater {
 
 fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
     update(store, w)?;
-    for (range, buf) in w.direct.as_ref().and_then(|d| d.pieces(w.params.clone())).unwrap_or_default() {
+    let Some((direct, pieces)) = w.direct.as_ref().and_then(|d| Some((d, d.pieces(w.params.clone())?))) else { return Ok(()) };
+    for (range, buf) in pieces {
         let (at, n) = ((range.start - w.params.start) as usize, (range.end - range.start) as usize);
         // SAFETY: the spare's weights, written above; nobody reads or writes the places of weights while pages of a step are
         // updated (contract of `PageUpdater::deliver_to`), and each is as long as its range.
         unsafe { std::ptr::copy_nonoverlapping(w.spare.hi.add(at), buf.ptr as *mut u16, n) };
     }
+    // Before `finish` returns, and so before the page is published.
+    direct.deliver(w.page, w.k.step);
     Ok(())
 }
 
@@ -189,11 +192,7 @@ impl PageUpdater for Updater {
     }
 
     fn finish(&mut self) -> Result<(), EngineError> {
-        let (page, step) = self.done.recv().map_err(|_| EngineError::internal("the page updater's thread has ended"))??;
-        if let Some(direct) = self.direct.as_ref().filter(|d| d.pieces(self.store.layout().page_range(page)).is_some()) {
-            direct.deliver(page, step);
-        }
-        Ok(())
+        self.done.recv().map_err(|_| EngineError::internal("the page updater's thread has ended"))?
     }
 }
 

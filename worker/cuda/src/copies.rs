@@ -3,7 +3,7 @@
 use crate::device::{CudaDevice, STAGING_BYTES};
 use crate::driver::cu;
 use crate::kernels::{Launch, launch};
-use ramtorch_device::{DevBuf, Dtype, EngineError, Stream};
+use ramtorch_device::{DevBuf, Dtype, EngineError, Stream, check_gradients, check_load, check_room, state_bytes};
 use ramtorch_store::{GradientFormat, Store};
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -38,17 +38,13 @@ impl Drop for Registration {
     }
 }
 
-fn fits(buf: DevBuf, bytes: u64, what: &str) -> Result<(), EngineError> {
-    if bytes <= buf.bytes { Ok(()) } else { Err(EngineError::internal(format!("{what}: {bytes} bytes for a buffer of {}", buf.bytes))) }
-}
-
 pub(crate) fn upload(d: &CudaDevice, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError> {
-    fits(dst, data.len() as u64, "upload")?;
+    check_room(dst, data.len() as u64, "upload")?;
     d.ring.borrow_mut().upload(d.kernels.get("upload")?, d.stream(stream), dst.ptr, data)
 }
 
 pub(crate) fn download(d: &CudaDevice, stream: Stream, src: DevBuf, out: &mut [u8]) -> Result<(), EngineError> {
-    fits(src, out.len() as u64, "download")?;
+    check_room(src, out.len() as u64, "download")?;
     if !out.is_empty() {
         cu!("download", cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast::<c_void>(), src.ptr, out.len(), d.stream(stream).0))?;
     }
@@ -70,14 +66,7 @@ pub(crate) fn load_parameters(
     offset: u64,
     count: u64,
 ) -> Result<(), EngineError> {
-    let page = store.layout().page_range(0);
-    if offset.checked_add(count).is_none_or(|end| end > page.end - page.start) {
-        return Err(EngineError::internal(format!(
-            "load of parameters {offset}+{count}, past the end of a page of {}",
-            page.end - page.start
-        )));
-    }
-    fits(dst, count * d.dtype.size(), "load of parameters")?;
+    check_load(store, dst, offset, count, d.dtype.size(), "load of parameters")?;
     let pages = store.page_ptrs(physical);
     let s = d.stream(stream);
     // SAFETY: offset + count lies inside the page, in both of its arrays.
@@ -116,12 +105,9 @@ pub(crate) fn load_state(
     offset: u64,
     count: u64,
 ) -> Result<(), EngineError> {
-    let page = store.layout().page_range(0);
-    let moment = store.layout().spec().moments.bytes();
-    if offset.checked_add(count).is_none_or(|end| end > page.end - page.start) {
-        return Err(EngineError::internal(format!("load of state {offset}+{count}, past the end of a page")));
-    }
-    fits(dst, count * (4 + 2 * moment), "load of state")?;
+    let spec = store.layout().spec();
+    check_load(store, dst, offset, count, state_bytes(spec), "load of state")?;
+    let moment = spec.moments.bytes();
     let pages = store.page_ptrs(physical);
     let s = d.stream(stream);
     let mut at = dst.ptr;
@@ -136,14 +122,6 @@ pub(crate) fn load_state(
     Ok(())
 }
 
-/// Gradients `start..start + count` are the store's.
-fn inside(store: &Store, start: u64, count: u64) -> Result<(), EngineError> {
-    if start.checked_add(count).is_none_or(|end| end > store.layout().span()) {
-        return Err(EngineError::internal(format!("gradients {start}+{count}, past the end of the store's {}", store.layout().span())));
-    }
-    Ok(())
-}
-
 /// Gradients in the store's format, in one copy.
 pub(crate) fn store_packed_gradients(
     d: &CudaDevice,
@@ -153,9 +131,9 @@ pub(crate) fn store_packed_gradients(
     start: u64,
     count: u64,
 ) -> Result<(), EngineError> {
-    inside(store, start, count)?;
-    let bytes = count * store.layout().spec().gradients.bytes();
-    fits(src, bytes, "gradients")?;
+    let each = store.layout().spec().gradients.bytes();
+    check_gradients(store, src, start, count, each)?;
+    let bytes = count * each;
     if bytes == 0 {
         return Ok(());
     }
@@ -172,8 +150,7 @@ pub(crate) fn store_gradients(
     count: u64,
     accumulate: bool,
 ) -> Result<(), EngineError> {
-    inside(store, start, count)?;
-    fits(src, count * 4, "gradients")?;
+    check_gradients(store, src, start, count, 4)?;
     let (size, kernel) = match store.layout().spec().gradients {
         GradientFormat::None => return Err(EngineError::internal("the store keeps no gradients")),
         GradientFormat::F32 => (4, "stage_gradient_f32"),

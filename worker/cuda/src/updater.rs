@@ -26,6 +26,7 @@ use crate::timing::Timing;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
     AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, PageGradients, PageUpdater, STAGINGS, staged_parameters,
+    state_bytes,
 };
 use ramtorch_store::{GradientFormat, MomentFormat, PageId, Store, Update};
 use std::collections::VecDeque;
@@ -103,11 +104,11 @@ impl Updater {
         }
         let context = Context::open(ordinal)?;
         let part = staged_parameters(u64::from(store.layout().page_parameters()));
-        let (moments, gradients) = (spec.moments, spec.gradients);
+        let (moments, state, gradients) = (spec.moments, state_bytes(spec), spec.gradients);
         let slots = (0..STAGINGS)
             .map(|_| {
                 Ok(Slot {
-                    memory: Memory::new(part * (4 + 2 * moments.bytes() + gradients.bytes()), "optimizer staging")?,
+                    memory: Memory::new(part * (state + gradients.bytes()), "optimizer staging")?,
                     free: RawEvent::new()?,
                     loaded: RawEvent::new()?,
                     computed: RawEvent::new()?,
@@ -165,7 +166,7 @@ impl Updater {
             PageGradients::Segment => self.gradients,
             PageGradients::Device(format, _) => format,
         };
-        let (mb, gb) = (self.moments.bytes(), format.bytes());
+        let (mb, gb, state) = (self.moments.bytes(), format.bytes(), state_bytes(store.layout().spec()));
         let kernel = match (self.moments, format) {
             (MomentFormat::F32, GradientFormat::F32) => "adamw_f32_f32",
             (MomentFormat::F32, GradientFormat::Bf16) => "adamw_f32_bf16",
@@ -179,13 +180,13 @@ impl Updater {
         let in_segment = matches!(gradients, PageGradients::Segment);
         // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned; staged ones as long as the part.
         let (hi, each) = staged.map_or((slot.memory.ptr, self.part), |s| (s.ptr, count));
-        if staged.is_some_and(|s| s.bytes < count * (4 + 2 * mb)) {
+        if staged.is_some_and(|s| s.bytes < count * state) {
             return Err(EngineError::internal("a staged part of a page is too short"));
         }
         let lo = hi + 2 * each;
         let m = lo + 2 * each;
         let v = m + mb * each;
-        let g = slot.memory.ptr + (4 + 2 * mb) * self.part;
+        let g = slot.memory.ptr + state * self.part;
         // Behind the state in the slot, or where the backward pass has left them.
         let in_slot = [GradientPiece { first: from, end: from + count, buf: DevBuf { ptr: g, bytes: gb * count } }];
         let pieces: Vec<GradientPiece> = match gradients {
@@ -220,7 +221,7 @@ impl Updater {
         let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(update.page());
         cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
         cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?;
-        let bytes_in = count * (if staged.is_some() { 0 } else { 4 + 2 * mb } + if in_segment { gb } else { 0 });
+        let bytes_in = count * (if staged.is_some() { 0 } else { state } + if in_segment { gb } else { 0 });
         let span = if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", bytes_in))?) } else { None };
         if staged.is_none() {
             cu!(what, cuMemcpyHtoDAsync_v2(hi, old.0, n * 2, self.up.0))?;
@@ -276,8 +277,7 @@ impl Updater {
         if !in_segment {
             cu!(what, cuStreamWaitEvent(self.down.0, self.fetched.0, 0))?;
         }
-        let span =
-            if tracing { Some(self.timing.begin(&self.down, Row::OptimizerOut, &label("page out", count * (4 + 2 * mb)))?) } else { None };
+        let span = if tracing { Some(self.timing.begin(&self.down, Row::OptimizerOut, &label("page out", count * state))?) } else { None };
         cu!(what, cuMemcpyDtoHAsync_v2(new.0, hi, n * 2, self.down.0))?;
         cu!(what, cuMemcpyDtoHAsync_v2(new.1, lo, n * 2, self.down.0))?;
         cu!(what, cuMemcpyDtoHAsync_v2(new.2, m, n * mb_, self.down.0))?;

@@ -297,8 +297,8 @@ pub struct StagedPage {
 }
 
 impl StagedPage {
-    /// Enqueues the copies of `page`'s state on `CopyIn`, into buffers that `room` gives, each for [`staged_parameters`]. They
-    /// have to be done, and the page not updated meanwhile, before it is used.
+    /// Enqueues the copies of `page`'s state on `CopyIn`, into buffers that `room` gives, each for [`staged_parameters`]
+    /// ([`staged_rooms`]). They have to be done, and the page not updated meanwhile, before it is used.
     ///
     /// # Errors
     /// Those of the device, and too little room.
@@ -321,6 +321,12 @@ impl StagedPage {
         }
         Ok(StagedPage { page, state })
     }
+}
+
+/// Cuts `buf` into rooms for parts of staged pages, one for each [`staged_parameters`]; what is left behind the last is not used.
+pub fn staged_rooms(layout: &Layout, buf: DevBuf) -> impl ExactSizeIterator<Item = DevBuf> + use<> {
+    let room = staged_parameters(u64::from(layout.page_parameters())) * state_bytes(layout.spec());
+    (0..(buf.bytes / room) as usize).map(move |i| buf.slice(i as u64 * room, room))
 }
 
 /// Bytes of the state of one parameter: the master's halves and two moments.
@@ -397,6 +403,15 @@ mod tests {
         assert!(!d.delivered(0, 0) && !d.delivered(0, 3));
         d.deliver(0, 3);
         assert!(d.delivered(0, 3) && !d.delivered(0, 4) && !d.delivered(7, 3));
+    }
+
+    #[test]
+    fn rooms_for_staged_parts_lie_one_behind_the_other() {
+        let room = 1024 * 12;
+        let cut = |bytes| staged_rooms(&layout(), DevBuf { ptr: 4096, bytes }).collect::<Vec<_>>();
+        assert_eq!(cut(room - 1), []);
+        assert_eq!(cut(3 * room - 1), [DevBuf { ptr: 4096, bytes: room }, DevBuf { ptr: 4096 + room, bytes: room }]);
+        assert_eq!(staged_rooms(&layout(), DevBuf { ptr: 4096, bytes: 7 * room }).len(), 7);
     }
 
     #[test]

@@ -52,10 +52,9 @@ impl Drop for TestStore {
     }
 }
 
-/// A store for `architecture`, every page filled from `source` at `step`.
-pub(crate) fn store(architecture: &Architecture, ranks: u32, moments: MomentFormat, step: u64, source: &dyn WeightSource) -> TestStore {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let spec = StoreSpec {
+/// What a store for `architecture` is laid out from: small pages, no gradients.
+pub(crate) fn store_spec(architecture: &Architecture, ranks: u32, moments: MomentFormat) -> StoreSpec {
+    StoreSpec {
         blocks: architecture.blocks(),
         world_size: ranks,
         moments,
@@ -64,9 +63,14 @@ pub(crate) fn store(architecture: &Architecture, ranks: u32, moments: MomentForm
         spare_pages_per_rank: 1,
         exchange_bytes: 0,
         metadata: String::new(),
-    };
+    }
+}
+
+/// A store for `architecture`, every page filled from `source` at `step`.
+pub(crate) fn store(architecture: &Architecture, ranks: u32, moments: MomentFormat, step: u64, source: &dyn WeightSource) -> TestStore {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("/ramtorch-modelio-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let store = TestStore(Store::create(&name, &spec).unwrap());
+    let store = TestStore(Store::create(&name, &store_spec(architecture, ranks, moments)).unwrap());
     fill(&store, step, source).unwrap();
     store
 }

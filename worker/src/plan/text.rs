@@ -4,6 +4,7 @@ use super::cost::{Basis, Cost};
 use super::search::Found;
 use crate::api::{DeviceKind, DeviceSpec, Prepared};
 use crate::model::{Block, Keep, Model};
+use ramtorch_device::state_bytes;
 use ramtorch_store::{GradientFormat, Layout, MomentFormat};
 use std::fmt::Write;
 
@@ -70,7 +71,7 @@ pub(crate) fn describe(
         }
     }
     if p.checkpoint_staging > 0 {
-        let (each, all) = (p.checkpoint_staging, layout.span() * (4 + 2 * p.store.moments.bytes()));
+        let (each, all) = (p.checkpoint_staging, layout.span() * state_bytes(&p.store));
         let staged = each * p.world as u64;
         let share = 100.0 * staged as f64 / all.max(1) as f64;
         let _ = writeln!(t, "host         {} of RAM beside it hold {share:.0} % of a checkpoint until it is on the disk", size(staged));

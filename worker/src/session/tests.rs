@@ -153,7 +153,7 @@ fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) 
             session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, &mut committed).unwrap();
             session.finish_gradients().unwrap();
             end.losses.push(session.sum_losses(&batches).unwrap().to_bits());
-            end.squares.push(session.sum_squares().unwrap().unwrap().to_bits());
+            end.squares.push(session.squares_by_device().unwrap().to_bits());
             device
         });
         if step <= STEPS {

@@ -6,8 +6,7 @@ use crate::pages::{Kept, Queue, on_device, update_pages, update_pages_recorded};
 use proptest::prelude::*;
 use ramtorch_device::trace::Recorder;
 use ramtorch_device::{
-    DevBuf, Device, DeviceGradients, DirectWeights, Dtype, GradientPiece, GradientReader, StagedPage, Stream, staged_parameters,
-    state_bytes,
+    DevBuf, Device, DeviceGradients, DirectWeights, Dtype, GradientPiece, GradientReader, StagedPage, Stream, staged_rooms,
 };
 use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Part, SharedOwner, Store, StoreSpec, TensorSpec, split};
 use std::sync::Arc;
@@ -274,9 +273,7 @@ fn put(store: &Arc<Store>, step: u64) {
 
 /// Brings the state of `pages` into `room` on the device.
 fn stage(device: &CpuDevice, store: &Arc<Store>, pages: &[u32], room: DevBuf) -> Vec<StagedPage> {
-    let layout = store.layout();
-    let part = staged_parameters(u64::from(layout.page_parameters())) * state_bytes(layout.spec());
-    let mut parts = (0..room.bytes / part).map(|i| room.slice(i * part, part));
+    let mut parts = staged_rooms(store.layout(), room);
     let staged = pages.iter().map(|page| StagedPage::load(device, store, *page, || parts.next()).unwrap()).collect();
     device.synchronize(Stream::CopyIn).unwrap();
     staged

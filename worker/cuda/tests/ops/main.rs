@@ -17,6 +17,7 @@ mod movement;
 mod optimizer;
 mod peers;
 mod rig;
+mod timeline;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitCode};
@@ -26,7 +27,7 @@ use std::time::Instant;
 pub type Test = (&'static str, fn());
 
 fn all() -> Vec<Test> {
-    [movement::TESTS, mixing::TESTS, elementwise::TESTS, optimizer::TESTS, peers::TESTS].concat()
+    [movement::TESTS, mixing::TESTS, elementwise::TESTS, optimizer::TESTS, timeline::TESTS, peers::TESTS].concat()
 }
 
 fn main() -> ExitCode {

@@ -18,7 +18,7 @@ pub const TESTS: &[Test] = &[
     ("optimizer_stops_between_pages", stopped),
 ];
 
-fn k(step: u64) -> AdamwStep {
+pub fn k(step: u64) -> AdamwStep {
     AdamwStep {
         step,
         beta1: 0.9,
@@ -49,7 +49,7 @@ fn number(i: u64) -> f32 {
 }
 
 /// A store with tensors of odd sizes that decay and do not, filled; moments are zero before the first step.
-fn store(tag: &str, rows: u64, page: u32, moments: MomentFormat, gradients: GradientFormat) -> Arc<Store> {
+pub fn store(tag: &str, rows: u64, page: u32, moments: MomentFormat, gradients: GradientFormat) -> Arc<Store> {
     let tensor = |name: &str, shape: &[u64], joined, decay| TensorSpec { name: name.into(), shape: shape.to_vec(), joined, decay };
     let spec = StoreSpec {
         blocks: vec![
@@ -91,7 +91,7 @@ fn store(tag: &str, rows: u64, page: u32, moments: MomentFormat, gradients: Grad
     Arc::new(s)
 }
 
-fn put_gradients(s: &Store, step: u64) {
+pub fn put_gradients(s: &Store, step: u64) {
     put(s, |i| number(i ^ step << 45));
 }
 
@@ -157,8 +157,7 @@ fn image(s: &Store, step: u64) -> Vec<Vec<u32>> {
 
 /// The state of every so many-th page, on the device.
 fn stage(d: &CudaDevice, s: &Arc<Store>, room: DevBuf, every: usize) -> Vec<StagedPage> {
-    let part = staged_parameters(u64::from(s.layout().page_parameters())) * state_bytes(s.layout().spec());
-    let mut parts = (0..room.bytes / part).map(|i| room.slice(i * part, part));
+    let mut parts = staged_rooms(s.layout(), room);
     let pages = (0..s.layout().page_count()).step_by(every);
     let staged = pages.map(|page| StagedPage::load(d, s, page, || parts.next()).unwrap()).collect();
     d.synchronize(Stream::CopyIn).unwrap();

@@ -224,28 +224,13 @@ pub fn encode(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::tiny_llama;
-    use ramtorch_store::{GradientFormat, StoreSpec};
-
-    fn layout(world_size: u32, moments: MomentFormat) -> Layout {
-        let spec = StoreSpec {
-            blocks: tiny_llama().blocks(),
-            world_size,
-            moments,
-            gradients: GradientFormat::None,
-            page_parameters: Some(1024),
-            spare_pages_per_rank: 1,
-            exchange_bytes: 0,
-            metadata: String::new(),
-        };
-        Layout::new(&spec).unwrap()
-    }
+    use crate::testing::{store_spec, tiny_llama};
 
     /// Head and pieces of all pages fill every file exactly, without a gap and without an overlap.
     #[test]
     fn every_byte_of_every_file_is_written_once() {
         for (ranks, shards, moments) in [(1, 1, MomentFormat::F32), (3, 3, MomentFormat::Bf16), (2, 5, MomentFormat::None)] {
-            let layout = layout(ranks, moments);
+            let layout = Layout::new(&store_spec(&tiny_llama(), ranks, moments)).unwrap();
             let files = CheckpointFiles::new(&layout, shards, 7).unwrap();
             let mut written: Vec<Vec<Range<u64>>> = files.shards.iter().map(|s| vec![0..s.head.len() as u64]).collect();
             for rank in 0..ranks {
