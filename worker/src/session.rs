@@ -10,14 +10,15 @@
 use crate::api::EngineError;
 use crate::batch::{HostBatch, InputBuffers, Part, Reader};
 use crate::model::{Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Visit, Weights};
-use crate::plan::{EnginePlan, GRADIENT_RING, rope_table_bytes, staged_pages};
+use crate::plan::{EnginePlan, GRADIENT_RING, held_pages, rope_table_bytes, staged_pages};
 use crate::weights::WeightCache;
 use ramtorch_cpu::Collectives;
 use ramtorch_device::trace::{Label, Wait};
 use ramtorch_device::{
-    AttentionShape, DevBuf, Device, DeviceGradients, Dtype, Event, Gang, GradientPiece, Ranks, StagedPage, Stream, staged_rooms,
+    AttentionShape, DevBuf, Device, DeviceGradients, Dtype, Event, Gang, GradientPiece, HeldPage, Ranks, StagedPage, Stream, staged_rooms,
     state_bytes,
 };
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{GradientFormat, PageId, Store};
 use std::sync::Arc;
@@ -70,6 +71,8 @@ pub(crate) struct Session {
     /// Σ of the squares of each block's gradients, f64, where the device works them out.
     squares: Option<DevBuf>,
     staging: Option<Staging>,
+    /// Pages whose state stays on the device, until the optimizer takes them.
+    held: Vec<HeldPage>,
     pub bytes_out: u64,
     ranks: Ranks,
     /// Nothing that was enqueued still needs the other ranks.
@@ -151,6 +154,12 @@ impl Session {
         } else {
             None
         };
+        let pages = if train { held_pages(store.layout(), plan) } else { Vec::new() };
+        let hold = |page: PageId| {
+            let bytes = HeldPage::bytes(store.layout().spec(), u64::from(store.layout().page_parameters()));
+            Ok(HeldPage::new(store.layout(), page, d.alloc(bytes, "optimizer state that stays")?))
+        };
+        let held = pages.into_iter().map(hold).collect::<Result<_, EngineError>>()?;
         let any = (0..last).any(|b| plan.keep[b] == Keep::Inputs);
         let shared_saved = if any { Some(d.alloc(shared, "recomputed activations")?) } else { None };
         Ok(Session {
@@ -172,6 +181,7 @@ impl Session {
             outs,
             squares,
             staging,
+            held,
             bytes_out: 0,
             ranks: plan.ranks(),
             closed: false,
@@ -275,18 +285,18 @@ impl Session {
     }
 
     /// One training step's sweeps on this rank: gradients of `scale` × Σ weighted loss, reduced over ranks into the
-    /// store. `before_gradients` is called once, before the first gradient leaves the device. Everything is enqueued
-    /// when this returns; [`Session::finish_gradients`] waits.
+    /// store. `before` is the step before: gradients of a page are overwritten only when the page is published at it. Everything
+    /// is enqueued when this returns; [`Session::finish_gradients`] waits.
     pub fn train_step(
         &mut self,
         reader: &Reader,
         batches: &StepBatches,
         scale: f32,
         groups: usize,
-        mut before_gradients: impl FnMut() -> Result<(), EngineError>,
+        before: u64,
     ) -> Result<(), EngineError> {
         let mut host = HostBatch::default();
-        let mut ready = false;
+        let mut settled = false;
         // Ranks with fewer groups take part in every reduction all the same.
         for g in 0..groups {
             let mbs = match batches.groups.get(g) {
@@ -296,21 +306,20 @@ impl Session {
             self.forward(&mbs)?;
             let final_group = g + 1 == groups;
             let last = self.model.len() - 1;
-            if !ready && self.gradients.as_ref().is_some_and(GradientBuffers::stay_in_place) {
+            if g == 0 && self.gradients.as_ref().is_some_and(GradientBuffers::stay_in_place) {
                 // The optimizer reads the very buffers that are opened next.
-                before_gradients()?;
-                ready = true;
+                self.weights.await_published(self.dev.as_ref(), 0..self.store.layout().span(), before)?;
             }
             let tied = if self.model.tied() { Some(self.open_gradient(0, g == 0)?) } else { None };
             let own = self.open_gradient(last, g == 0)?;
             self.last(&mbs, Some(scale), Some((own, tied)))?;
-            if !ready {
-                before_gradients()?;
-                ready = true;
-                // The step before is committed: every page is published, and all gathers come before the first reduction.
+            if !settled {
+                hit(Point::StepForward);
+                // All gathers come before the first reduction.
                 self.weights.settle(self.dev.as_ref(), None)?;
+                settled = true;
             }
-            self.close_gradient(last, g, final_group)?;
+            self.close_gradient(last, g, final_group, before)?;
             for b in (0..last).rev() {
                 let needs: Vec<usize> = if self.model.backward_needs(b) { vec![b] } else { vec![] };
                 let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
@@ -331,7 +340,7 @@ impl Session {
                     self.dev.end(Stream::Compute, stretch)?;
                 }
                 self.weights.release(self.dev.as_ref(), &needs)?;
-                self.close_gradient(b, g, final_group)?;
+                self.close_gradient(b, g, final_group, before)?;
                 if final_group {
                     self.stage(b)?;
                 }
@@ -347,6 +356,9 @@ impl Session {
         let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
         if let Some(staging) = &mut self.staging {
             staging.pages = staged_pages(layout, rank, &self.model.places, &rooms, &staging.most);
+            for pages in &mut staging.pages {
+                pages.retain(|p| self.held.binary_search_by_key(p, |h| h.page).is_err());
+            }
         }
     }
 
@@ -366,6 +378,11 @@ impl Session {
             dev.end(Stream::CopyIn, stretch)?;
         }
         Ok(())
+    }
+
+    /// The pages whose state stays on the device, ascending, for the optimizer.
+    pub fn take_held(&mut self) -> Vec<HeldPage> {
+        std::mem::take(&mut self.held)
     }
 
     /// The pages that were staged in the step that has just ended; blocks until they are there.
@@ -501,7 +518,7 @@ impl Session {
     }
 
     /// The sum in block `b`'s buffer is complete for this group: send it out where it is due.
-    fn close_gradient(&mut self, b: usize, group: usize, final_group: bool) -> Result<(), EngineError> {
+    fn close_gradient(&mut self, b: usize, group: usize, final_group: bool, before: u64) -> Result<(), EngineError> {
         let (start, len) = self.model.places[b];
         let (dev, ranks) = (self.dev.as_ref(), self.ranks);
         let own = ranks.own(len);
@@ -511,6 +528,8 @@ impl Session {
         if resident && !final_group {
             return Ok(());
         }
+        // What is overwritten from here on is what the last step's pages are made of, and made again of after a crash.
+        self.weights.await_published(dev, start..start + len, before)?;
         let buffer = &g.buffers[i];
         let accumulate = group > 0 && !resident;
         let size = self.store.layout().spec().gradients.bytes();

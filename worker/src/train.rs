@@ -16,8 +16,10 @@
 //!   some are:           Loading, going back ─► every page as in the newest sound checkpoint c, or at the beginning
 //!                       ─► Committed(c); lines past c are cut off the metrics file and written again
 //! ```
-//! The optimizer of step s runs on a thread of its own beside the forward sweep of step s+1, which takes each page as
-//! soon as it is published. Nothing of step s+1 leaves the device before step s is committed. A checkpoint of step s is
+//! The optimizer of step s runs on a thread of its own beside the sweeps of step s+1, which take each page's weights as soon
+//! as they are made. Pages whose state is held on the device are published last, beside the backward pass. What leaves the
+//! device of step s+1 are gradients of pages that are published at s: those of s are not needed any more, neither to
+//! update them nor to do so again after a crash. GradientsComplete(s+1) comes after Committed(s). A checkpoint of step s is
 //! begun on the same thread as soon as s is committed, and written beside the steps that follow (`checkpoint::writer`).
 
 use crate::api::*;
@@ -30,9 +32,9 @@ use crate::plan::{EnginePlan, rank_share};
 use crate::record::{StepNumbers, goes_back, going_back};
 use crate::session::{Session, StepBatches};
 use crate::trace::Tracing;
-use ramtorch_cpu::{Channel, Collectives, Kept, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded};
+use ramtorch_cpu::{Channel, Collectives, Kept, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded, write_back};
 use ramtorch_data::{Dataset, Order};
-use ramtorch_device::{DeviceGradients, Dtype, GradientReader, PageUpdater, StagedPage};
+use ramtorch_device::{DeviceGradients, Dtype, GradientReader, HeldPage, PageUpdater, StagedPage};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_job::schedule::learning_rate;
@@ -73,6 +75,8 @@ struct Tools {
     updater: Option<Box<dyn PageUpdater>>,
     /// Where gradients stay on the device: who brings them to the processor, and where they are.
     kept: Option<(Box<dyn GradientReader>, DeviceGradients)>,
+    /// Pages whose state stays on the device.
+    held: Vec<HeldPage>,
 }
 
 /// Its answer.
@@ -229,7 +233,7 @@ impl Rank<'_> {
         hit(Point::RecoverBegun);
         let mut numbers = StepNumbers::from_record(&record);
         // On the CPU alone: the device is not open yet, and the bits are the same.
-        let done = self.update_pages(owner, &numbers, &mut Tools { updater: None, kept: None }, Vec::new())?;
+        let done = self.update_pages(owner, &numbers, &mut Tools { updater: None, kept: None, held: Vec::new() }, Vec::new())?;
         numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
         hit(Point::RecoverUpdated);
@@ -259,7 +263,7 @@ impl Rank<'_> {
             None => None,
         };
         let kept = tools.kept.as_mut().map(|(reader, gradients)| Kept { gradients, reader: reader.as_mut() });
-        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, kept, &self.recorder)
+        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, &mut tools.held, kept, &self.recorder)
     }
 
     fn commit(
@@ -276,6 +280,10 @@ impl Rank<'_> {
         let span = self.recorder.scope(Row::Optimizer, Label::work("update pages").step(step));
         let done = self.update_pages(owner, &job.numbers, tools, std::mem::take(&mut job.staged))?;
         drop(span);
+        if let (Some(updater), false) = (&mut tools.updater, tools.held.is_empty()) {
+            let _span = self.recorder.scope(Row::Optimizer, Label::work("write back held pages").step(step));
+            write_back(owner, step, updater.as_mut(), &tools.held)?;
+        }
         job.numbers.checkpoint_wait = (late + owner.waited().saturating_sub(waited)).as_secs_f64();
         hit(Point::OptimizerUpdated);
         job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
@@ -336,7 +344,7 @@ impl Rank<'_> {
             }
             None => None,
         };
-        let mut tools = Tools { updater, kept };
+        let mut tools = Tools { updater, kept, held: session.take_held() };
         session.join(&self.comm)?;
         let committed = self.store.record().step;
         let (mut metrics, last_line) = if self.leader() {
@@ -576,25 +584,14 @@ impl Loop<'_> {
             let begun = self.commit_time;
             self.tracing.begin_step(step, self.session.dev.as_ref())?;
             let whole = r.recorder.scope(Row::Loop, Label::new("step", Kind::Step).step(step));
-            let numbers = {
-                // The optimizer's answer for step - 1 is taken inside the sweep, before the first gradient leaves.
-                let mut committed = None;
-                let numbers = self.sweep(step, &mut wishes, || {
-                    hit(Point::StepForward);
-                    if pending {
-                        let _span = r.recorder.scope(Row::Loop, Label::blocked("wait for the last step's commit"));
-                        let c: Committed = from_optimizer.recv().map_err(|_| gone())??;
-                        committed = Some(c);
-                    }
-                    Ok(())
-                })?;
-                if let Some(c) = committed.take() {
-                    self.took(&c);
+            let mut numbers = self.sweep(step, &mut wishes, || {
+                if !pending {
+                    return Ok(None);
                 }
-                numbers
-            };
+                let _span = r.recorder.scope(Row::Loop, Label::blocked("wait for the last step's commit"));
+                from_optimizer.recv().map_err(|_| gone())?.map(Some)
+            })?;
             let begun = if pending { self.commit_time } else { begun };
-            let mut numbers = numbers;
             numbers.tokens_total = self.committed.tokens_total + numbers.tokens;
             if step == 1 {
                 numbers.initial_validation_loss = self.initial_validation;
@@ -668,12 +665,13 @@ impl Loop<'_> {
         if std::mem::take(&mut wishes.trace) { self.tracing.agree(step, &self.rank.comm, self.rank.control) } else { Ok(()) }
     }
 
-    /// Forward and backward of step `step`; its gradients are in the segment, its numbers agreed, when this returns.
+    /// Forward and backward of step `step`; its gradients are in the segment, its numbers agreed, when this returns, and the
+    /// step before, whose commit `committed` waits for, is committed.
     fn sweep(
         &mut self,
         step: u64,
         wishes: &mut Wishes,
-        before_gradients: impl FnMut() -> Result<(), EngineError>,
+        committed: impl FnOnce() -> Result<Option<Committed>, EngineError>,
     ) -> Result<StepNumbers, EngineError> {
         let r = self.rank;
         let (spec, plan) = (r.spec, &r.plan);
@@ -692,7 +690,7 @@ impl Loop<'_> {
         let visits = self.session.visits(plan.groups, true);
         self.session.weights.plan_visits(visits, step - 1);
         let span = r.recorder.scope(Row::Loop, Label::work("enqueue the sweeps"));
-        self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, plan.groups, before_gradients)?;
+        self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, plan.groups, step - 1)?;
         drop(span);
         if r.comm.world() > 1 {
             // From here on it may be another rank that this one waits for.
@@ -708,6 +706,9 @@ impl Loop<'_> {
         self.session.finish_gradients()?;
         drop(span);
         hit(Point::StepSwept);
+        if let Some(c) = committed()? {
+            self.took(&c);
+        }
         // Everything of the step has run: nothing is waited for.
         let waits = self.session.dev.resolve()?;
         // All ranks' parts of this rank's pages have to be in before it updates them.

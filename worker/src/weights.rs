@@ -3,6 +3,7 @@
 //! ```text
 //!   schedule: the blocks that coming visits need, in order
 //!   load(b):  CopyIn waits until the buffer is free ─► each page of b: host waits until it is published ─► copy ─► ready
+//!                                                                          or delivered: nothing to copy ────────┘
 //!   acquire:  Compute waits for ready        release: records free on Compute
 //!   shared:   load(b) is decided ─► begun once this rank's share of b is published, in the order of decisions:
 //!             CopyIn copies the share ─► Peers gathers the others' ─► ready
@@ -153,14 +154,39 @@ impl WeightCache {
         start + own.start..start + own.end
     }
 
+    /// Weights of the pages of block `b` can be had.
     fn published(&self, b: usize) -> bool {
-        self.store.layout().pages_of(self.own_part(b)).all(|p| self.store.entry(p).step == self.version)
+        let direct = self.direct_of(b);
+        let there = |p: PageId| self.store.entry(p).step == self.version || direct.is_some_and(|d| d.delivered(p, self.version));
+        self.store.layout().pages_of(self.own_part(b)).all(there)
     }
 
-    /// Waits until `page` is published at the version wanted. Pages of other ranks come when their owners are done.
-    fn await_page(&self, page: PageId) -> Result<(), EngineError> {
+    /// Who is told of weights that are written to the place of block `b`.
+    fn direct_of(&self, b: usize) -> Option<&DirectWeights> {
+        self.direct.as_deref().filter(|_| self.own[b].is_some())
+    }
+
+    /// Waits until all pages that lie in `params`, partly at least, are published at `step`. Compute's waiting for that counts
+    /// as waiting for pages.
+    pub fn await_published(&self, dev: &dyn Device, params: std::ops::Range<u64>, step: u64) -> Result<(), EngineError> {
+        let behind = |p: &PageId| self.store.entry(*p).step != step;
+        let mut waiting = None;
+        for page in self.store.layout().pages_of(params).filter(behind) {
+            if waiting.is_none() {
+                waiting = Some(dev.begin(Stream::Compute, &Label::wait(Wait::Pages).page(page))?);
+            }
+            self.await_page(|| !behind(&page))?;
+        }
+        match waiting {
+            Some(stretch) => dev.end(Stream::Compute, stretch),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for a page's being `there`. Pages of other ranks come when their owners are done.
+    fn await_page(&self, there: impl Fn() -> bool) -> Result<(), EngineError> {
         let mut tries = 0u32;
-        while self.store.entry(page).step != self.version {
+        while !there() {
             tries += 1;
             if self.comm.as_ref().is_some_and(|c| c.aborted()) {
                 return Err(EngineError::internal("the optimizer has given up"));
@@ -222,17 +248,19 @@ impl WeightCache {
             dev.wait(Stream::CopyIn, buffer.ready)?;
         }
         let layout = self.store.layout();
-        let direct = self.direct.as_ref().filter(|_| self.own[b].is_some());
+        let (direct, version) = (self.direct.clone().filter(|_| self.own[b].is_some()), self.version);
+        let delivered = |page: PageId| direct.as_ref().is_some_and(|d| d.delivered(page, version));
         // What counts as waiting is not the host's time, but that in which Compute has run out of work.
         let mut waiting = None;
         for page in layout.pages_of(part.clone()) {
-            if self.store.entry(page).step != self.version {
+            let there = || delivered(page) || self.store.entry(page).step == self.version;
+            if !there() {
                 if waiting.is_none() {
                     waiting = Some(dev.begin(Stream::Compute, &Label::wait(Wait::Pages).block(b))?);
                 }
-                self.await_page(page)?;
+                self.await_page(there)?;
             }
-            if direct.is_some_and(|d| d.delivered(page, self.version)) {
+            if delivered(page) {
                 continue;
             }
             let range = layout.page_range(page);

@@ -24,7 +24,7 @@ mod updater;
 pub use adamw::{adamw_page, adamw_page_at, sum_of_squares, sum_of_squares_bf16};
 pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradient_range, read_gradients};
 use memory::{Arena, Bf16, view, view_mut};
-pub use pages::{Kept, PagesUpdated, update_pages, update_pages_recorded};
+pub use pages::{Kept, PagesUpdated, update_pages, update_pages_recorded, write_back};
 use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
 use ramtorch_store::{GradientFormat, Store};

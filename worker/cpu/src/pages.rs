@@ -12,16 +12,20 @@
 //! Whoever is free takes the next page. Which of them updates a page changes nothing in it (`ramtorch_device` defines
 //! an update to the bit), so the sharing needs no plan and leaves no trace that recovery would have to know.
 //!
+//! Pages whose state is held on the device come before all others, and stay there: [`write_back`] publishes them, beside the
+//! steps that follow.
+//!
 //! Where gradients stay on the device ([`Kept`]), the device reads them there. The pool takes its pages some ahead, and their
 //! gradients come to the host while it works on the one before.
 
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, DeviceGradients, EngineError, GradientPiece, GradientReader, PageGradients, PageUpdater, StagedPage,
+    AdamwStep, DecayRun, DevBuf, DeviceGradients, EngineError, GradientReader, HeldPage, PageGradients, PageUpdater, StagedPage,
 };
 use ramtorch_store::{Begun, PageId, SharedOwner, Update};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -51,17 +55,21 @@ pub(crate) struct Queue {
     /// Pages whose state lies on the device.
     staged: Vec<StagedPage>,
     next_staged: AtomicUsize,
+    /// These are all pages: no page is held.
+    all: bool,
     /// Someone failed: nobody takes another page.
     stopped: AtomicBool,
 }
 
 impl Queue {
-    /// `staged`: those of the owner's pages that the device need not fetch.
-    pub(crate) fn new(owner: &SharedOwner<'_>, mut staged: Vec<StagedPage>) -> Queue {
+    /// `staged`: those of the owner's pages that the device need not fetch. Those that it holds are nobody's here.
+    pub(crate) fn new(owner: &SharedOwner<'_>, mut staged: Vec<StagedPage>, held: &[HeldPage]) -> Queue {
         staged.sort_by_key(|s| s.page);
-        let elsewhere = |page: &PageId| staged.binary_search_by_key(page, |s| s.page).is_err();
+        let elsewhere = |page: &PageId| {
+            staged.binary_search_by_key(page, |s| s.page).is_err() && held.binary_search_by_key(page, |h| h.page).is_err()
+        };
         let pages = owner.pages().filter(elsewhere).collect();
-        Queue { pages, next: AtomicUsize::new(0), staged, next_staged: AtomicUsize::new(0), stopped: AtomicBool::new(false) }
+        Queue { pages, next: AtomicUsize::new(0), staged, next_staged: AtomicUsize::new(0), all: held.is_empty(), stopped: AtomicBool::new(false) }
     }
 
     fn next_unstaged(&self) -> Option<PageId> {
@@ -107,11 +115,12 @@ impl Queue {
 /// # Errors
 /// Those of the store and of the device. Pages that were published stay so; the others are at the old step.
 pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut dyn PageUpdater>) -> Result<PagesUpdated, EngineError> {
-    update_pages_recorded(owner, k, updater, Vec::new(), None, &Recorder::default())
+    update_pages_recorded(owner, k, updater, Vec::new(), &mut [], None, &Recorder::default())
 }
 
 /// As [`update_pages`]; the CPU's part of the work is recorded. `staged` are pages whose state at the step before lies in
-/// memory of the updater's device. `kept`: gradients are not in the segment.
+/// memory of the updater's device. `held` are those, ascending, whose state stays there: they are updated there and not
+/// published, which [`write_back`] does. `kept`: gradients are not in the segment.
 ///
 /// # Errors
 /// Those of [`update_pages`].
@@ -120,26 +129,36 @@ pub fn update_pages_recorded(
     k: &AdamwStep,
     updater: Option<&mut dyn PageUpdater>,
     staged: Vec<StagedPage>,
+    held: &mut [HeldPage],
     kept: Option<Kept<'_>>,
     recorder: &Recorder,
 ) -> Result<PagesUpdated, EngineError> {
     let begin = Instant::now();
     let layout = owner.store().layout();
-    let queue = Queue::new(owner, staged);
+    // Nobody else could bring these pages to the step.
+    let held = if updater.is_some() { held } else { &mut [] };
+    let queue = Queue::new(owner, staged, held);
     let spares = layout.spec().spare_pages_per_rank as usize;
     let depth = updater.as_ref().map_or(0, |u| u.depth().min(spares.saturating_sub(1)));
     let (mut cpu, mut device) = (Ok(0), Ok(0));
     let gradients = kept.as_ref().map(|k| k.gradients);
-    match updater.filter(|_| depth > 0) {
+    match updater.filter(|_| depth > 0 || !held.is_empty()) {
         None => cpu = on_cpu(owner, k, &queue, kept, recorder),
         Some(updater) => std::thread::scope(|scope| {
             let feeder = std::thread::Builder::new()
                 .name("optimizer-device".into())
-                .spawn_scoped(scope, || queue.watch(on_device(owner, k, &queue, updater, gradients, depth)));
+                .spawn_scoped(scope, || {
+                    let advanced = queue.watch(advance(owner, k, held, updater, gradients))?;
+                    let updated = if depth > 0 { queue.watch(on_device(owner, k, &queue, updater, gradients, depth))? } else { 0 };
+                    Ok(advanced + updated)
+                });
             match feeder {
                 Ok(feeder) => {
                     cpu = queue.watch(on_cpu(owner, k, &queue, kept, recorder));
                     device = feeder.join().unwrap_or_else(|_| Err(EngineError::internal("the device's part of the optimizer panicked")));
+                }
+                Err(error) if !queue.all => {
+                    cpu = Err(EngineError::internal(format!("no thread for the device's part of the optimizer: {error}")));
                 }
                 // It would only have helped.
                 Err(error) => {
@@ -177,6 +196,89 @@ fn on_cpu(owner: &SharedOwner<'_>, k: &AdamwStep, queue: &Queue, kept: Option<Ke
     Ok(done)
 }
 
+/// The gradients of `params`, where the device is to read them.
+fn with_gradients<T>(
+    kept: Option<&DeviceGradients>,
+    params: &Range<u64>,
+    f: impl FnOnce(PageGradients<'_>) -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    match kept {
+        Some(kept) => f(PageGradients::Device(kept.format(), &kept.of(params))),
+        None => f(PageGradients::Segment),
+    }
+}
+
+/// Held pages that are asked for and not done: enough that the device always has some.
+const ADVANCING: usize = 3;
+
+/// Brings held pages to `k.step` on the device, but for those that the store has at that step already: they are read anew
+/// at the next.
+fn advance(
+    owner: &SharedOwner<'_>,
+    k: &AdamwStep,
+    held: &mut [HeldPage],
+    updater: &mut dyn PageUpdater,
+    kept: Option<&DeviceGradients>,
+) -> Result<u64, EngineError> {
+    let store = owner.store();
+    let mut in_hand = VecDeque::new();
+    let mut done = 0;
+    for h in held {
+        if store.entry(h.page).step == k.step {
+            h.at = None;
+            continue;
+        }
+        if in_hand.len() == ADVANCING {
+            updater.finish()?;
+            in_hand.pop_front();
+        }
+        let params = store.layout().page_range(h.page);
+        with_gradients(kept, &params, |g| updater.advance(k, h, &DecayRun::of(store.layout(), &params), g))?;
+        h.at = Some(k.step);
+        in_hand.push_back(h.page);
+        done += 1;
+    }
+    for _ in in_hand {
+        updater.finish()?;
+    }
+    Ok(done)
+}
+
+/// Writes held pages, which [`update_pages_recorded`] has brought to `step`, into the store, last page first: the next
+/// backward pass, which overwrites their gradients, begins there.
+///
+/// # Errors
+/// Those of the store and of the device; what was published stays so.
+pub fn write_back(owner: &SharedOwner<'_>, step: u64, updater: &mut dyn PageUpdater, held: &[HeldPage]) -> Result<(), EngineError> {
+    let spares = owner.store().layout().spec().spare_pages_per_rank as usize;
+    let depth = updater.depth().min(spares).max(1);
+    let mut in_hand: VecDeque<Update> = VecDeque::new();
+    let mut left = held.iter().rev().filter(|h| h.at == Some(step));
+    let mut taken = None;
+    loop {
+        let next = taken.take().or_else(|| if in_hand.len() < depth { left.next() } else { None });
+        if let Some(h) = next {
+            let begun = if in_hand.is_empty() {
+                owner.begin(h.page, step)?.map_or(Begun::Done, Begun::Update)
+            } else {
+                owner.try_begin(h.page, step)?
+            };
+            match begun {
+                Begun::Update(update) => {
+                    updater.write_back(&update, h)?;
+                    in_hand.push_back(update);
+                    continue;
+                }
+                Begun::Done => continue,
+                Begun::Pinned => taken = Some(h),
+            }
+        }
+        let Some(update) = in_hand.pop_front() else { return Ok(()) };
+        updater.finish()?;
+        owner.publish(update)?;
+    }
+}
+
 pub(crate) fn on_device(
     owner: &SharedOwner<'_>,
     k: &AdamwStep,
@@ -202,12 +304,7 @@ pub(crate) fn on_device(
             match begun {
                 Begun::Update(update) => {
                     let params = layout.page_range(page);
-                    let pieces: Option<Vec<GradientPiece>> = kept.map(|kept| kept.of(&params));
-                    let gradients = match (kept, &pieces) {
-                        (Some(kept), Some(pieces)) => PageGradients::Device(kept.format(), pieces),
-                        _ => PageGradients::Segment,
-                    };
-                    updater.submit(k, &update, &DecayRun::of(layout, &params), state, gradients)?;
+                    with_gradients(kept, &params, |g| updater.submit(k, &update, &DecayRun::of(layout, &params), state, g))?;
                     in_hand.push_back(update);
                     continue;
                 }

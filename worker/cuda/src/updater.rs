@@ -6,7 +6,8 @@
 //!   down:                      part 0 ─ …      new state, from the slot into the spare page
 //! ```
 //! Of pages whose state was brought before ([`ramtorch_device::StagedPage`]), the gradients alone go up. Gradients that stay on
-//! the device are read where they are: a slot has no room for them.
+//! the device are read where they are: a slot has no room for them. Pages whose state is held ([`ramtorch_device::HeldPage`])
+//! are updated where it is, and go down at another time.
 //!
 //! A page goes through in parts, the parts through a ring of slots; events order the three streams, so the host enqueues a
 //! page and waits only for whole pages. Both directions of the bus are busy at once.
@@ -25,10 +26,10 @@ use crate::kernels::{Kernels, Launch, launch};
 use crate::timing::Timing;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, PageGradients, PageUpdater, STAGINGS, staged_parameters,
+    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, STAGINGS, staged_parameters,
     state_bytes,
 };
-use ramtorch_store::{GradientFormat, MomentFormat, PageId, Store, Update};
+use ramtorch_store::{GradientFormat, MomentFormat, PageId, PagePtrs, Store, Update};
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::ops::Range;
@@ -58,6 +59,19 @@ struct Slot {
 
 /// A whole page on its way: its end, its number, and the step of its weights where they are delivered.
 type InHand = (RawEvent, PageId, Option<u64>);
+
+/// A page, and how it goes through.
+struct Passage<'a> {
+    page: PageId,
+    runs: &'a [DecayRun],
+    gradients: PageGradients<'a>,
+    /// Where its state comes from; nothing where it is on the device.
+    live: Option<PagePtrs>,
+    /// Where its state goes to; nothing where it stays on the device.
+    spare: Option<PagePtrs>,
+    /// Its weights go to their places on the device as well.
+    direct: bool,
+}
 
 /// See the module. Field order matters: whatever uses the context goes before it.
 pub(crate) struct Updater {
@@ -146,27 +160,22 @@ impl Updater {
         }
     }
 
-    /// Sends `count` parameters from `offset` of the page through a slot; of those whose state is `staged` the gradients alone,
-    /// and of those whose gradients stay on the device the state alone.
+    /// Sends `count` parameters from `offset` of the page through a slot, or through `state` where they have memory of their own.
     fn part(
         &mut self,
         k: &AdamwStep,
-        update: &Update,
-        runs: &[DecayRun],
+        p: &Passage<'_>,
         start: u64,
         (offset, count): (u64, u64),
-        staged: Option<&DevBuf>,
-        gradients: PageGradients<'_>,
-        direct: bool,
+        state: Option<&DevBuf>,
     ) -> Result<(), EngineError> {
-        let store: &Store = self.registration.store();
-        let (live, spare) = (store.page_ptrs(update.live()), store.page_ptrs(update.spare()));
+        let (store, gradients): (&Store, _) = (self.registration.store(), p.gradients);
         let slot = &self.slots[self.next_slot];
         let format = match gradients {
             PageGradients::Segment => self.gradients,
             PageGradients::Device(format, _) => format,
         };
-        let (mb, gb, state) = (self.moments.bytes(), format.bytes(), state_bytes(store.layout().spec()));
+        let (mb, gb, each_state) = (self.moments.bytes(), format.bytes(), state_bytes(store.layout().spec()));
         let kernel = match (self.moments, format) {
             (MomentFormat::F32, GradientFormat::F32) => "adamw_f32_f32",
             (MomentFormat::F32, GradientFormat::Bf16) => "adamw_f32_bf16",
@@ -178,15 +187,15 @@ impl Updater {
         };
         let from = start + offset;
         let in_segment = matches!(gradients, PageGradients::Segment);
-        // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned; staged ones as long as the part.
-        let (hi, each) = staged.map_or((slot.memory.ptr, self.part), |s| (s.ptr, count));
-        if staged.is_some_and(|s| s.bytes < count * state) {
-            return Err(EngineError::internal("a staged part of a page is too short"));
+        // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned; others as long as the part.
+        let (hi, each) = state.map_or((slot.memory.ptr, self.part), |s| (s.ptr, count));
+        if state.is_some_and(|s| s.bytes < count * each_state) {
+            return Err(EngineError::internal("the memory for a part of a page is too short"));
         }
         let lo = hi + 2 * each;
         let m = lo + 2 * each;
         let v = m + mb * each;
-        let g = slot.memory.ptr + state * self.part;
+        let g = slot.memory.ptr + each_state * self.part;
         // Behind the state in the slot, or where the backward pass has left them.
         let in_slot = [GradientPiece { first: from, end: from + count, buf: DevBuf { ptr: g, bytes: gb * count } }];
         let pieces: Vec<GradientPiece> = match gradients {
@@ -200,34 +209,22 @@ impl Updater {
         if whole != Some(from + count) {
             return Err(EngineError::internal("the gradients of a page have a gap"));
         }
-        let (n, at) = (count as usize, offset as usize);
-        let (mb_, gb_) = (mb as usize, gb as usize);
-        // SAFETY: offset + count lies inside the page (`submit`), in each of its arrays.
-        let (old, new) = unsafe {
-            let place = |p: ramtorch_store::PagePtrs| {
-                (
-                    p.hi.add(at).cast::<c_void>(),
-                    p.lo.add(at).cast::<c_void>(),
-                    p.m.add(at * mb_).cast::<c_void>(),
-                    p.v.add(at * mb_).cast::<c_void>(),
-                )
-            };
-            (place(live), place(spare))
-        };
+        let (n, mb_, gb_) = (count as usize, mb as usize, gb as usize);
         let what = &self.name;
         let tracing = self.timing.is_tracing();
         // Done or never recorded, for the first parts of a step: no wait.
         let before = &self.slots[(self.next_slot + self.slots.len() - 1) % self.slots.len()].computed;
-        let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(update.page());
+        let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(p.page);
         cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
         cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?;
-        let bytes_in = count * (if staged.is_some() { 0 } else { state } + if in_segment { gb } else { 0 });
+        let bytes_in = count * (if p.live.is_some() { each_state } else { 0 } + if in_segment { gb } else { 0 });
         let span = if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", bytes_in))?) } else { None };
-        if staged.is_none() {
-            cu!(what, cuMemcpyHtoDAsync_v2(hi, old.0, n * 2, self.up.0))?;
-            cu!(what, cuMemcpyHtoDAsync_v2(lo, old.1, n * 2, self.up.0))?;
-            cu!(what, cuMemcpyHtoDAsync_v2(m, old.2, n * mb_, self.up.0))?;
-            cu!(what, cuMemcpyHtoDAsync_v2(v, old.3, n * mb_, self.up.0))?;
+        if let Some(live) = p.live {
+            let old = self.arrays(live, offset);
+            cu!(what, cuMemcpyHtoDAsync_v2(hi, old[0], n * 2, self.up.0))?;
+            cu!(what, cuMemcpyHtoDAsync_v2(lo, old[1], n * 2, self.up.0))?;
+            cu!(what, cuMemcpyHtoDAsync_v2(m, old[2], n * mb_, self.up.0))?;
+            cu!(what, cuMemcpyHtoDAsync_v2(v, old[3], n * mb_, self.up.0))?;
         }
         if in_segment {
             cu!(what, cuMemcpyHtoDAsync_v2(g, store.gradient_ptr(from).cast::<c_void>(), n * gb_, self.up.0))?;
@@ -237,7 +234,7 @@ impl Updater {
         }
         slot.loaded.record(&self.up)?;
         cu!(what, cuStreamWaitEvent(self.compute.0, slot.loaded.0, 0))?;
-        let work = Label::work("adamw").step(k.step).page(update.page());
+        let work = Label::work("adamw").step(k.step).page(p.page);
         let span = if tracing { Some(self.timing.begin(&self.compute, Row::OptimizerKernel, &work)?) } else { None };
         let factors = Factors {
             beta1: k.beta1,
@@ -251,8 +248,8 @@ impl Updater {
         };
         // Runs end where the gradients, or the places of the weights, go on elsewhere.
         for piece in &pieces {
-            for run in DecayRun::within(runs, piece.first..piece.end) {
-                for (range, weights) in self.direct_pieces(direct, run.first..run.end) {
+            for run in DecayRun::within(p.runs, piece.first..piece.end) {
+                for (range, weights) in self.direct_pieces(p.direct, run.first..run.end) {
                     let (skip, len) = (range.start - from, range.end - range.start);
                     let (hi, lo, m, v) = (hi + 2 * skip, lo + 2 * skip, m + mb * skip, v + mb * skip);
                     let g = piece.buf.ptr + gb * (range.start - piece.first);
@@ -273,21 +270,88 @@ impl Updater {
             self.timing.end(&self.compute, span)?;
         }
         slot.computed.record(&self.compute)?;
+        let Some(spare) = p.spare else {
+            slot.free.record(&self.compute)?;
+            self.next_slot = (self.next_slot + 1) % self.slots.len();
+            return Ok(());
+        };
         cu!(what, cuStreamWaitEvent(self.down.0, slot.computed.0, 0))?;
         if !in_segment {
             cu!(what, cuStreamWaitEvent(self.down.0, self.fetched.0, 0))?;
         }
-        let span = if tracing { Some(self.timing.begin(&self.down, Row::OptimizerOut, &label("page out", count * state))?) } else { None };
-        cu!(what, cuMemcpyDtoHAsync_v2(new.0, hi, n * 2, self.down.0))?;
-        cu!(what, cuMemcpyDtoHAsync_v2(new.1, lo, n * 2, self.down.0))?;
-        cu!(what, cuMemcpyDtoHAsync_v2(new.2, m, n * mb_, self.down.0))?;
-        cu!(what, cuMemcpyDtoHAsync_v2(new.3, v, n * mb_, self.down.0))?;
-        if let Some(span) = span {
-            self.timing.end(&self.down, span)?;
-        }
+        self.down(&label("page out", count * each_state), hi, each, spare, (offset, count))?;
+        let slot = &self.slots[self.next_slot];
         slot.free.record(&self.down)?;
         self.next_slot = (self.next_slot + 1) % self.slots.len();
         Ok(())
+    }
+
+    /// The arrays of a page from `offset` on, which lies inside the page.
+    fn arrays(&self, p: PagePtrs, offset: u64) -> [*mut c_void; 4] {
+        let (at, moment) = (offset as usize, (offset * self.moments.bytes()) as usize);
+        [p.hi.wrapping_add(at).cast(), p.lo.wrapping_add(at).cast(), p.m.wrapping_add(moment).cast(), p.v.wrapping_add(moment).cast()]
+    }
+
+    /// Sends `count` parameters, whose state lies at `hi` in arrays of `each`, into the spare page from `offset` on.
+    fn down(
+        &mut self,
+        label: &Label,
+        hi: u64,
+        each: u64,
+        spare: PagePtrs,
+        (offset, count): (u64, u64),
+    ) -> Result<(), EngineError> {
+        let (what, mb) = (&self.name, self.moments.bytes());
+        let (lo, m) = (hi + 2 * each, hi + 4 * each);
+        let v = m + mb * each;
+        let (n, mb) = (count as usize, mb as usize);
+        let new = self.arrays(spare, offset);
+        let span = if self.timing.is_tracing() { Some(self.timing.begin(&self.down, Row::OptimizerOut, label)?) } else { None };
+        cu!(what, cuMemcpyDtoHAsync_v2(new[0], hi, n * 2, self.down.0))?;
+        cu!(what, cuMemcpyDtoHAsync_v2(new[1], lo, n * 2, self.down.0))?;
+        cu!(what, cuMemcpyDtoHAsync_v2(new[2], m, n * mb, self.down.0))?;
+        cu!(what, cuMemcpyDtoHAsync_v2(new[3], v, n * mb, self.down.0))?;
+        match span {
+            Some(span) => self.timing.end(&self.down, span),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends a whole page through, `state` where its parts have memory of their own; the event that ends it goes to `end`.
+    fn pass(&mut self, k: &AdamwStep, p: &Passage<'_>, state: &[DevBuf]) -> Result<(), EngineError> {
+        let tracing = self.timing.is_tracing().then_some(k.step);
+        if tracing != self.anchored {
+            // Once a step, and only while a trace is on, this waits for the parts on their way up.
+            self.timing.anchor(&self.up)?;
+            self.anchored = tracing;
+        }
+        let params = self.registration.store().layout().page_range(p.page);
+        let len = params.end - params.start;
+        if !state.is_empty() && state.len() as u64 != len.div_ceil(self.part) {
+            return Err(EngineError::internal(format!("{} parts of memory for a page of {len} parameters", state.len())));
+        }
+        for (i, offset) in (0..len).step_by(self.part as usize).enumerate() {
+            self.part(k, p, params.start, (offset, self.part.min(len - offset)), state.get(i))?;
+        }
+        let delivered = p.direct.then_some(k.step);
+        if p.spare.is_some() { self.in_hand(p.page, delivered, |u| &u.down) } else { self.in_hand(p.page, delivered, |u| &u.compute) }
+    }
+
+    /// A page is done when `stream` gets here.
+    fn in_hand(&mut self, page: PageId, delivered: Option<u64>, stream: fn(&Updater) -> &RawStream) -> Result<(), EngineError> {
+        let done = match self.spare_events.pop() {
+            Some(e) => e,
+            None => RawEvent::blocking()?,
+        };
+        done.record(stream(self))?;
+        self.pages.push_back((done, page, delivered));
+        Ok(())
+    }
+
+    /// All weights of `page` have a place.
+    fn has_places(&self, page: PageId) -> bool {
+        let params = self.registration.store().layout().page_range(page);
+        self.direct.as_ref().is_some_and(|d| d.pieces(params).is_some())
     }
 }
 
@@ -305,29 +369,37 @@ impl PageUpdater for Updater {
         gradients: PageGradients<'_>,
     ) -> Result<(), EngineError> {
         self.context.enter()?;
-        let tracing = self.timing.is_tracing().then_some(k.step);
-        if tracing != self.anchored {
-            // Once a step, and only while a trace is on, this waits for the parts on their way up.
-            self.timing.anchor(&self.up)?;
-            self.anchored = tracing;
+        let store = self.registration.store();
+        let live = if state.is_empty() { Some(store.page_ptrs(update.live())) } else { None };
+        let spare = Some(store.page_ptrs(update.spare()));
+        let page = update.page();
+        self.pass(k, &Passage { page, runs, gradients, live, spare, direct: self.has_places(page) }, state)
+    }
+
+    fn advance(&mut self, k: &AdamwStep, held: &HeldPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError> {
+        self.context.enter()?;
+        let (store, page) = (self.registration.store(), held.page);
+        let live = if held.is_before(k.step) { None } else { Some(store.page_ptrs(store.entry(page).physical)) };
+        self.pass(k, &Passage { page, runs, gradients, live, spare: None, direct: self.has_places(page) }, &held.state)
+    }
+
+    fn write_back(&mut self, update: &Update, held: &HeldPage) -> Result<(), EngineError> {
+        self.context.enter()?;
+        let store = self.registration.store();
+        let (params, spare) = (store.layout().page_range(held.page), store.page_ptrs(update.spare()));
+        let (len, state) = (params.end - params.start, state_bytes(store.layout().spec()));
+        if held.page != update.page() || held.state.len() as u64 != len.div_ceil(self.part) {
+            return Err(EngineError::internal(format!("what is held is not page {}", update.page())));
         }
-        let params = self.registration.store().layout().page_range(update.page());
-        let len = params.end - params.start;
-        if !state.is_empty() && state.len() as u64 != len.div_ceil(self.part) {
-            return Err(EngineError::internal(format!("{} staged parts of a page of {len} parameters", state.len())));
+        for (offset, buf) in (0..len).step_by(self.part as usize).zip(&held.state) {
+            let count = self.part.min(len - offset);
+            if buf.bytes < count * state {
+                return Err(EngineError::internal("the memory for a part of a page is too short"));
+            }
+            let label = Label::copy("held page out", count * state).page(held.page);
+            self.down(&label, buf.ptr, count, spare, (offset, count))?;
         }
-        let direct = self.direct.as_ref().is_some_and(|d| d.pieces(params.clone()).is_some());
-        for (i, offset) in (0..len).step_by(self.part as usize).enumerate() {
-            let part = (offset, self.part.min(len - offset));
-            self.part(k, update, runs, params.start, part, state.get(i), gradients, direct)?;
-        }
-        let done = match self.spare_events.pop() {
-            Some(e) => e,
-            None => RawEvent::blocking()?,
-        };
-        done.record(&self.down)?;
-        self.pages.push_back((done, update.page(), direct.then_some(k.step)));
-        Ok(())
+        self.in_hand(held.page, None, |u| &u.down)
     }
 
     fn deliver_to(&mut self, weights: Arc<DirectWeights>) {

@@ -28,7 +28,7 @@ pub use error::{EngineError, ErrorKind};
 pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
     AdamwStep, DecayRun, DeviceGradients, DirectWeights, GRADIENTS_AHEAD, GradientPiece, GradientReader, PageGradients, PageUpdater,
-    STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staged_rooms, staging_bytes,
+    HeldPage, STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staged_rooms, staging_bytes,
     state_bytes, stochastic,
 };
 use ramtorch_store::{GradientFormat, Store};

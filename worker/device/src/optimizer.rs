@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Factors of one step, the same for every page.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct AdamwStep {
     /// Step that pages are brought to.
     pub step: u64,
@@ -112,8 +112,9 @@ impl DecayRun {
 ///
 /// ```text
 ///   submit(page a)  submit(page b)  finish ─► a is whole   submit(page c)  finish ─► b …
+///   advance(held a) advance(held b) finish ─► a's weights are delivered …   later:  write_back(a)  finish ─► a is whole …
 /// ```
-/// Pages are finished in the order of their submission. Dropping it waits until it writes nothing any more.
+/// What was asked for is finished in that order. Dropping it waits until it writes nothing any more.
 pub trait PageUpdater: Send {
     /// Pages that it wants to have in hand at once; each takes a spare page of the rank.
     fn depth(&self) -> usize;
@@ -134,10 +135,22 @@ pub trait PageUpdater: Send {
         state: &[DevBuf],
         gradients: PageGradients<'_>,
     ) -> Result<(), EngineError>;
+    /// Enqueues the update of a page whose state is held on the device, in place: the store is read, not written. State that
+    /// is not of the step before comes from the live page first. The page must not be updated otherwise meanwhile.
+    ///
+    /// # Errors
+    /// As [`PageUpdater::submit`].
+    fn advance(&mut self, k: &AdamwStep, held: &HeldPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError>;
+    /// Enqueues the copy of a held page, which was advanced and finished, into the spare of `update`.
+    ///
+    /// # Errors
+    /// As [`PageUpdater::submit`].
+    fn write_back(&mut self, update: &Update, held: &HeldPage) -> Result<(), EngineError>;
     /// From now on, new weights of pages that lie whole in `weights` are written there as well. Nobody may read them there from
     /// the first submission of a step to the last of its pages.
     fn deliver_to(&mut self, weights: Arc<DirectWeights>);
-    /// Blocks until the oldest page in hand is whole in its spare, and visible to the calling thread.
+    /// Blocks until the oldest page in hand is done: whole in its spare and visible to the calling thread, or, where it was
+    /// advanced, at the new step on the device.
     ///
     /// # Errors
     /// Those of the device, and having nothing in hand.
@@ -327,6 +340,37 @@ impl StagedPage {
 pub fn staged_rooms(layout: &Layout, buf: DevBuf) -> impl ExactSizeIterator<Item = DevBuf> + use<> {
     let room = staged_parameters(u64::from(layout.page_parameters())) * state_bytes(layout.spec());
     (0..(buf.bytes / room) as usize).map(move |i| buf.slice(i as u64 * room, room))
+}
+
+/// A page whose state stays on the device from step to step, beside the one in the store that everybody else sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldPage {
+    /// The page.
+    pub page: PageId,
+    /// Its state, a buffer for each [`staged_parameters`].
+    pub state: Vec<DevBuf>,
+    /// The step of what is in them; `None` before anything is.
+    pub at: Option<u64>,
+}
+
+impl HeldPage {
+    /// Bytes of device memory that one takes.
+    pub fn bytes(store: &StoreSpec, page_parameters: u64) -> u64 {
+        page_parameters * state_bytes(store)
+    }
+
+    /// `page`, whose state will lie in `room`, which has [`HeldPage::bytes`].
+    pub fn new(layout: &Layout, page: PageId, room: DevBuf) -> HeldPage {
+        let (range, part) = (layout.page_range(page), staged_parameters(u64::from(layout.page_parameters())));
+        let (len, each) = (range.end - range.start, state_bytes(layout.spec()));
+        let state = (0..len).step_by(part as usize).map(|at| room.slice(at * each, part.min(len - at) * each)).collect();
+        HeldPage { page, state, at: None }
+    }
+
+    /// What is held is of the step before `step`.
+    pub fn is_before(&self, step: u64) -> bool {
+        self.at.is_some_and(|at| at + 1 == step)
+    }
 }
 
 /// Bytes of the state of one parameter: the master's halves and two moments.

@@ -130,6 +130,9 @@ impl JobSpec {
         if t.groups == Some(0) {
             return no("train.groups", "must be at least 1".into());
         }
+        if let Some(gib) = t.held_state_gib.filter(|gib| !(0.0..=1e6).contains(gib)) {
+            return no("train.held_state_gib", format!("{gib} is not between 0 and 1000000"));
+        }
         if t.gradients_in == Some(GradientPlace::Device) && self.device.ranks.is_some_and(|n| n > 1) {
             return no(
                 "train.gradients_in",
@@ -244,6 +247,7 @@ mod tests {
             ("path = \"m\"", "path = \"m\"\nconfig = \"c\"", "model", 2),
             ("sequence_length = 8", "sequence_length = 0", "data.sequence_length", 7),
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = -1", "checkpoint.staging_gib", 12),
+            ("batch_size = 2", "batch_size = 2\nheld_state_gib = -1", "train.held_state_gib", 11),
             ("batch_size = 2", "batch_size = 2\ngradients_in = \"device\"\n[device]\nranks = 2", "train.gradients_in", 11),
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = nan", "checkpoint.staging_gib", 12),
         ] {

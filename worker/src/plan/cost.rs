@@ -8,6 +8,9 @@
 //!   CopyOut     ·                                                   gradients of n-1 … 0 (last group)
 //!   processor                                                       norm of n-1 … 0 │ ─ the period of a step
 //! ```
+//! Pages whose state is held on the device are updated first, in little more time than their gradients take to come, and go out
+//! after all others, last block first. A block's gradients leave when its pages are published.
+//!
 //! On CPU devices everything shares the same cores: there the parts are added up.
 
 use super::EnginePlan;
@@ -227,7 +230,7 @@ impl Cost {
         self.kind == DeviceKind::Cuda
     }
 
-    /// Parameters a second that processor and GPU update together. What bounds them is the host's memory: it gives little more
+    /// Parameters a second that processor and GPU update together, of those that are not held. What bounds them is the host's memory: it gives little more
     /// to both than to the processor alone.
     fn update_rate(&self, model: &Model, p: &EnginePlan) -> f64 {
         if self.adamw_gpu <= 0.0 {
@@ -246,6 +249,27 @@ impl Cost {
         ((self.adamw + adamw_gpu) * TOGETHER).min(memory / traffic) / (1.0 - spared)
     }
 
+    /// The device may hold the state of pages from step to step.
+    pub fn holds(&self, p: &EnginePlan) -> bool {
+        self.overlapped()
+            && p.optimizer_split
+            && self.adamw_gpu > 0.0
+            && p.world == 1
+            && p.dtype == Dtype::Bf16
+            && p.device_gradients.is_none()
+    }
+
+    /// Parameters of each block whose state is held.
+    fn held(&self, model: &Model, p: &EnginePlan) -> Vec<f64> {
+        let mut left = p.store.page_parameters.map_or(0, |page| p.held_pages as u64 * u64::from(page));
+        let of_block = |((_, len), stays): (&(u64, u64), &bool)| {
+            let held = if *stays { left.min(*len) } else { 0 };
+            left -= held;
+            held as f64
+        };
+        model.places.iter().zip(&p.resident).map(of_block).collect()
+    }
+
     /// For each block but the last: pages whose state comes to the device during its backward pass in the last group, into its
     /// activations. As many as the bus has time for beside the block's own weights, where there is room. What is made again
     /// takes time too, but counts for nothing: more memory, where less is made again, shall not mean fewer pages.
@@ -253,7 +277,9 @@ impl Cost {
         let Some(page) = p.store.page_parameters.filter(|_| self.overlapped() && p.optimizer_split && self.adamw_gpu > 0.0) else {
             return Vec::new();
         };
-        let page = f64::from(page) * ramtorch_device::state_bytes(&p.store) as f64;
+        let parameters = f64::from(page);
+        let page = parameters * ramtorch_device::state_bytes(&p.store) as f64;
+        let held = self.held(model, p);
         let of_block = |b: usize| {
             if p.keep[b] == Keep::Inputs || !matches!(model.blocks[b], Block::Layer(_)) {
                 return 0;
@@ -262,17 +288,18 @@ impl Cost {
             let weights = if p.resident[b] { 0.0 } else { (model.places[b].1 * p.dtype.size()) as f64 };
             let time = seconds * self.both[0] * STAGED_SHARE - weights;
             let room = model.saved_bytes(b, p.shape(), p.keep[b]) as f64 * p.group_len as f64;
-            (time.min(room) / page).max(0.0) as usize
+            (time.min(room) / page).min((model.places[b].1 as f64 - held[b]) / parameters).max(0.0) as usize
         };
         (0..model.len() - 1).map(of_block).collect()
     }
 
-    /// Share of the parameters whose pages are staged, by all ranks.
+    /// Share of the parameters that are not held whose pages are staged, by all ranks.
     fn staged_share(&self, model: &Model, p: &EnginePlan) -> f64 {
         let Some(page) = p.store.page_parameters else { return 0.0 };
         let of_ranks = f64::from(page) * p.world as f64;
         let staged: f64 = p.staged_pages.iter().zip(&model.places).map(|(pages, place)| (*pages as f64 * of_ranks).min(place.1 as f64)).sum();
-        staged / model.places.iter().map(|x| x.1 as f64).sum::<f64>()
+        let held: f64 = self.held(model, p).iter().sum();
+        (staged / (model.places.iter().map(|x| x.1 as f64).sum::<f64>() - held).max(1.0)).min(1.0)
     }
 
     /// Operations a second of products with `rows` rows.
@@ -403,7 +430,7 @@ impl Cost {
         let base = Breakdown {
             compute,
             again,
-            optimizer: parameters / self.update_rate(model, p),
+            optimizer: (parameters - self.held(model, p).iter().sum::<f64>()) / self.update_rate(model, p),
             norm: parameters / self.norm,
             ..Default::default()
         };
@@ -450,7 +477,8 @@ impl Cost {
             }
         }
         let r = run.s;
-        let copied = run.compute.max(run.out);
+        let committed = run.published.iter().copied().fold(0.0, f64::max) + run.gradients;
+        let copied = run.compute.max(run.out).max(if run.written_back > 0.0 { committed } else { 0.0 });
         let end = if self.norm_beside { copied.max(run.norm) } else { copied + s.norm };
         s.tail = copied - run.compute + TURN;
         s.wait_norm = end - copied;
@@ -469,8 +497,14 @@ struct Run<'a> {
     t: &'a Times,
     /// Micro-batches a group, on average.
     count: f64,
-    /// When each block's pages are published.
+    /// When each block's weights can be had.
+    updated: Vec<f64>,
+    /// When each block's pages are published, but for the time in which gradients of blocks behind it go out.
     published: Vec<f64>,
+    /// Seconds in which held pages go out.
+    written_back: f64,
+    /// Seconds of copies of gradients so far.
+    gradients: f64,
     compute: f64,
     copy_in: f64,
     peers: f64,
@@ -487,22 +521,38 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times) -> Self {
         let rate = cost.update_rate(model, p);
-        let mut done = 0.0;
-        let published = model
-            .places
-            .iter()
-            .map(|x| {
-                done += x.1 as f64 / rate;
-                done
-            })
-            .collect();
+        let held = cost.held(model, p);
+        let (mut advanced, mut others) = (0.0, 0.0);
+        let mut updated: Vec<f64> = Vec::with_capacity(model.len());
+        for ((_, len), held) in model.places.iter().zip(&held) {
+            let rest = *len as f64 - held;
+            advanced += held * p.store.gradients.bytes() as f64 / cost.both[0];
+            others += rest / rate;
+            updated.push(match (*held > 0.0, rest > 0.0) {
+                (true, true) => others.max(advanced),
+                (true, false) => advanced,
+                (false, _) => others,
+            });
+        }
+        // Held pages go out when all others have.
+        let end = updated.iter().copied().fold(0.0, f64::max);
+        let state = ramtorch_device::state_bytes(&p.store) as f64;
+        let mut written_back = 0.0;
+        let mut published = updated.clone();
+        for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {
+            written_back += held[b] * state / cost.both[1];
+            published[b] = end + written_back;
+        }
         Run {
             cost,
             model,
             p,
             t,
             count: p.sequences as f64 / p.micro_batch as f64 / p.groups as f64,
+            updated,
             published,
+            written_back,
+            gradients: 0.0,
             compute: 0.0,
             copy_in: 0.0,
             peers: 0.0,
@@ -547,8 +597,8 @@ impl<'a> Run<'a> {
             let (seconds, gather) = (bytes / n / rate, self.between(bytes, n));
             let mut start = self.copy_in;
             if first {
-                start = start.max(self.published[b] + NOTICE);
-                gate = gate.max(self.published[b] + NOTICE + seconds + gather);
+                start = start.max(self.updated[b] + NOTICE);
+                gate = gate.max(self.updated[b] + NOTICE + seconds + gather);
             }
             if streamed && self.free.len() >= self.p.slots.max(1) {
                 start = start.max(self.free.pop_front().unwrap_or(0.0));
@@ -600,6 +650,12 @@ impl<'a> Run<'a> {
         if self.p.resident_gradients && !last_group {
             return;
         }
+        if g == 0 || self.p.resident_gradients {
+            // What leaves overwrites what the block's pages were made of.
+            let idle = (self.published[b] + self.gradients + NOTICE - self.compute).max(0.0);
+            self.s.wait_optimizer += idle;
+            self.compute += idle;
+        }
         let (elements, n) = (self.model.places[b].1 as f64, self.p.world as f64);
         if let Some(format) = self.p.device_gradients {
             // Rounded, and read once more for the norm; nothing leaves.
@@ -621,6 +677,9 @@ impl<'a> Run<'a> {
             whole = self.peers;
         }
         self.out = self.out.max(whole) + seconds;
+        if self.written_back > 0.0 {
+            self.gradients += seconds;
+        }
         self.compute += DRAG[1] * seconds + PEERS_DRAG * reduce;
         if last_group && self.p.squares() {
             self.compute += bytes / self.cost.memory;
@@ -633,9 +692,9 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Gradients may not be overwritten before the last step is committed.
+    /// Gradients that the optimizer reads where they are may not be overwritten before the last step is committed.
     fn await_commit(&mut self) {
-        let committed = self.published.last().copied().unwrap_or(0.0) + NOTICE;
+        let committed = self.published.iter().copied().fold(0.0, f64::max) + NOTICE;
         let idle = (committed - self.compute).max(0.0);
         self.s.wait_optimizer += idle;
         self.compute += idle;
@@ -658,9 +717,7 @@ impl<'a> Run<'a> {
         self.visit(&needs[..1], 0.0, first, false);
         let more: &[usize] = if needs.len() > 1 && !self.p.resident[needs[1]] { &needs[1..] } else { &[] };
         self.visit(more, self.t.forward[last] * self.count, false, false);
-        if first && !in_place {
-            self.await_commit();
-        }
+        self.compute += if first { DRAG[1] * self.written_back } else { 0.0 };
         self.close(last, g, last_group);
         let out = last_group || !self.p.resident_gradients;
         for b in (0..last).rev() {

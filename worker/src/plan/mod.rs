@@ -11,13 +11,13 @@ mod staging;
 mod tests;
 mod text;
 
-pub(crate) use staging::staged_pages;
+pub(crate) use staging::{held_pages, staged_pages};
 
 use crate::api::*;
 use crate::model::{Block, Keep, Model, Shape};
 use cost::Cost;
 use ramtorch_cpu::Collectives;
-use ramtorch_device::{AttentionShape, DevBuf, Dtype, Ranks};
+use ramtorch_device::{AttentionShape, DevBuf, Dtype, HeldPage, Ranks};
 use ramtorch_job::{GradientPlace, JobSpec, Precision};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreError, StoreSpec};
@@ -82,6 +82,10 @@ pub(crate) struct EnginePlan {
     /// are done with.
     #[serde(default)]
     pub staged_pages: Vec<usize>,
+    /// Pages whose state stays on the device, beside the one in RAM: the first of those whose weights stay there whole. They are
+    /// published beside the sweeps of the next step.
+    #[serde(default)]
+    pub held_pages: usize,
     /// The device squares gradients before they leave, where what leaves is what is stored.
     #[serde(default)]
     pub squares_on_device: bool,
@@ -105,6 +109,9 @@ pub(crate) struct DeviceUse {
     /// Staging of pages that the device updates.
     #[serde(default)]
     pub optimizer: u64,
+    /// State of pages that stays.
+    #[serde(default)]
+    pub held: u64,
     /// What the driver, its libraries and the device's own buffers take beside what the engine allocates.
     #[serde(default)]
     pub libraries: u64,
@@ -127,6 +134,7 @@ impl DeviceUse {
             + self.boundaries
             + self.activations
             + self.optimizer
+            + self.held
     }
 }
 
@@ -267,6 +275,9 @@ pub(crate) fn device_use(
     }
     if let Some(page) = p.store.page_parameters.filter(|_| p.optimizer_split) {
         u.optimizer = ramtorch_device::staging_bytes(&p.store, u64::from(page));
+    }
+    if let Some(page) = p.store.page_parameters.filter(|_| p.held_pages > 0) {
+        u.held = p.held_pages as u64 * rounded(HeldPage::bytes(&p.store, u64::from(page)));
     }
     let group = p.group_len as u64;
     u.inputs = group * inputs_bytes(model, shape) + rounded(rows * 4 * p.micro_batches as u64);
@@ -488,6 +499,9 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
             ));
         }
     };
+    // Pages that reach into a block whose weights do not stay are not held; the search counts parameters.
+    found.plan.held_pages = held_pages(&layout, &found.plan).len();
+    found.plan.uses = device_use(&model, &found.plan, &workspace)?;
     found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
     let device = found.plan.uses.total();
     let host = if first.kind == DeviceKind::Cpu { device * world as u64 } else { 0 };
@@ -549,6 +563,7 @@ pub(crate) fn inference(
         gather_weights: false,
         devices: Vec::new(),
         staged_pages: Vec::new(),
+        held_pages: 0,
         squares_on_device: false,
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
         checkpoint_staging: 0,

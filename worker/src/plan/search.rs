@@ -9,7 +9,7 @@ use super::cost::{Breakdown, Cost, Times};
 use super::{DeviceUse, EnginePlan, device_use, head_rows, library_bytes, rank_share, rounded, slots_for};
 use crate::api::{DeviceKind, EngineError};
 use crate::model::{Block, Keep, Model};
-use ramtorch_device::AttentionShape;
+use ramtorch_device::{AttentionShape, HeldPage};
 use ramtorch_job::{JobSpec, Precision, Recompute};
 use ramtorch_store::{GradientFormat, StoreSpec};
 
@@ -53,6 +53,8 @@ fn most_rows(kind: DeviceKind) -> usize {
 const GROUPS_MAX: usize = 64;
 /// Numbers of blocks that stay are gone through in at most so many steps.
 const RESIDENT_STEPS: usize = 36;
+/// Numbers of pages that are held on the device are gone through in about so many steps.
+const HOLDINGS: usize = 24;
 /// A larger plan has to be better by this share; among equals the first found stays, which has the larger micro-batch.
 const BETTER: f64 = 1e-9;
 
@@ -224,6 +226,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             gather_weights: s.world > 1 && s.spec.train.gather_weights.unwrap_or(s.cost.gathers),
             devices: Vec::new(),
             staged_pages: Vec::new(),
+            held_pages: 0,
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
             checkpoint_staging: 0,
@@ -277,26 +280,40 @@ impl Combination<'_> {
                 let slots: &[usize] = if count == n { &[0] } else { &[few, few + 2] };
                 for &slots in slots.iter().filter(|x| **x <= n) {
                     p.slots = slots;
-                    let Some(keep) = self.keep(&mut p, least)? else { continue };
-                    p.keep = keep;
-                    let (compute, _) = s.cost.compute(s.model, &p, self.times);
-                    if best.as_ref().is_some_and(|b| compute >= b.parts.step) {
-                        continue;
-                    }
-                    p.uses = device_use(s.model, &p, self.workspace)?;
-                    if p.uses.total() > s.budget {
-                        continue; // layers of unequal sizes
-                    }
-                    *played += 1;
-                    p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
-                    let parts = s.cost.step(s.model, &p, self.times);
-                    if best.as_ref().is_none_or(|b| parts.step < b.parts.step * (1.0 - BETTER)) {
-                        *best = Some(Found { plan: p.clone(), parts, played: 0 });
+                    for held in self.holdings(&p) {
+                        p.held_pages = held;
+                        // What none has room for, more have no room for either.
+                        let Some(keep) = self.keep(&mut p, least)? else { break };
+                        p.keep = keep;
+                        let (compute, _) = s.cost.compute(s.model, &p, self.times);
+                        if best.as_ref().is_some_and(|b| compute >= b.parts.step) {
+                            continue;
+                        }
+                        p.uses = device_use(s.model, &p, self.workspace)?;
+                        if p.uses.total() > s.budget {
+                            continue; // layers of unequal sizes
+                        }
+                        *played += 1;
+                        p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
+                        let parts = s.cost.step(s.model, &p, self.times);
+                        if best.as_ref().is_none_or(|b| parts.step < b.parts.step * (1.0 - BETTER)) {
+                            *best = Some(Found { plan: p.clone(), parts, played: 0 });
+                        }
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// Numbers of pages to hold on the device. Only where their weights need not leave it, and gradients of pages that are not
+    /// published yet outlive the process.
+    fn holdings(&self, p: &EnginePlan) -> Vec<usize> {
+        let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![0] };
+        let stay: u64 = self.s.model.places.iter().zip(&p.resident).filter(|(_, stays)| **stays).map(|(place, _)| place.1).sum();
+        let allowed = self.s.spec.train.held_state_gib.map_or(u64::MAX, |gib| (gib * f64::from(1 << 30)) as u64);
+        let most = (stay / u64::from(page)).min(allowed / HeldPage::bytes(&p.store, page.into())) as usize;
+        (0..=most).step_by((most / HOLDINGS).max(1)).collect()
     }
 
     /// How activations are best kept in what `p` leaves; nothing where `p` does not fit, which tells `least`.

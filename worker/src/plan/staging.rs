@@ -1,4 +1,5 @@
-//! Which pages are brought to the device before their update, and where to.
+//! Which pages are on the device before their update: those that stay there, and those that are brought there in time, and where
+//! to.
 //!
 //! ```text
 //!   backward pass:  block n-2 │ n-3 │ … │ 1        when a block is done, its activations are no longer needed:
@@ -8,8 +9,29 @@
 //! A page lies in the memory of the block in which it ends. So whoever finds that block published, which the forward pass
 //! waits for, knows that all that lay there is done with: nobody else needs to be asked.
 
+use super::EnginePlan;
 use ramtorch_device::staged_parameters;
 use ramtorch_store::{Layout, PageId};
+
+/// Pages whose state stays on the device: the first `plan.held_pages` of those that lie in blocks whose weights stay there. The
+/// first, because the next forward pass wants their weights first, and the next backward pass overwrites their gradients last.
+pub(crate) fn held_pages(layout: &Layout, plan: &EnginePlan) -> Vec<PageId> {
+    let stays = |page: &PageId| {
+        let params = layout.page_range(*page);
+        let mut at = params.start;
+        for (block, stays) in layout.blocks().iter().zip(&plan.resident).filter(|(block, _)| block.start + block.len > params.start) {
+            if block.start > at || !stays {
+                return false;
+            }
+            at = block.start + block.len;
+            if at >= params.end {
+                return true;
+            }
+        }
+        false
+    };
+    (0..layout.page_count()).filter(stays).take(plan.held_pages).collect()
+}
 
 /// For each block but the last: pages that rank `rank` stages into its activations, which have room for `rooms[block]` parts
 /// of pages; at most `most[block]` of them, evenly spread over the block's, highest first.

@@ -63,6 +63,7 @@ pub(crate) fn describe(
         ("block inputs", u.boundaries),
         ("scratch", u.scratch),
         ("optimizer staging", u.optimizer),
+        ("optimizer state that stays", u.held),
         ("inputs, targets", u.inputs + u.tables),
         ("driver, libraries", u.libraries),
     ] {
@@ -131,6 +132,14 @@ fn choice(t: &mut String, model: &Model, found: &Found, forced: bool) {
     if p.optimizer_split {
         let spares = p.store.spare_pages_per_rank;
         let _ = writeln!(t, "             optimizer on the processor and the device at once, {spares} spare pages a rank");
+        if p.held_pages > 0 {
+            let _ = writeln!(
+                t,
+                "             the state of {} page{} stays on the device too: updated there at once, written back beside the next step",
+                p.held_pages,
+                s(p.held_pages)
+            );
+        }
         let staged: usize = p.staged_pages.iter().sum();
         if staged > 0 {
             let _ = writeln!(

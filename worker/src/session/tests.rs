@@ -3,7 +3,7 @@
 use super::*;
 use crate::api::{DeviceKind, DeviceSpec, PlanRequest, Prepared, Rates};
 use crate::plan::{DeviceUse, device_use, plan};
-use ramtorch_cpu::{CpuDevice, Kept, update_pages_recorded};
+use ramtorch_cpu::{CpuDevice, Kept, update_pages_recorded, write_back};
 use ramtorch_device::{AdamwStep, DecayRun, PageGradients, PageUpdater};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::{TransformerConfig, fill_page, open_weights, parse_config};
@@ -35,7 +35,7 @@ struct Run {
 
 /// Four steps of a tiny model in bf16, pages updated by the CPU and by the device's updater beside the next forward pass.
 fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
-    run_on(tag, tied, train, staged_pages, false)
+    run_on(tag, tied, train, (staged_pages, 0), false)
 }
 
 /// Every page through the device, two in hand.
@@ -68,8 +68,8 @@ fn by_device(
     layout.page_count().into()
 }
 
-/// As [`run`]; with `alone` the device's updater does all pages.
-fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) -> Run {
+/// As [`run`], with pages whose state is `held` on the device; with `alone` the device's updater does all pages.
+fn run_on(tag: &str, tied: bool, train: &str, (staged_pages, held): (usize, usize), alone: bool) -> Run {
     let dir = tempfile::tempdir().unwrap();
     let tokens: Vec<u8> = (0..4000u32).flat_map(|i| ((i * i / 7 + i) % VOCABULARY as u32).to_le_bytes()).collect();
     std::fs::write(dir.path().join("tokens.bin"), tokens).unwrap();
@@ -103,6 +103,7 @@ fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) 
     // As on a GPU: small pages, several in hand, staged pages, squares by the device.
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
     (p.staged_pages, p.squares_on_device) = (vec![staged_pages; p.keep.len() - 1], true);
+    p.held_pages = held;
     let name = format!("/ramtorch-session-{tag}-{tied}-{}", std::process::id());
     let store = Arc::new(Store::create(&name, &p.store).unwrap());
     Store::unlink(&name).unwrap();
@@ -120,6 +121,8 @@ fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) 
     session.join(&Arc::new(Collectives::new(store.clone(), 0, 1, 0))).unwrap();
     let mut updater = session.dev.page_updater(&store).unwrap().unwrap();
     updater.deliver_to(session.weights.direct());
+    let mut held = session.take_held();
+    assert_eq!(held.len(), p.held_pages);
     let gradients = session.device_gradients();
     assert_eq!(gradients.is_some(), p.device_gradients.is_some());
     let mut reader = gradients.as_ref().map(|g| session.dev.gradient_reader(g.format(), 1024).unwrap());
@@ -129,32 +132,31 @@ fn run_on(tag: &str, tied: bool, train: &str, staged_pages: usize, alone: bool) 
     let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
     for step in 1..=STEPS + 1 {
         end.device += std::thread::scope(|scope| {
-            let (owner, updater, gradients, reader) = (&owner, updater.as_mut(), gradients.as_ref(), reader.as_mut());
+            let (owner, updater, gradients, reader, held) = (&owner, updater.as_mut(), gradients.as_ref(), reader.as_mut(), &mut held);
             let update = move |(k, staged): (AdamwStep, Vec<StagedPage>)| {
                 if alone {
                     return by_device(owner, &k, updater, &staged, gradients);
                 }
                 let kept = gradients.zip(reader).map(|(gradients, reader)| Kept { gradients, reader: reader.as_mut() });
-                update_pages_recorded(owner, &k, Some(updater), staged, kept, &Default::default()).unwrap().device
+                let done = update_pages_recorded(owner, &k, Some(&mut *updater), staged, held, kept, &Default::default()).unwrap();
+                // Gradients of the next step come in between.
+                std::thread::sleep(std::time::Duration::from_millis(2));
+                write_back(owner, k.step, updater, held).unwrap();
+                done.device
             };
-            // Beside the sweep, up to where its first gradient leaves.
-            let mut pending = due.take().map(|due| scope.spawn(move || update(due)));
-            let mut device = 0;
-            let mut committed = || {
-                device += pending.take().map_or(0, |p| p.join().unwrap());
-                Ok(())
-            };
+            // Beside the sweep, which waits for each page before its gradient leaves.
+            let pending = due.take().map(|due| scope.spawn(move || update(due)));
+            let committed = || pending.map_or(0, |p| p.join().unwrap());
             if step > STEPS {
-                committed().unwrap();
-                return device;
+                return committed();
             }
             let visits = session.visits(p.groups, true);
             session.weights.plan_visits(visits, step - 1);
-            session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, &mut committed).unwrap();
+            session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, step - 1).unwrap();
             session.finish_gradients().unwrap();
             end.losses.push(session.sum_losses(&batches).unwrap().to_bits());
             end.squares.push(session.squares_by_device().unwrap().to_bits());
-            device
+            committed()
         });
         if step <= STEPS {
             let staged = session.take_staged().unwrap();
@@ -200,7 +202,7 @@ fn staged_pages_change_nothing() {
         assert!(plain.losses.windows(2).all(|w| f64::from_bits(w[1]) < f64::from_bits(w[0])), "it learns");
         for most in [1, 3, 40] {
             for alone in [false, true] {
-                let staged = run_on(&format!("staged-{most}-{alone}"), tied, "groups = 1\n", most, alone);
+                let staged = run_on(&format!("staged-{most}-{alone}"), tied, "groups = 1\n", (most, 0), alone);
                 assert!(staged.staged >= STEPS as usize * 3, "{} pages were staged", staged.staged);
                 assert!(staged.device > 0 || !alone);
                 assert_same(&staged, &plain, &format!("{most} pages a block, tied: {tied}, alone: {alone}"));
@@ -211,6 +213,23 @@ fn staged_pages_change_nothing() {
     }
 }
 
+/// Pages whose state stays on the device are published while the next step's gradients leave it.
+#[test]
+fn held_pages_change_nothing() {
+    for tied in [false, true] {
+        let plain = run("unheld", tied, "groups = 1\n", 0);
+        for held in [1, 7, 30] {
+            for staged in [0, 3] {
+                let run = run_on(&format!("held-{held}-{staged}"), tied, "groups = 1\n", (staged, held), false);
+                assert!(run.device >= STEPS * held as u64, "{} pages by the device", run.device);
+                assert_same(&run, &plain, &format!("{held} pages held, {staged} staged, tied: {tied}"));
+            }
+        }
+        let groups = run("groups-unheld", tied, "groups = 2\n", 0);
+        assert_same(&run_on("groups-held", tied, "groups = 2\n", (2, 9), false), &groups, "two groups");
+    }
+}
+
 /// bf16 gradients that stay on the device have the bits of those in the segment.
 #[test]
 fn gradients_that_stay_on_the_device_change_nothing() {
@@ -218,7 +237,7 @@ fn gradients_that_stay_on_the_device_change_nothing() {
         let segment = run("segment", tied, "groups = 1\n", 0);
         for (staged, alone) in [(0, false), (3, false), (0, true), (3, true)] {
             let train = "groups = 1\ngradients_in = \"device\"\n";
-            let device = run_on(&format!("device-{staged}-{alone}"), tied, train, staged, alone);
+            let device = run_on(&format!("device-{staged}-{alone}"), tied, train, (staged, 0), alone);
             assert_same(&device, &segment, &format!("{staged} staged, tied: {tied}, alone: {alone}"));
         }
     }

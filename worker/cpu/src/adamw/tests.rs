@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::CpuDevice;
-use crate::pages::{Kept, Queue, on_device, update_pages, update_pages_recorded};
+use crate::pages::{Kept, Queue, on_device, update_pages, update_pages_recorded, write_back};
 use proptest::prelude::*;
 use ramtorch_device::trace::Recorder;
 use ramtorch_device::{
-    DevBuf, Device, DeviceGradients, DirectWeights, Dtype, GradientPiece, GradientReader, StagedPage, Stream, staged_rooms,
+    DevBuf, Device, DeviceGradients, DirectWeights, Dtype, GradientPiece, GradientReader, HeldPage, StagedPage, Stream, staged_rooms,
 };
 use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Part, SharedOwner, Store, StoreSpec, TensorSpec, split};
 use std::sync::Arc;
@@ -302,6 +302,9 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                 ("device", 3, true),
                 ("both", 3, true),
                 ("staged", 3, true),
+                ("held", 1, false),
+                ("held", 3, false),
+                ("held", 3, true),
             ] {
                 // Where gradients are on the device alone: every other block's in other memory.
                 let format = if on_device_only { GradientFormat::None } else { gradients };
@@ -317,6 +320,13 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                 let mut updater = device.page_updater(&store).unwrap().unwrap();
                 let room = device.alloc(2 << 20, "staged pages").unwrap();
                 let mut reader = device.gradient_reader(gradients, 1024).unwrap();
+                let mut held: Vec<HeldPage> = (0..store.layout().page_count())
+                    .filter(|p| p % 4 < 2)
+                    .map(|page| {
+                        let room = device.alloc(HeldPage::bytes(store.layout().spec(), 1024), "held page").unwrap();
+                        HeldPage::new(store.layout(), page, room)
+                    })
+                    .collect();
                 // Weights of the first half are delivered, in two pieces of odd lengths.
                 let cut = [store.layout().span() / 5 + 1, store.layout().span() / 2];
                 let weights = [0..cut[0], cut[0]..cut[1]].map(|r| (r.clone(), device.alloc((r.end - r.start) * 2, "weights").unwrap()));
@@ -344,14 +354,14 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                     let updater = updater.as_mut();
                     match who {
                         "cpu" => {
-                            let done = update_pages_recorded(&owner, &k, None, Vec::new(), kept(&stays, &mut reader), &Recorder::default())
+                            let done = update_pages_recorded(&owner, &k, None, Vec::new(), &mut [], kept(&stays, &mut reader), &Recorder::default())
                                 .unwrap();
                             assert_eq!(done.cpu, pages);
                         }
                         "device" => {
                             let depth = updater.depth().min(spares as usize);
                             assert_eq!(
-                                on_device(&owner, &k, &Queue::new(&owner, Vec::new()), updater, stays.as_ref(), depth).unwrap(),
+                                on_device(&owner, &k, &Queue::new(&owner, Vec::new(), &[]), updater, stays.as_ref(), depth).unwrap(),
                                 pages
                             );
                         }
@@ -359,9 +369,19 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                             let pages: Vec<u32> = owner.pages().filter(|p| p % 2 == 1).collect();
                             let staged = stage(&device, &store, &pages, room);
                             let done =
-                                update_pages_recorded(&owner, &k, Some(updater), staged, kept(&stays, &mut reader), &Recorder::default())
+                                update_pages_recorded(&owner, &k, Some(updater), staged, &mut [], kept(&stays, &mut reader), &Recorder::default())
                                     .unwrap();
                             assert_eq!(done.cpu + done.device, all - u64::from(step == 3));
+                        }
+                        "held" => {
+                            let kept = kept(&stays, &mut reader);
+                            let done =
+                                update_pages_recorded(&owner, &k, Some(updater), Vec::new(), &mut held, kept, &Recorder::default()).unwrap();
+                            assert_eq!(done.cpu + done.device, pages);
+                            // Everybody else still sees those held as they were.
+                            let behind = held.iter().filter(|h| h.at == Some(step)).map(|h| store.entry(h.page).step).collect::<Vec<_>>();
+                            assert!(behind.len() + usize::from(step == 3) == held.len() && behind.iter().all(|s| s + 1 == step));
+                            write_back(&owner, step, updater, &held).unwrap();
                         }
                         _ => {
                             let done = update_pages_recorded(
@@ -369,6 +389,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                                 &k,
                                 Some(updater),
                                 Vec::new(),
+                                &mut [],
                                 kept(&stays, &mut reader),
                                 &Recorder::default(),
                             )
@@ -393,7 +414,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         }
                     }
                     assert_eq!(
-                        update_pages_recorded(&owner, &k, None, Vec::new(), kept(&stays, &mut reader), &Recorder::default()).unwrap().cpu,
+                        update_pages_recorded(&owner, &k, None, Vec::new(), &mut [], kept(&stays, &mut reader), &Recorder::default()).unwrap().cpu,
                         0
                     );
                 }
@@ -457,7 +478,7 @@ fn a_snapshot_changes_nothing_and_is_not_changed() {
                     let k = AdamwStep { step, ..K };
                     match who {
                         "cpu" => drop(update_pages(owner, &k, None).unwrap()),
-                        "device" => drop(on_device(owner, &k, &Queue::new(owner, Vec::new()), updater, None, 1).unwrap()),
+                        "device" => drop(on_device(owner, &k, &Queue::new(owner, Vec::new(), &[]), updater, None, 1).unwrap()),
                         _ => drop(update_pages(owner, &k, Some(updater)).unwrap()),
                     }
                 }

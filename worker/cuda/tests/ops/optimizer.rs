@@ -2,7 +2,7 @@
 
 use crate::Test;
 use half::bf16;
-use ramtorch_cpu::{CpuDevice, Kept, PagesUpdated, update_pages, update_pages_recorded};
+use ramtorch_cpu::{CpuDevice, Kept, PagesUpdated, update_pages, update_pages_recorded, write_back};
 use ramtorch_cuda::CudaDevice;
 use ramtorch_device::*;
 use ramtorch_store::*;
@@ -168,7 +168,7 @@ fn agree(rows: u64, page: u32, steps: u64) {
     for moments in [MomentFormat::F32, MomentFormat::Bf16] {
         for gradients in [GradientFormat::F32, GradientFormat::Bf16] {
             let mut want: Option<Vec<Vec<u32>>> = None;
-            for who in ["cpu", "gpu", "both", "gpu, staged", "both, staged"] {
+            for who in ["cpu", "gpu", "both", "gpu, staged", "both, staged", "held"] {
                 let s = store(&format!("{who}-{moments:?}-{gradients:?}"), rows, page, moments, gradients);
                 let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
                 let mut updater = d.page_updater(&s).unwrap().unwrap();
@@ -178,6 +178,11 @@ fn agree(rows: u64, page: u32, steps: u64) {
                 let places = [0..cut[0], cut[0]..cut[1]].map(|r| (r.clone(), d.alloc((r.end - r.start) * 2, "weights").unwrap())).to_vec();
                 let direct = Arc::new(DirectWeights::new(s.layout(), places.clone()));
                 updater.deliver_to(direct.clone());
+                let mut held: Vec<HeldPage> = (0..s.layout().page_count())
+                    .step_by(2)
+                    .filter(|_| who == "held")
+                    .map(|p| HeldPage::new(s.layout(), p, d.alloc(HeldPage::bytes(s.layout().spec(), page.into()), "held page").unwrap()))
+                    .collect();
                 let owner = SharedOwner::new(s.claim(0).unwrap());
                 let mut total = PagesUpdated::default();
                 for step in 1..=steps {
@@ -190,7 +195,15 @@ fn agree(rows: u64, page: u32, steps: u64) {
                         }
                         "both, staged" => {
                             let staged = stage(&d, &s, room, 3);
-                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, None, &Default::default()).unwrap()
+                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, &mut [], None, &Default::default()).unwrap()
+                        }
+                        "held" => {
+                            let updater = updater.as_mut();
+                            let done =
+                                update_pages_recorded(&owner, &k(step), Some(updater), Vec::new(), &mut held, None, &Default::default()).unwrap();
+                            assert!(held.iter().all(|h| s.entry(h.page).step + 1 == step && h.at == Some(step)));
+                            write_back(&owner, step, updater, &held).unwrap();
+                            done
                         }
                         "gpu" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
                         _ => update_pages(&owner, &k(step), Some(updater.as_mut())).unwrap(),
@@ -305,14 +318,14 @@ fn kept(rows: u64, page: u32, steps: u64) {
                     let staged = if who.ends_with("staged") { stage(&d, &s, room, 2) } else { Vec::new() };
                     let from = Kept { gradients: &kept, reader: reader.as_mut() };
                     let done = match who {
-                        "cpu" => update_pages_recorded(&owner, &k(step), None, staged, Some(from), &Default::default()).unwrap(),
+                        "cpu" => update_pages_recorded(&owner, &k(step), None, staged, &mut [], Some(from), &Default::default()).unwrap(),
                         "gpu" | "gpu, staged" => {
                             let device = by_device_from(&owner, &k(step), updater.as_mut(), &staged, Some(&kept));
                             PagesUpdated { device, ..Default::default() }
                         }
                         _ => {
                             let updater = Some(updater.as_mut() as &mut dyn PageUpdater);
-                            update_pages_recorded(&owner, &k(step), updater, staged, Some(from), &Default::default()).unwrap()
+                            update_pages_recorded(&owner, &k(step), updater, staged, &mut [], Some(from), &Default::default()).unwrap()
                         }
                     };
                     assert_eq!(done.cpu + done.device, u64::from(s.layout().page_count()));
@@ -448,14 +461,14 @@ pub fn bench() {
                 let begin = std::time::Instant::now();
                 let from = Kept { gradients: &kept, reader: reader.as_mut() };
                 last = pool.install(|| match who {
-                    "kept, CPU" => update_pages_recorded(&owner, &k(step), None, Vec::new(), Some(from), &Default::default()).unwrap(),
+                    "kept, CPU" => update_pages_recorded(&owner, &k(step), None, Vec::new(), &mut [], Some(from), &Default::default()).unwrap(),
                     "kept, GPU" => {
                         let device = by_device_from(&owner, &k(step), updater.as_mut(), &[], Some(&kept));
                         PagesUpdated { device, ..Default::default() }
                     }
                     "kept, both" => {
                         let updater = Some(updater.as_mut() as &mut dyn PageUpdater);
-                        update_pages_recorded(&owner, &k(step), updater, Vec::new(), Some(from), &Default::default()).unwrap()
+                        update_pages_recorded(&owner, &k(step), updater, Vec::new(), &mut [], Some(from), &Default::default()).unwrap()
                     }
                     "CPU" => update_pages(&owner, &k(step), None).unwrap(),
                     "GPU" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
