@@ -32,6 +32,8 @@ groups! {
         "load.filled=kill", "load.recorded=kill"]
     deaths_in_a_sweep: ["step.forward=2*off->kill", "step.swept=2*off->kill", "step.reduced=1*off->kill", "step.agreed=2*off->kill",
         "step.agreed=3*off->kill", "step.swept=3*off->kill"]
+    deaths_where_gradients_are_overwritten_before_the_commit: ["optimizer.updated=1*off->sleep(200),step.leaving=7*off->kill",
+        "optimizer.agreed=3*off->sleep(200),step.swept=3*off->kill"]
     deaths_around_the_record: ["step.recorded=1*off->kill", "step.announced=1*off->kill", "step-record.begun=3*off->kill",
         "step-record.filled=4*off->kill", "step-record.published=5*off->kill", "step-record.filled=1*off->kill"]
     deaths_in_the_optimizer: ["optimizer.begun=2*off->kill", "page.begun=9*off->kill", "page.written=10*off->kill",

@@ -530,6 +530,7 @@ impl Session {
         }
         // What is overwritten from here on is what the last step's pages are made of, and made again of after a crash.
         self.weights.await_published(dev, start..start + len, before)?;
+        hit(Point::StepLeaving);
         let buffer = &g.buffers[i];
         let accumulate = group > 0 && !resident;
         let size = self.store.layout().spec().gradients.bytes();

@@ -156,6 +156,8 @@ points! {
     // A step.
     /// The forward sweep is enqueued; no gradient has left the device.
     StepForward = "step.forward", Rank;
+    /// Gradients of a block's pages are about to be overwritten by those of the next step.
+    StepLeaving = "step.leaving", Rank;
     /// This rank's gradients are complete.
     StepSwept = "step.swept", Rank;
     /// Those of all ranks are.
