@@ -276,16 +276,17 @@ pub struct WatchStream {
     past: std::vec::IntoIter<pb::WatchEvent>,
     future: Option<BroadcastStream<Told>>,
     told: Told,
-    /// Of `told`, how many were passed on.
-    passed: usize,
+    /// Number of the next event.
+    next: u64,
 }
 
 impl WatchStream {
     fn new(watching: Watching) -> WatchStream {
         use pb::watch_event::Event;
         let past = std::iter::once(Event::Job(watching.job)).chain(watching.history.into_iter().map(Event::Metrics));
+        let (future, next) = watching.events.map_or((None, 0), |ear| (Some(ear.receiver), ear.since));
         let past: Vec<_> = past.map(|event| pb::WatchEvent { event: Some(event) }).collect();
-        WatchStream { past: past.into_iter(), future: watching.events.map(BroadcastStream::new), told: Told::default(), passed: 0 }
+        WatchStream { past: past.into_iter(), future: future.map(BroadcastStream::new), told: Told::default(), next }
     }
 }
 
@@ -297,13 +298,16 @@ impl Stream for WatchStream {
             return Poll::Ready(Some(Ok(event)));
         }
         loop {
-            if let Some(event) = self.told.get(self.passed).cloned() {
-                self.passed += 1;
+            if let Some(event) = self.told.since(self.next).first().cloned() {
+                self.next += 1;
                 return Poll::Ready(Some(Ok(event)));
             }
             let Some(future) = &mut self.future else { return Poll::Ready(None) };
             match ready!(Pin::new(future).poll_next(context)) {
-                Some(Ok(told)) => (self.told, self.passed) = (told, 0),
+                Some(Ok(told)) => {
+                    self.next = self.next.max(told.first);
+                    self.told = told;
+                }
                 Some(Err(BroadcastStreamRecvError::Lagged(n))) => {
                     self.future = None;
                     let text =
@@ -381,6 +385,7 @@ async fn serve_text(mut events: mpsc::UnboundedReceiver<OneOffEvent>, tx: mpsc::
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::supervisor::watchers::Ear;
     use tokio::sync::broadcast;
     use tokio_stream::StreamExt;
 
@@ -411,7 +416,7 @@ mod tests {
 
     fn told(steps: std::ops::Range<u64>) -> Told {
         let event = |step| pb::watch_event::Event::Metrics(pb::Metrics { step, ..Default::default() });
-        Told::new(steps.map(|step| pb::WatchEvent { event: Some(event(step)) }).collect())
+        Told::new(steps.start, steps.map(|step| pb::WatchEvent { event: Some(event(step)) }).collect())
     }
 
     #[tokio::test]
@@ -420,8 +425,12 @@ mod tests {
         for step in 0..100u64 {
             events.send(told(step..step + 2)).unwrap();
         }
-        let mut stream =
-            WatchStream::new(Watching { job: Default::default(), history: vec![], history_file: None, events: Some(receiver) });
+        let mut stream = WatchStream::new(Watching {
+            job: Default::default(),
+            history: vec![],
+            history_file: None,
+            events: Some(Ear { receiver, since: 2 }),
+        });
         assert!(stream.next().await.unwrap().is_ok(), "the job comes first");
         let status = stream.next().await.unwrap().unwrap_err();
         assert!(status.message().contains("96 messages behind"), "{}", status.message());
@@ -432,8 +441,9 @@ mod tests {
     async fn a_watcher_hears_the_past_then_the_future_then_the_end() {
         let (events, receiver) = broadcast::channel(4);
         let history = vec![pb::Metrics { step: 1, ..Default::default() }];
-        let stream = WatchStream::new(Watching { job: Default::default(), history, history_file: None, events: Some(receiver) });
-        events.send(told(2..5)).unwrap();
+        let stream =
+            WatchStream::new(Watching { job: Default::default(), history, history_file: None, events: Some(Ear { receiver, since: 2 }) });
+        events.send(told(1..5)).unwrap();
         events.send(told(5..6)).unwrap();
         drop(events);
         let step = |event: Result<pb::WatchEvent, Status>| match event.unwrap().event {

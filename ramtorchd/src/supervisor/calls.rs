@@ -125,6 +125,7 @@ impl Supervisor {
         let recent: Vec<pb::Metrics> = entry.history.iter().skip(skip).cloned().collect();
         let on_disk = entry.has_ended() && history > recent.len() && entry.record.step > 0;
         let history_file = on_disk.then(|| self.out.log_dir(&job.id).with_file_name("metrics.jsonl"));
+        self.watched.insert(key);
         let entry = self.jobs.get_mut(&key).ok_or_else(|| not_found(id))?;
         Ok(Watching { job, history: recent, history_file, events: entry.subscribe() })
     }

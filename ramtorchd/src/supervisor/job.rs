@@ -5,14 +5,14 @@ use super::proc::{Cause, Outcome};
 use super::record::{self, Record, State};
 use super::telemetry::CheckpointTally;
 use super::timeline::Tracing;
-use super::watchers::{Told, Watchers};
+use super::watchers::{Ear, Watchers};
 use crate::process::ProcKey;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker::Level;
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 /// Phases whose times are kept.
 const PHASES_MAX: usize = 64;
@@ -191,7 +191,7 @@ impl Job {
     }
 
     /// A receiver of what comes.
-    pub fn subscribe(&mut self) -> Option<broadcast::Receiver<Told>> {
+    pub fn subscribe(&mut self) -> Option<Ear> {
         if self.has_ended() {
             return None;
         }
@@ -200,15 +200,8 @@ impl Job {
 
     /// Tells watchers. Nobody waits: one who is too far behind is told so and dropped by the call that serves him.
     pub fn tell(&mut self, event: pb::watch_event::Event) {
-        if self.events.as_mut().is_some_and(|watchers| !watchers.tell(event)) {
-            self.events = None;
-        }
-    }
-
-    /// Time passes: watchers are told what was gathered for them.
-    pub fn tick_watchers(&mut self) {
-        if self.events.as_mut().is_some_and(|watchers| !watchers.tick()) {
-            self.events = None;
+        if let Some(watchers) = &mut self.events {
+            watchers.tell(event);
         }
     }
 

@@ -84,7 +84,7 @@ use proc::{EndStep, Proc, Role};
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker::Level;
 use record::{Record, State};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 /// Time between two looks at the clock while anything happens.
@@ -105,6 +105,8 @@ pub struct Supervisor {
     jobs: Jobs,
     /// The first in the queue, once it has to wait: all that come after it wait for their turn.
     blocked: Option<JobKey>,
+    /// Jobs that have watchers.
+    watched: BTreeSet<JobKey>,
     procs: HashMap<ProcKey, Proc>,
     tokens: HashMap<String, ProcKey>,
     one_offs: HashMap<u64, OneOff>,
@@ -133,6 +135,7 @@ impl Supervisor {
             pool,
             jobs: Jobs::default(),
             blocked: None,
+            watched: BTreeSet::new(),
             procs: HashMap::new(),
             tokens: HashMap::new(),
             one_offs: HashMap::new(),
@@ -259,12 +262,25 @@ impl Supervisor {
         if self.jobs.active().any(|j| matches!(j.phase, Phase::Queued { retry_at: Some(at) } if now >= at)) {
             self.schedule(now);
         }
-        for key in self.jobs.active_keys() {
-            if let Some(job) = self.jobs.get_mut(&key) {
-                job.tick_watchers();
-            }
-        }
+        self.watched.retain(|key| {
+            let Some(job) = self.jobs.get_mut(key) else { return false };
+            job.events.take_if(|watchers| watchers.is_empty());
+            job.events.as_mut().is_some_and(|watchers| {
+                watchers.tick();
+                true
+            })
+        });
         self.tick_stopping(now);
+    }
+
+    /// Tells some watchers what there is for them. `true`: there is more to tell, after others have had their turn.
+    pub fn pump(&mut self) -> bool {
+        let mut more = false;
+        for key in &self.watched {
+            let watchers = self.jobs.get_mut(key).and_then(|job| job.events.as_mut());
+            more |= watchers.is_some_and(watchers::Watchers::pump);
+        }
+        more
     }
 
     /// How long the state task may sleep when no message comes.

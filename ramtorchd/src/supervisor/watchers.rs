@@ -1,16 +1,18 @@
-//! Watchers of a job. What they are told is made once and shared by all of them, and steps that come quickly are told
-//! together: a thousand watchers of a job with fifty steps a second would otherwise be fifty thousand wake-ups a second.
+//! Watchers of a job. What they are told is made once and shared by all of them. Two things keep a thousand of them from
+//! being noticed by anybody else: steps that come quickly are told together, the more watchers the longer they are
+//! gathered; and not everybody is woken at once, but group after group, with room for other work in between.
 //!
 //! ```text
-//!               metrics: told          metrics: gathered
-//!   Calm ──────────────────────► Busy ◄───┐
-//!    ▲                            │ └─────┘
-//!    │  tick, nothing gathered    │   tick, or any other event: what was gathered is told first
-//!    └────────────────────────────┘
+//!               metrics: told             metrics: gathered
+//!   Calm ──────────────────────► Pause(n) ◄───┐
+//!    ▲                            │  │ └──────┘
+//!    │ n ticks, nothing gathered  │  │ n ticks, or any other event: what was gathered is told first
+//!    └────────────────────────────┘  └──────► Pause(n)
 //! ```
 
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::watch_event::Event;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use tokio::sync::broadcast;
 
@@ -18,119 +20,222 @@ use tokio::sync::broadcast;
 const BACKLOG: usize = 4096;
 /// Metrics that are gathered at most.
 const GATHERED_MAX: usize = 256;
+/// For so many watchers, metrics are gathered for a tick.
+const WATCHERS_PER_TICK: usize = 250;
+/// Watchers that are woken at once.
+const GROUP: usize = 64;
 
 /// Events in their order.
-pub type Told = Arc<Vec<pb::WatchEvent>>;
-
-/// All watchers of a job.
-#[derive(Debug)]
-pub struct Watchers {
-    sender: broadcast::Sender<Told>,
-    gathered: Vec<pb::WatchEvent>,
-    busy: bool,
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// Number of the first of them.
+    pub first: u64,
+    events: Arc<Vec<pb::WatchEvent>>,
 }
 
-impl Default for Watchers {
-    fn default() -> Watchers {
-        Watchers { sender: broadcast::channel(BACKLOG).0, gathered: Vec::new(), busy: false }
+impl Told {
+    /// The events from number `since` on.
+    pub fn since(&self, since: u64) -> &[pb::WatchEvent] {
+        let known = usize::try_from(since.saturating_sub(self.first)).unwrap_or(usize::MAX);
+        self.events.get(known..).unwrap_or_default()
     }
+
+    #[cfg(test)]
+    pub fn new(first: u64, events: Vec<pb::WatchEvent>) -> Told {
+        Told { first, events: Arc::new(events) }
+    }
+}
+
+/// What a watcher hears.
+#[derive(Debug)]
+pub struct Ear {
+    /// Messages. The first ones may tell of what this watcher knows from what it was given when it came.
+    pub receiver: broadcast::Receiver<Told>,
+    /// Number of the first event that it does not know.
+    pub since: u64,
+}
+
+/// All watchers of a job.
+#[derive(Debug, Default)]
+pub struct Watchers {
+    groups: Vec<broadcast::Sender<Told>>,
+    /// What some groups were not told yet: the number of the next one, and what.
+    on_its_way: VecDeque<(usize, Told)>,
+    gathered: Vec<pb::WatchEvent>,
+    /// Events that were ever told or gathered.
+    count: u64,
+    /// Ticks for which metrics are gathered from now on.
+    pause: usize,
 }
 
 impl Watchers {
-    /// One more, who knows everything that was told or gathered so far.
-    pub fn subscribe(&mut self) -> broadcast::Receiver<Told> {
-        self.flush();
-        self.sender.subscribe()
+    /// One more, who knows everything that was told or gathered so far and does not hear it again.
+    pub fn subscribe(&mut self) -> Ear {
+        let receiver = match self.groups.iter().find(|group| group.receiver_count() < GROUP) {
+            Some(group) => group.subscribe(),
+            None => {
+                let (group, receiver) = broadcast::channel(BACKLOG);
+                self.groups.push(group);
+                receiver
+            }
+        };
+        Ear { receiver, since: self.count }
     }
 
-    /// Tells an event, soon. Nobody is waited for. `false`: there is no watcher any more.
-    pub fn tell(&mut self, event: Event) -> bool {
+    /// Whether nobody watches any more.
+    pub fn is_empty(&self) -> bool {
+        self.groups.iter().all(|group| group.receiver_count() == 0)
+    }
+
+    /// Takes an event, which [`Watchers::pump`] tells.
+    pub fn tell(&mut self, event: Event) {
         let metrics = matches!(event, Event::Metrics(_));
         self.gathered.push(pb::WatchEvent { event: Some(event) });
-        if metrics && std::mem::replace(&mut self.busy, true) && self.gathered.len() < GATHERED_MAX {
-            return self.sender.receiver_count() > 0;
+        self.count += 1;
+        if !metrics || self.pause == 0 || self.gathered.len() >= GATHERED_MAX {
+            self.send_off();
         }
-        self.flush()
     }
 
-    /// Time passes. `false`: there is no watcher any more.
-    pub fn tick(&mut self) -> bool {
-        self.busy = !self.gathered.is_empty();
-        self.flush()
+    /// Time passes.
+    pub fn tick(&mut self) {
+        self.pause = self.pause.saturating_sub(1);
+        if self.pause == 0 && !self.gathered.is_empty() {
+            self.send_off();
+        }
     }
 
-    /// Tells what was gathered. `false`: there is no watcher any more.
-    pub fn flush(&mut self) -> bool {
-        if !self.gathered.is_empty() {
+    fn send_off(&mut self) {
+        let watchers: usize = self.groups.iter().map(broadcast::Sender::receiver_count).sum();
+        self.pause = 1 + watchers / WATCHERS_PER_TICK;
+        let first = self.count - self.gathered.len() as u64;
+        self.on_its_way.push_back((0, Told { first, events: Arc::new(std::mem::take(&mut self.gathered)) }));
+    }
+
+    /// Wakes one group. `true`: there are others.
+    pub fn pump(&mut self) -> bool {
+        let Some((next, told)) = self.on_its_way.front_mut() else { return false };
+        if let Some(group) = self.groups.get(*next) {
             // Fails where nobody listens.
-            let _ = self.sender.send(Arc::new(std::mem::take(&mut self.gathered)));
+            let _ = group.send(told.clone());
         }
-        self.sender.receiver_count() > 0
+        *next += 1;
+        if *next >= self.groups.len() {
+            self.on_its_way.pop_front();
+        }
+        !self.on_its_way.is_empty()
+    }
+
+    /// Tells everything to everybody.
+    pub fn finish(&mut self) {
+        if !self.gathered.is_empty() {
+            self.send_off();
+        }
+        while self.pump() {}
     }
 }
 
 impl Drop for Watchers {
     fn drop(&mut self) {
-        self.flush();
+        self.finish();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn metrics(step: u64) -> Event {
         Event::Metrics(pb::Metrics { step, ..Default::default() })
     }
 
     /// Steps of the next message; 0 is another event.
-    fn heard(receiver: &mut broadcast::Receiver<Told>) -> Vec<u64> {
+    fn heard(ear: &mut Ear) -> Vec<u64> {
         let step = |e: &pb::WatchEvent| if let Some(Event::Metrics(m)) = &e.event { m.step } else { 0 };
-        receiver.try_recv().map_or(Vec::new(), |told| told.iter().map(step).collect())
+        ear.receiver.try_recv().map_or(Vec::new(), |told| told.since(ear.since).iter().map(step).collect())
     }
 
     #[test]
     fn steps_that_come_quickly_are_told_together_and_in_order() {
         let mut watchers = Watchers::default();
         let mut first = watchers.subscribe();
-        assert!(watchers.tell(metrics(1)));
-        assert_eq!(heard(&mut first), [1], "the first at once");
-        assert!(watchers.tell(metrics(2)) && watchers.tell(metrics(3)));
-        assert_eq!(heard(&mut first), []);
+        let mut tell = |watchers: &mut Watchers, event| {
+            watchers.tell(event);
+            while watchers.pump() {}
+            heard(&mut first)
+        };
+        assert_eq!(tell(&mut watchers, metrics(1)), [1], "the first at once");
+        assert_eq!(tell(&mut watchers, metrics(2)), []);
         watchers.tick();
-        assert_eq!(heard(&mut first), [2, 3]);
-        watchers.tell(metrics(4));
-        watchers.tell(Event::Note(pb::Event::default()));
-        assert_eq!(heard(&mut first), [4, 0], "what is no step waits for none");
+        assert_eq!(tell(&mut watchers, metrics(3)), [2]);
+        assert_eq!(tell(&mut watchers, Event::Note(pb::Event::default())), [3, 0], "what is no step waits for none");
         watchers.tick();
-        watchers.tick();
-        watchers.tell(metrics(5));
-        assert_eq!(heard(&mut first), [5], "calm again");
+        assert_eq!(tell(&mut watchers, metrics(4)), [4], "calm again");
     }
 
     #[test]
-    fn a_new_watcher_hears_nothing_twice_and_the_end_loses_nothing() {
+    fn many_watchers_are_told_less_often_and_group_after_group() {
         let mut watchers = Watchers::default();
-        let mut first = watchers.subscribe();
+        let mut all: Vec<_> = (0..4 * WATCHERS_PER_TICK).map(|_| watchers.subscribe()).collect();
         watchers.tell(metrics(1));
+        let mut woken = Vec::new();
+        loop {
+            let more = watchers.pump();
+            woken.push(all.iter_mut().filter(|e| !e.receiver.is_empty()).map(heard).count());
+            if !more {
+                break;
+            }
+        }
+        assert_eq!(woken.iter().sum::<usize>(), all.len());
+        assert!(woken.iter().all(|n| (1..=GROUP).contains(n)));
         watchers.tell(metrics(2));
-        let mut second = watchers.subscribe();
-        watchers.tell(metrics(3));
-        drop(watchers);
-        assert_eq!([heard(&mut first), heard(&mut first), heard(&mut first)], [vec![1], vec![2], vec![3]]);
-        assert_eq!(heard(&mut second), [3]);
-        assert!(matches!(second.try_recv(), Err(broadcast::error::TryRecvError::Closed)));
+        for tick in 1..=5 {
+            assert!(!watchers.pump(), "after {tick} ticks");
+            watchers.tick();
+        }
+        assert!(watchers.pump());
+        drop(all);
+        assert!(watchers.is_empty());
     }
 
     #[test]
-    fn gathering_is_bounded_and_ends_with_the_last_watcher() {
+    fn gathering_is_bounded() {
         let mut watchers = Watchers::default();
         let mut receiver = watchers.subscribe();
-        for step in 0..=GATHERED_MAX as u64 {
-            assert!(watchers.tell(metrics(step)));
-        }
+        (0..=GATHERED_MAX as u64).for_each(|step| watchers.tell(metrics(step)));
+        while watchers.pump() {}
         assert_eq!((heard(&mut receiver).len(), heard(&mut receiver).len()), (1, GATHERED_MAX));
-        drop(receiver);
-        assert!(!watchers.tell(metrics(1)) && !watchers.tick());
+    }
+
+    proptest! {
+        /// Whatever happens in between, each hears every event since it came, once and in order, and then the end.
+        #[test]
+        fn nothing_is_lost_and_nothing_comes_twice(happenings in prop::collection::vec(0u8..8, 0..200), crowd in 0usize..200) {
+            let mut watchers = Watchers::default();
+            let mut step = 0;
+            let mut all: Vec<(u64, Ear)> = (0..crowd).map(|_| (0, watchers.subscribe())).collect();
+            for what in happenings {
+                match what {
+                    0 => watchers.tick(),
+                    1 => drop(watchers.pump()),
+                    2 => all.push((step, watchers.subscribe())),
+                    3 => watchers.tell(Event::Note(pb::Event::default())),
+                    _ => {
+                        step += 1;
+                        watchers.tell(metrics(step));
+                    }
+                }
+            }
+            drop(watchers);
+            for (since, mut ear) in all {
+                let mut steps = Vec::new();
+                while !ear.receiver.is_empty() {
+                    steps.extend(heard(&mut ear).into_iter().filter(|s| *s > 0));
+                }
+                prop_assert_eq!(steps, (since + 1..=step).collect::<Vec<_>>());
+                prop_assert!(matches!(ear.receiver.try_recv(), Err(broadcast::error::TryRecvError::Closed)));
+            }
+        }
     }
 }
