@@ -166,7 +166,7 @@ mod tests {
             heard(&mut first)
         };
         assert_eq!(tell(&mut watchers, metrics(1)), [1], "the first at once");
-        assert_eq!(tell(&mut watchers, metrics(2)), []);
+        assert_eq!(tell(&mut watchers, metrics(2)), [0u64; 0]);
         watchers.tick();
         assert_eq!(tell(&mut watchers, metrics(3)), [2]);
         assert_eq!(tell(&mut watchers, Event::Note(pb::Event::default())), [3, 0], "what is no step waits for none");
