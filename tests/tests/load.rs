@@ -154,7 +154,9 @@ fn count(duration: Duration, share: f64) {
     while begun.elapsed() < duration {
         let slice = Instant::now();
         while slice.elapsed() < SLICE.mul_f64(share.min(1.0)) {
-            (0..1000u32).for_each(|i| drop(std::hint::black_box(i)));
+            (0..1000u32).for_each(|i| {
+                std::hint::black_box(i);
+            });
         }
         std::thread::sleep(SLICE.saturating_sub(slice.elapsed()));
     }

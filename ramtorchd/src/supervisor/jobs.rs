@@ -164,7 +164,9 @@ mod tests {
                 left.push((*at, key));
                 whole.insert(key);
                 left.sort_by(|a, b| b.cmp(a));
-                left.iter().skip(recent).for_each(|(_, k)| drop(whole.remove(k)));
+                for (_, old) in left.iter().skip(recent) {
+                    whole.remove(old);
+                }
                 let gone: BTreeSet<JobKey> = left.split_off(most.min(left.len())).into_iter().map(|l| l.1).collect();
                 let forgotten = jobs.forget_old(recent, most);
                 prop_assert_eq!(forgotten.iter().map(|j| j.key).collect::<BTreeSet<_>>(), gone.clone());

@@ -40,6 +40,7 @@ impl Told {
         self.events.get(known..).unwrap_or_default()
     }
 
+    /// These events.
     #[cfg(test)]
     pub fn new(first: u64, events: Vec<pb::WatchEvent>) -> Told {
         Told { first, events: Arc::new(events) }
@@ -218,7 +219,9 @@ mod tests {
             for what in happenings {
                 match what {
                     0 => watchers.tick(),
-                    1 => drop(watchers.pump()),
+                    1 => {
+                        watchers.pump();
+                    }
                     2 => all.push((step, watchers.subscribe())),
                     3 => watchers.tell(Event::Note(pb::Event::default())),
                     _ => {
