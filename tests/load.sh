@@ -6,14 +6,17 @@
 #
 # With two processors or more, training has one for itself and the daemon shares the other with the load generator; set
 # RAMTORCH_LOAD_PINNED=0 to leave that to the kernel.
+# A step takes 0.2 s or so. RAMTORCH_LOAD_BATCH=64 makes it a tenth of that, and watchers get ten
+# times the events.
 set -eu
 cd "$(dirname "$0")/.."
 RAMTORCH_LOAD_SECONDS="${1:-60}"
 RAMTORCH_LOAD_WATCHERS="${2:-1000}"
 RAMTORCH_LOAD_SUBMISSIONS="${3:-200}"
+RAMTORCH_LOAD_BATCH="${RAMTORCH_LOAD_BATCH:-768}"
 RAMTORCH_LOAD_STRICT="${RAMTORCH_LOAD_STRICT:-1}"
 RAMTORCH_LOAD_PINNED="${RAMTORCH_LOAD_PINNED:-1}"
 RAMTORCH_LOAD_SUMMARY="${RAMTORCH_LOAD_SUMMARY:-$PWD/load-summary.txt}"
-export RAMTORCH_LOAD_SECONDS RAMTORCH_LOAD_WATCHERS RAMTORCH_LOAD_SUBMISSIONS RAMTORCH_LOAD_STRICT RAMTORCH_LOAD_PINNED RAMTORCH_LOAD_SUMMARY
+export RAMTORCH_LOAD_SECONDS RAMTORCH_LOAD_WATCHERS RAMTORCH_LOAD_SUBMISSIONS RAMTORCH_LOAD_BATCH RAMTORCH_LOAD_STRICT RAMTORCH_LOAD_PINNED RAMTORCH_LOAD_SUMMARY
 ulimit -n "$(ulimit -Hn)"
 cargo test --profile "${RAMTORCH_LOAD_PROFILE:-release}" -p ramtorch-tests --test load -- --nocapture

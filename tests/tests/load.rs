@@ -3,9 +3,10 @@
 //! `tests/load.sh` is the long one. Without its settings this is a short test that measures nothing:
 //!
 //! ```text
-//! RAMTORCH_LOAD_SECONDS      length of the load, and of the calm before and after it        3
+//! RAMTORCH_LOAD_SECONDS      length of the load; half of it is calm before it, and after it    3
 //! RAMTORCH_LOAD_WATCHERS     watchers, each with a connection of its own                    60
 //! RAMTORCH_LOAD_SUBMISSIONS  submissions a second, each cancelled later on                  40
+//! RAMTORCH_LOAD_BATCH       sequences of a step, which decide how long it takes                64
 //! RAMTORCH_LOAD_STRICT       whether figures are judged: p99 under 50 ms, training slower by less than 2 %
 //! RAMTORCH_LOAD_PINNED       training on processor 0, everything else on processor 1
 //! RAMTORCH_LOAD_SUMMARY      file for the figures
@@ -140,6 +141,21 @@ async fn onlooker(mut client: Client, id: String, tally: Arc<Tally>, mut stop: w
     }
 }
 
+/// Keeps a processor busy for a share of the time, with nothing but counting.
+fn count(duration: Duration, share: f64) {
+    const SLICE: Duration = Duration::from_millis(20);
+    let begun = Instant::now();
+    while begun.elapsed() < duration {
+        let slice = Instant::now();
+        while slice.elapsed() < SLICE.mul_f64(share.min(1.0)) {
+            (0..1000u32).for_each(|i| {
+                std::hint::black_box(i);
+            });
+        }
+        std::thread::sleep(SLICE.saturating_sub(slice.elapsed()));
+    }
+}
+
 fn pin(pid: Pid, processor: usize) {
     let mut set = CpuSet::new();
     set.set(processor).unwrap();
@@ -167,7 +183,6 @@ fn training_and_calls_go_on_under_load() {
     let sandbox = Sandbox::new();
     let mut daemon = sandbox.start_daemon("cpu:1", &["--threads", "1"]);
     let daemon_pid = daemon.process().pid();
-    // Steps of some hundred milliseconds: what a training job on a GPU has at the least.
     let train =
         Fixture::load("llama").job("train").set("train.steps", 1_000_000).set("train.batch_size", setting("RAMTORCH_LOAD_BATCH", 64));
     let id = daemon.submit("train", &train);
@@ -184,7 +199,7 @@ fn training_and_calls_go_on_under_load() {
     std::thread::sleep(phase / 6);
 
     let before = lines();
-    std::thread::sleep(phase);
+    std::thread::sleep(phase / 2);
     let calm_end = lines();
 
     let tally = Arc::new(Tally::default());
@@ -234,9 +249,17 @@ fn training_and_calls_go_on_under_load() {
     drop((runtime, callers));
     std::thread::sleep(phase / 6);
     let after = lines();
-    std::thread::sleep(phase);
+    std::thread::sleep(phase / 2);
     let end = lines();
     let left = observe(daemon_pid);
+    // What the machine itself takes from a processor whose neighbour is busy for as long: no call, no memory, no disk.
+    let share = (cpu_after.0 - cpu_before.0 + cpu_after.2 - cpu_before.2) / load_seconds;
+    let counted = pinned.then(|| {
+        std::thread::sleep(phase / 6);
+        let begun = lines();
+        count(phase / 2, share);
+        (begun, lines())
+    });
 
     let errors = tally.errors.lock().unwrap();
     assert!(errors.is_empty(), "{} calls failed; the first: {:?}", errors.len(), &errors[..errors.len().min(5)]);
@@ -272,6 +295,16 @@ fn training_and_calls_go_on_under_load() {
         calm_again.2,
         slower * 100.0
     );
+    if let Some((begun, ended)) = counted {
+        let counting = step_seconds(&metrics, begun, ended);
+        text += &format!(
+            "  and while a process that only counts has the other processor for {:.0} % of the time: {:.1} ms ({}): {:+.2} %\n",
+            share * 100.0,
+            counting.1 * 1e3,
+            counting.2,
+            (counting.1 / undisturbed - 1.0) * 100.0
+        );
+    }
     text += &format!(
         "  processor seconds: daemon {:.1}, load generator {:.1}, worker {:.1} in {load_seconds:.1} s\n",
         cpu_after.0 - cpu_before.0,

@@ -1,6 +1,6 @@
 //! `ramtorch.v1.Jobs`
 
-use super::{Context, MAX_JOB_FILE_BYTES, caller, convert, invalid, oneoff};
+use super::{Context as Services, MAX_JOB_FILE_BYTES, caller, convert, invalid, oneoff};
 use crate::access::Caller;
 use crate::access::paths::Use;
 use crate::disk;
@@ -9,14 +9,19 @@ use crate::node;
 use crate::supervisor::message::{LogSource, Watching};
 use crate::supervisor::oneoff::OneOffEvent;
 use crate::supervisor::record::{self, Record};
+use crate::supervisor::watchers::Told;
 use crate::supervisor::{Message, Refusal, RefusalKind};
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::jobs_server::Jobs;
 use ramtorch_worker::{EngineError, ErrorKind, EvalResult, Exported, Generated, Inspected, Task};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::sync::{broadcast, mpsc};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
+use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use tonic::{Request, Response, Status};
 
 /// Messages of a stream that may wait for its reader.
@@ -26,12 +31,12 @@ const LOG_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The service.
 pub struct JobsService {
-    context: Context,
+    context: Services,
 }
 
 impl JobsService {
     /// The service of this daemon.
-    pub fn new(context: Context) -> JobsService {
+    pub fn new(context: Services) -> JobsService {
         JobsService { context }
     }
 
@@ -77,7 +82,7 @@ pub(super) fn parse(request: &pb::SubmitRequest) -> Result<JobSpec, Refusal> {
 }
 
 /// Checks where a job reads and writes.
-pub(super) async fn check_paths(context: &Context, spec: &JobSpec) -> Result<(), Refusal> {
+pub(super) async fn check_paths(context: &Services, spec: &JobSpec) -> Result<(), Refusal> {
     let spec = spec.clone();
     context.allowed(move |roots| roots.check_job(&spec)).await
 }
@@ -153,7 +158,7 @@ impl Jobs for JobsService {
         Ok(Response::new(pb::ListJobsResponse { jobs }))
     }
 
-    type WatchStream = ReceiverStream<Result<pb::WatchEvent, Status>>;
+    type WatchStream = WatchStream;
     async fn watch(&self, request: Request<pb::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
         let pb::WatchRequest { id, history } = request.into_inner();
@@ -167,9 +172,7 @@ impl Jobs for JobsService {
                 watching.history = on_disk;
             }
         }
-        let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
-        tokio::spawn(serve_watcher(watching, tx));
-        Ok(Response::new(ReceiverStream::new(rx)))
+        Ok(Response::new(WatchStream::new(watching)))
     }
 
     async fn cancel(&self, request: Request<pb::CancelRequest>) -> Result<Response<pb::Job>, Status> {
@@ -266,32 +269,53 @@ impl Jobs for JobsService {
     }
 }
 
-/// The past, then the future, until the job ends, the reader leaves, or he is too slow.
-async fn serve_watcher(watching: Watching, tx: mpsc::Sender<Result<pb::WatchEvent, Status>>) {
-    use pb::watch_event::Event;
-    let past = std::iter::once(Event::Job(watching.job)).chain(watching.history.into_iter().map(Event::Metrics));
-    for event in past {
-        if tx.send(Ok(pb::WatchEvent { event: Some(event) })).await.is_err() {
-            return;
-        }
+/// The past, then the future, until the job ends or the reader is too slow.
+///
+/// It is read by the connection itself: no task and no channel for each watcher, which a thousand of them would notice.
+pub struct WatchStream {
+    past: std::vec::IntoIter<pb::WatchEvent>,
+    future: Option<BroadcastStream<Told>>,
+    told: Told,
+    /// Number of the next event.
+    next: u64,
+}
+
+impl WatchStream {
+    fn new(watching: Watching) -> WatchStream {
+        use pb::watch_event::Event;
+        let past = std::iter::once(Event::Job(watching.job)).chain(watching.history.into_iter().map(Event::Metrics));
+        let (future, next) = watching.events.map_or((None, 0), |ear| (Some(ear.receiver), ear.since));
+        let past: Vec<_> = past.map(|event| pb::WatchEvent { event: Some(event) }).collect();
+        WatchStream { past: past.into_iter(), future: future.map(BroadcastStream::new), told: Told::default(), next }
     }
-    let Some(mut events) = watching.events else { return };
-    loop {
-        let event = tokio::select! {
-            event = events.recv() => event,
-            () = tx.closed() => return,
-        };
-        let message = match event {
-            Ok(event) => Ok(pb::WatchEvent::clone(&event)),
-            Err(broadcast::error::RecvError::Closed) => return,
-            Err(broadcast::error::RecvError::Lagged(n)) => {
-                let text = format!("this watcher is {n} events behind and was dropped; watch again to go on with the job as it is now");
-                let _ = tx.send(Err(Refusal::new(RefusalKind::Busy, text).into())).await;
-                return;
+}
+
+impl Stream for WatchStream {
+    type Item = Result<pb::WatchEvent, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(event) = self.past.next() {
+            return Poll::Ready(Some(Ok(event)));
+        }
+        loop {
+            if let Some(event) = self.told.since(self.next).first().cloned() {
+                self.next += 1;
+                return Poll::Ready(Some(Ok(event)));
             }
-        };
-        if tx.send(message).await.is_err() {
-            return;
+            let Some(future) = &mut self.future else { return Poll::Ready(None) };
+            match ready!(Pin::new(future).poll_next(context)) {
+                Some(Ok(told)) => {
+                    self.next = self.next.max(told.first);
+                    self.told = told;
+                }
+                Some(Err(BroadcastStreamRecvError::Lagged(n))) => {
+                    self.future = None;
+                    let text =
+                        format!("this watcher is {n} messages behind and was dropped; watch again to go on with the job as it is now");
+                    return Poll::Ready(Some(Err(Refusal::new(RefusalKind::Busy, text).into())));
+                }
+                None => self.future = None,
+            }
         }
     }
 }
@@ -361,6 +385,9 @@ async fn serve_text(mut events: mpsc::UnboundedReceiver<OneOffEvent>, tx: mpsc::
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::supervisor::watchers::Ear;
+    use tokio::sync::broadcast;
+    use tokio_stream::StreamExt;
 
     #[test]
     fn ids_are_short_and_start_with_a_letter() {
@@ -387,19 +414,42 @@ mod tests {
         assert_eq!(seen, pb::Job { id: "abc".into(), uid: 7, segment_bytes: 9, ..Default::default() });
     }
 
+    fn told(steps: std::ops::Range<u64>) -> Told {
+        let event = |step| pb::watch_event::Event::Metrics(pb::Metrics { step, ..Default::default() });
+        Told::new(steps.start, steps.map(|step| pb::WatchEvent { event: Some(event(step)) }).collect())
+    }
+
     #[tokio::test]
     async fn a_watcher_that_is_too_slow_is_told_so_and_dropped() {
         let (events, receiver) = broadcast::channel(4);
         for step in 0..100u64 {
-            let metrics = pb::Metrics { step, ..Default::default() };
-            events.send(std::sync::Arc::new(pb::WatchEvent { event: Some(pb::watch_event::Event::Metrics(metrics)) })).unwrap();
+            events.send(told(step..step + 2)).unwrap();
         }
-        let watching = Watching { job: Default::default(), history: vec![], history_file: None, events: Some(receiver) };
-        let (tx, mut rx) = mpsc::channel(STREAM_BACKLOG);
-        serve_watcher(watching, tx).await;
-        assert!(rx.recv().await.unwrap().is_ok(), "the job comes first");
-        let status = rx.recv().await.unwrap().unwrap_err();
-        assert!(status.message().contains("96 events behind"), "{}", status.message());
-        assert!(rx.recv().await.is_none());
+        let mut stream = WatchStream::new(Watching {
+            job: Default::default(),
+            history: vec![],
+            history_file: None,
+            events: Some(Ear { receiver, since: 2 }),
+        });
+        assert!(stream.next().await.unwrap().is_ok(), "the job comes first");
+        let status = stream.next().await.unwrap().unwrap_err();
+        assert!(status.message().contains("96 messages behind"), "{}", status.message());
+        assert!(stream.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_watcher_hears_the_past_then_the_future_then_the_end() {
+        let (events, receiver) = broadcast::channel(4);
+        let history = vec![pb::Metrics { step: 1, ..Default::default() }];
+        let stream =
+            WatchStream::new(Watching { job: Default::default(), history, history_file: None, events: Some(Ear { receiver, since: 2 }) });
+        events.send(told(1..5)).unwrap();
+        events.send(told(5..6)).unwrap();
+        drop(events);
+        let step = |event: Result<pb::WatchEvent, Status>| match event.unwrap().event {
+            Some(pb::watch_event::Event::Metrics(m)) => m.step,
+            _ => 0,
+        };
+        assert_eq!(stream.map(step).collect::<Vec<_>>().await, [0, 1, 2, 3, 4, 5]);
     }
 }

@@ -67,6 +67,13 @@ pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Wat
         }
         // A message may have made the next look at the clock more urgent.
         next_tick = next_tick.min(now + supervisor.idle_tick());
+        let sleep = if supervisor.pump() {
+            // Those who were just woken, and whoever has called, have their turn before the next group.
+            tokio::task::yield_now().await;
+            now
+        } else {
+            next_tick
+        };
         tokio::select! {
             biased;
             Some(message) = inbox.inner.recv() => supervisor.handle(message, Instant::now()),
@@ -78,7 +85,7 @@ pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Wat
                     supervisor.handle(Message::Stop, Instant::now());
                 }
             },
-            () = tokio::time::sleep_until(next_tick.into()) => {}
+            () = tokio::time::sleep_until(sleep.into()) => {}
         }
     }
 }

@@ -22,8 +22,8 @@ impl Supervisor {
             Message::Telemetry { reply } => drop(reply.send(Ok(self.telemetry()))),
             Message::Get { id, reply } => drop(reply.send(self.find(&id).and_then(|k| self.view(k).ok_or_else(|| not_found(&id))))),
             Message::List { all, reply } => {
-                let keys = self.jobs.values().filter(|j| all || !j.has_ended()).map(|j| j.key);
-                drop(reply.send(Ok(keys.filter_map(|k| self.view(k)).collect())));
+                let keys = if all { self.jobs.values().map(|j| j.key).collect() } else { self.jobs.active_keys() };
+                drop(reply.send(Ok(keys.into_iter().filter_map(|k| self.view(k)).collect())));
             }
             Message::Watch { id, history, reply } => drop(reply.send(self.watch(&id, history))),
             Message::Cancel { id, reply } => drop(reply.send(self.cancel(&id, now))),
@@ -40,7 +40,7 @@ impl Supervisor {
 
     fn submit(&mut self, record: Record, spec: JobSpec, now: Instant) -> Result<pb::Job, Refusal> {
         self.accept()?;
-        let active = self.jobs.values().filter(|j| !j.has_ended()).count();
+        let active = self.jobs.active_count();
         if active >= self.job_limits.active_max {
             let message = format!("{active} jobs wait or run already (jobs.active_max); submit again when some have ended");
             return Err(Refusal::new(RefusalKind::Busy, message));
@@ -52,9 +52,9 @@ impl Supervisor {
         }
         let key = JobKey(self.fresh());
         tracing::info!(job = record.id, name = record.name, uid = record.uid, "submitted");
-        self.jobs.insert(key, Job::new(key, record, spec));
+        self.jobs.insert(Job::new(key, record, spec));
         ramtorch_failpoint::hit(ramtorch_failpoint::Point::JobSubmitted);
-        self.schedule(now);
+        self.queue_up(key, now);
         self.view(key).ok_or_else(|| Refusal::new(RefusalKind::NotFound, "the job is gone already"))
     }
 
@@ -71,7 +71,7 @@ impl Supervisor {
         if id.is_empty() {
             return Err(Refusal::new(RefusalKind::Invalid, "name a job: its id, a unique prefix of it, or its name"));
         }
-        if let Some(job) = self.jobs.values().find(|j| j.record.id == id) {
+        if let Some(job) = self.jobs.by_id(id) {
             return Ok(job.key);
         }
         if let Some(job) = self.jobs.values().rev().find(|j| j.record.name == id) {
@@ -96,7 +96,7 @@ impl Supervisor {
         }
         let own = |j: &&Job| caller.may_touch(j.record.uid);
         // Names and prefixes of other users' jobs are not in the way.
-        if let Some(job) = self.jobs.values().filter(own).find(|j| j.record.id == id) {
+        if let Some(job) = self.jobs.by_id(id).filter(own) {
             return Ok(job.record.id.clone());
         }
         if let Some(job) = self.jobs.values().rev().filter(own).find(|j| j.record.name == id) {
@@ -125,6 +125,7 @@ impl Supervisor {
         let recent: Vec<pb::Metrics> = entry.history.iter().skip(skip).cloned().collect();
         let on_disk = entry.has_ended() && history > recent.len() && entry.record.step > 0;
         let history_file = on_disk.then(|| self.out.log_dir(&job.id).with_file_name("metrics.jsonl"));
+        self.watched.insert(key);
         let entry = self.jobs.get_mut(&key).ok_or_else(|| not_found(id))?;
         Ok(Watching { job, history: recent, history_file, events: entry.subscribe() })
     }
@@ -270,7 +271,7 @@ impl Supervisor {
         };
         let devices = self.pool.each().map(device).collect();
         let mut reserved = Need::default();
-        for job in self.jobs.values() {
+        for job in self.jobs.active() {
             let bytes = match (&job.record.segment, &job.phase, &job.record.plan) {
                 (Some(segment), _, _) => segment.bytes,
                 (None, Phase::Reserving, Some(plan)) => plan.segment_bytes,
@@ -278,7 +279,7 @@ impl Supervisor {
             };
             reserved += Need { segment: bytes, host: 0 };
         }
-        let active = self.jobs.values().filter(|j| !j.has_ended()).count();
+        let active = self.jobs.active_count();
         Books {
             devices,
             reserved_bytes: reserved.segment,

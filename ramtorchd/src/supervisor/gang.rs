@@ -82,10 +82,14 @@ impl Supervisor {
             let assignment = ramtorch_worker::Assignment { job_id: id.clone(), generation, rank, world_size, device, task: task.clone() };
             let log = self.out.log_dir(&id).join(format!("rank-{rank}.g{generation}.log"));
             match self.spawn(Role::Rank { job: key, rank }, assignment, leases.get(rank).copied(), log, now) {
-                Ok(proc) => self.jobs.entry(key).and_modify(|j| j.ranks.push(Rank { key: proc, outcome: None })),
+                Ok(proc) => {
+                    if let Some(job) = self.jobs.get_mut(&key) {
+                        job.ranks.push(Rank { key: proc, outcome: None });
+                    }
+                }
                 // The ranks that were started find nobody to work with and are ended like any failed gang.
                 Err(e) => return self.fail_gang(key, e, now),
-            };
+            }
         }
         if generation > LOG_GENERATIONS {
             self.out.tidy_logs(&id, generation - LOG_GENERATIONS + 1);

@@ -5,17 +5,14 @@ use super::proc::{Cause, Outcome};
 use super::record::{self, Record, State};
 use super::telemetry::CheckpointTally;
 use super::timeline::Tracing;
+use super::watchers::{Ear, Watchers};
 use crate::process::ProcKey;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker::Level;
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{broadcast, watch};
-
-/// Events that a watcher may be behind before it is dropped.
-const WATCH_BACKLOG: usize = 4096;
+use tokio::sync::watch;
 
 /// Phases whose times are kept.
 const PHASES_MAX: usize = 64;
@@ -113,7 +110,7 @@ pub struct Job {
     /// Metrics, the newest last.
     pub history: VecDeque<pb::Metrics>,
     /// Watchers, once there are any.
-    pub events: Option<broadcast::Sender<Arc<pb::WatchEvent>>>,
+    pub events: Option<Watchers>,
     /// True once nothing is added to its logs any more.
     pub over: watch::Sender<bool>,
     /// Who waits for which checkpoint.
@@ -194,19 +191,17 @@ impl Job {
     }
 
     /// A receiver of what comes.
-    pub fn subscribe(&mut self) -> Option<broadcast::Receiver<Arc<pb::WatchEvent>>> {
+    pub fn subscribe(&mut self) -> Option<Ear> {
         if self.has_ended() {
             return None;
         }
-        Some(self.events.get_or_insert_with(|| broadcast::channel(WATCH_BACKLOG).0).subscribe())
+        Some(self.events.get_or_insert_default().subscribe())
     }
 
     /// Tells watchers. Nobody waits: one who is too far behind is told so and dropped by the call that serves him.
     pub fn tell(&mut self, event: pb::watch_event::Event) {
-        if let Some(events) = &self.events {
-            if events.send(Arc::new(pb::WatchEvent { event: Some(event) })).is_err() {
-                self.events = None;
-            }
+        if let Some(watchers) = &mut self.events {
+            watchers.tell(event);
         }
     }
 

@@ -3,6 +3,7 @@
 use super::oneoff::OneOffEvent;
 use super::record::Record;
 use super::telemetry::Snapshot;
+use super::watchers::Ear;
 use crate::access::Caller;
 use crate::faults::kernel_log::Xid;
 use crate::node::Memory;
@@ -13,8 +14,7 @@ use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::worker_report::Report;
 use ramtorch_worker::{DeviceSpec, EngineError, ErrorKind, Plan, Source, Task};
 use std::path::PathBuf;
-use std::sync::Arc;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Names one job, alone in the life of a daemon; smaller is older.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -111,7 +111,7 @@ pub struct Watching {
     /// Where older metrics of a job that ended a while ago are.
     pub history_file: Option<PathBuf>,
     /// What comes; none for a job that has ended.
-    pub events: Option<broadcast::Receiver<Arc<pb::WatchEvent>>>,
+    pub events: Option<Ear>,
 }
 
 /// A job's log files.

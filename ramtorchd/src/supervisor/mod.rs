@@ -55,6 +55,7 @@ pub(crate) mod fuzz;
 mod gang;
 mod gpus;
 mod job;
+mod jobs;
 pub mod message;
 pub mod oneoff;
 pub mod outside;
@@ -67,6 +68,7 @@ pub mod telemetry;
 #[cfg(test)]
 mod tests;
 mod timeline;
+pub mod watchers;
 
 pub use actor::{Handle, Inbox, channel, run};
 pub use message::{JobKey, Message, Refusal, RefusalKind};
@@ -75,13 +77,14 @@ use crate::config::{JobLimits, Supervision};
 use crate::process::{self, ProcKey};
 use devices::DevicePool;
 use job::{Job, Phase, Stop};
+use jobs::Jobs;
 use oneoff::OneOff;
 use outside::Outside;
 use proc::{EndStep, Proc, Role};
 use ramtorch_proto::v1 as pb;
 use ramtorch_worker::Level;
 use record::{Record, State};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 /// Time between two looks at the clock while anything happens.
@@ -99,7 +102,11 @@ pub struct Supervisor {
     job_limits: JobLimits,
     out: Box<dyn Outside>,
     pool: DevicePool,
-    jobs: BTreeMap<JobKey, Job>,
+    jobs: Jobs,
+    /// The first in the queue, once it has to wait: all that come after it wait for their turn.
+    blocked: Option<JobKey>,
+    /// Jobs that have watchers.
+    watched: BTreeSet<JobKey>,
     procs: HashMap<ProcKey, Proc>,
     tokens: HashMap<String, ProcKey>,
     one_offs: HashMap<u64, OneOff>,
@@ -126,7 +133,9 @@ impl Supervisor {
             job_limits,
             out,
             pool,
-            jobs: BTreeMap::new(),
+            jobs: Jobs::default(),
+            blocked: None,
+            watched: BTreeSet::new(),
             procs: HashMap::new(),
             tokens: HashMap::new(),
             one_offs: HashMap::new(),
@@ -152,7 +161,7 @@ impl Supervisor {
                 None => "starts again after the daemon did".into(),
             };
         }
-        self.jobs.insert(key, job);
+        self.jobs.insert(job);
     }
 
     /// A process of an earlier daemon could not be ended: its device stays out of use until it is.
@@ -164,7 +173,7 @@ impl Supervisor {
 
     /// Starts what can be started.
     pub fn begin(&mut self, now: Instant) {
-        let cancelled: Vec<JobKey> = self.jobs.values().filter(|j| !j.has_ended() && j.stop.is_some()).map(|j| j.key).collect();
+        let cancelled: Vec<JobKey> = self.jobs.active().filter(|j| j.stop.is_some()).map(|j| j.key).collect();
         for key in cancelled {
             self.conclude_cancelled(key, now);
         }
@@ -246,26 +255,44 @@ impl Supervisor {
         for id in abandoned {
             self.end_one_off(id, now);
         }
-        let due: Vec<JobKey> = self.jobs.values().filter(|j| j.is_due(now)).map(|j| j.key).collect();
+        let due: Vec<JobKey> = self.jobs.active().filter(|j| j.is_due(now)).map(|j| j.key).collect();
         for key in due {
             self.job_due(key, now);
         }
-        if self.jobs.values().any(|j| matches!(j.phase, Phase::Queued { retry_at: Some(at) } if now >= at)) {
+        if self.jobs.active().any(|j| matches!(j.phase, Phase::Queued { retry_at: Some(at) } if now >= at)) {
             self.schedule(now);
         }
+        self.watched.retain(|key| {
+            let Some(job) = self.jobs.get_mut(key) else { return false };
+            job.events.take_if(|watchers| watchers.is_empty());
+            job.events.as_mut().is_some_and(|watchers| {
+                watchers.tick();
+                true
+            })
+        });
         self.tick_stopping(now);
+    }
+
+    /// Tells some watchers what there is for them. `true`: there is more to tell, after others have had their turn.
+    pub fn pump(&mut self) -> bool {
+        let mut more = false;
+        for key in &self.watched {
+            let watchers = self.jobs.get_mut(key).and_then(|job| job.events.as_mut());
+            more |= watchers.is_some_and(watchers::Watchers::pump);
+        }
+        more
     }
 
     /// How long the state task may sleep when no message comes.
     pub fn idle_tick(&self) -> Duration {
-        let busy = !self.procs.is_empty() || self.stopping.is_some() || self.jobs.values().any(|j| matches!(j.phase, Phase::Backoff(_)));
+        let busy = !self.procs.is_empty() || self.stopping.is_some() || self.jobs.active().any(|j| matches!(j.phase, Phase::Backoff(_)));
         if busy { TICK } else { Duration::from_secs(1) }
     }
 
     /// One line about it all, for the service manager.
     pub fn status(&self) -> String {
-        let count = |wanted: fn(&Job) -> bool| self.jobs.values().filter(|j| wanted(j)).count();
-        let running = count(|j| !j.has_ended() && !matches!(j.phase, Phase::Queued { .. }));
+        let count = |wanted: fn(&Job) -> bool| self.jobs.active().filter(|j| wanted(j)).count();
+        let running = count(|j| !matches!(j.phase, Phase::Queued { .. }));
         let queued = count(|j| matches!(j.phase, Phase::Queued { .. }));
         let out_of_use = self.pool.each().filter(|(_, _, state)| *state == "quarantined").count();
         let devices = if out_of_use == 0 { String::new() } else { format!(", {out_of_use} device(s) quarantined") };
@@ -277,7 +304,7 @@ impl Supervisor {
     pub fn is_done(&self) -> bool {
         self.stopping.is_some()
             && self.procs.values().all(|p| p.role == Role::GivenUp)
-            && self.jobs.values().all(|j| matches!(j.phase, Phase::Queued { .. } | Phase::Ended))
+            && self.jobs.active().all(|j| matches!(j.phase, Phase::Queued { .. }))
     }
 
     /// Whether the time for an orderly stop is over.
@@ -416,11 +443,10 @@ impl Supervisor {
             stopping.forced = true;
             stopping.deadline = stopping.deadline.min(now);
         } else {
-            let active = self.jobs.values().filter(|j| !j.has_ended()).count();
+            let active = self.jobs.active_count();
             tracing::info!("stopping; {active} job(s) have not ended");
             self.stopping = Some(Stopping { deadline: now + self.limits.stop_timeout(), forced: false });
-            let keys: Vec<JobKey> = self.jobs.keys().copied().collect();
-            for key in keys {
+            for key in self.jobs.active_keys() {
                 self.stop_job(key, Stop::Shutdown, now);
             }
             let ids: Vec<u64> = self.one_offs.keys().copied().collect();

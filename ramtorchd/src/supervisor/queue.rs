@@ -3,7 +3,7 @@
 use super::Supervisor;
 use super::admission::{self, Need, Verdict};
 use super::devices::{Holder, Lease};
-use super::job::{End, Phase, Stop};
+use super::job::{End, Job, Phase, Stop};
 use super::message::{JobKey, Planned};
 use super::outside::NewSegment;
 use super::proc::{Outcome, Role};
@@ -13,12 +13,22 @@ use ramtorch_worker::{DeviceSpec, EngineError, ErrorKind, Plan, PlanRequest, Pre
 use std::time::Instant;
 
 impl Supervisor {
+    /// A new job: at the end of the queue, and what everybody there waits for is known.
+    pub(super) fn queue_up(&mut self, key: JobKey, now: Instant) {
+        let head = self.blocked.and_then(|head| self.jobs.get(&head)).filter(|j| matches!(j.phase, Phase::Queued { .. }));
+        match head.map(|head| turn(&head.record.id)) {
+            Some(text) if self.stopping.is_none() => self.wait(key, &text, None),
+            _ => self.schedule(now),
+        }
+    }
+
     /// Starts waiting jobs, oldest first, until one has to wait.
     pub(super) fn schedule(&mut self, now: Instant) {
         if self.stopping.is_some() {
             return;
         }
-        let waiting: Vec<JobKey> = self.jobs.values().filter(|j| matches!(j.phase, Phase::Queued { .. })).map(|j| j.key).collect();
+        self.blocked = None;
+        let waiting: Vec<JobKey> = self.jobs.active().filter(|j| matches!(j.phase, Phase::Queued { .. })).map(|j| j.key).collect();
         // What all others wait for, once one has to wait. This goes through a queue of any length at every event of any job.
         let mut behind: Option<String> = None;
         for key in waiting {
@@ -26,17 +36,18 @@ impl Supervisor {
                 self.wait(key, text, None);
                 continue;
             }
-            let Some(job) = self.jobs.get(&key) else { continue };
-            let after = || Some(format!("waits for its turn after job {}", job.record.id));
+            // One that could not even be started has ended and let others go, in here.
+            let Some(job) = self.jobs.get(&key).filter(|j| matches!(j.phase, Phase::Queued { .. })) else { continue };
+            let after = turn(&job.record.id);
             if matches!(job.phase, Phase::Queued { retry_at: Some(at) } if now < at) {
-                behind = after();
+                (self.blocked, behind) = (Some(key), Some(after));
                 continue;
             }
             let resume = job.record.plan.as_ref().filter(|_| job.record.segment.is_some());
             match self.pool.lease(&job.spec, resume) {
                 Lease::Now(devices) => self.go(key, devices, now),
                 Lease::Later => {
-                    behind = after();
+                    (self.blocked, behind) = (Some(key), Some(after));
                     self.wait(key, "waits for devices that other jobs hold", None);
                 }
                 Lease::NotHere(why) => {
@@ -49,8 +60,8 @@ impl Supervisor {
 
     /// Devices or memory came free: jobs that wait for memory are looked at again, too.
     pub(super) fn freed(&mut self, now: Instant) {
-        for job in self.jobs.values_mut() {
-            if let Phase::Queued { retry_at } = &mut job.phase {
+        for key in self.jobs.active_keys() {
+            if let Some(Job { phase: Phase::Queued { retry_at }, .. }) = self.jobs.get_mut(&key) {
                 *retry_at = None;
             }
         }
@@ -161,7 +172,7 @@ impl Supervisor {
     /// What other jobs were promised and have not taken yet, and what they have taken.
     pub(super) fn promises(&self, besides: JobKey) -> (Need, Need) {
         let (mut pending, mut held) = (Need::default(), Need::default());
-        for job in self.jobs.values().filter(|j| j.key != besides) {
+        for job in self.jobs.active().filter(|j| j.key != besides) {
             let Some(plan) = &job.record.plan else { continue };
             let (segment, host) = (Need { segment: plan.segment_bytes, host: 0 }, Need { segment: 0, host: plan.host_bytes });
             if job.record.segment.is_some() {
@@ -322,6 +333,9 @@ impl Supervisor {
     }
 
     fn finish(&mut self, key: JobKey, end: End, now: Instant) {
+        let Some(job) = self.jobs.get(&key) else { return };
+        // A job that leaves the queue gives nothing to those that stay in it.
+        let held = !job.leases.is_empty() || matches!(job.phase, Phase::Removing(_));
         self.release_devices(key);
         let at = self.out.unix_ms();
         let Some(job) = self.jobs.get_mut(&key) else { return };
@@ -334,7 +348,7 @@ impl Supervisor {
                     settle(&mut job.record, state, code, &message, at);
                 }
                 job.record.prepared = None;
-                job.phase = Phase::Ended;
+                self.jobs.end(key);
                 hit(Point::JobEnded);
                 self.changed(key);
                 let Some(job) = self.jobs.get_mut(&key) else { return };
@@ -360,28 +374,25 @@ impl Supervisor {
                 }
             }
         }
-        self.freed(now);
+        match held {
+            true => self.freed(now),
+            // Where it was not the first, nobody's turn has come.
+            false if self.blocked.is_none_or(|first| first == key) => self.schedule(now),
+            false => {}
+        }
     }
 
     /// Forgets the oldest ended jobs beyond the limit, and the metrics of all but the newest ended ones.
     pub(super) fn forget_old(&mut self) {
-        let mut ended: Vec<(i64, JobKey)> = self.jobs.values().filter(|j| j.has_ended()).map(|j| (j.record.ended_unix_ms, j.key)).collect();
-        ended.sort_unstable_by(|a, b| b.cmp(a));
-        for (_, key) in ended.iter().skip(super::RECENT) {
-            if let Some(job) = self.jobs.get_mut(key) {
-                // The last step stays, for the list of jobs.
-                while job.history.len() > 1 {
-                    job.history.pop_front();
-                }
-                job.history.shrink_to_fit();
-            }
-        }
-        for (_, key) in ended.iter().skip(self.job_limits.ended_max) {
-            if let Some(job) = self.jobs.remove(key) {
-                self.out.delete(&job.record.id);
-            }
+        for job in self.jobs.forget_old(super::RECENT, self.job_limits.ended_max) {
+            self.out.delete(&job.record.id);
         }
     }
+}
+
+/// What everybody waits for who comes after a job that waits.
+fn turn(id: &str) -> String {
+    format!("waits for its turn after job {id}")
 }
 
 /// Writes the end of a job into its record.

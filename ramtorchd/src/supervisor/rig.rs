@@ -249,6 +249,7 @@ impl Bench {
     /// What must hold at every moment.
     pub(super) fn check(&self) {
         let s = &self.supervisor;
+        s.jobs.check();
         let mut held = BTreeSet::new();
         for job in s.jobs.values() {
             for lease in &job.leases {

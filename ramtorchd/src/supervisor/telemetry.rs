@@ -103,7 +103,7 @@ impl Supervisor {
         Snapshot {
             started_unix_ms: self.tally.started_unix_ms,
             jobs_by_state,
-            jobs: self.jobs.values().filter(|j| !j.has_ended()).take(crate::telemetry::JOBS_MAX).map(sample).collect(),
+            jobs: self.jobs.active().take(crate::telemetry::JOBS_MAX).map(sample).collect(),
             failures_by_cause: self.tally.failures_by_cause.clone(),
             restarts_by_cause: self.tally.restarts_by_cause.clone(),
             gpu_errors: self.tally.gpu_errors.clone(),
