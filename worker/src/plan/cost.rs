@@ -56,6 +56,8 @@ const STAGED_SHARE: f64 = 1.05;
 /// Bytes a parameter that an update on the GPU moves in and out, beside the moments: both halves in and out, a gradient in.
 const STAGED_IN: f64 = 6.0;
 const STAGED_OUT: f64 = 4.0;
+/// Held pages go out with a pause after each.
+const WRITE_BACK: f64 = 0.88;
 /// Copies slow the arithmetic beside them by this share of their own time: in, out.
 const DRAG: [f64; 2] = [0.01, 0.08];
 /// Gathers and reductions take multiprocessors from the arithmetic beside them, 8 of 132: by this share of their own time, at
@@ -540,7 +542,7 @@ impl<'a> Run<'a> {
         let mut written_back = 0.0;
         let mut published = updated.clone();
         for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {
-            written_back += held[b] * state / cost.both[1];
+            written_back += held[b] * state / (cost.both[1] * WRITE_BACK);
             published[b] = end + written_back;
         }
         Run {
