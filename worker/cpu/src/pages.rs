@@ -65,11 +65,17 @@ impl Queue {
     /// `staged`: those of the owner's pages that the device need not fetch. Those that it holds are nobody's here.
     pub(crate) fn new(owner: &SharedOwner<'_>, mut staged: Vec<StagedPage>, held: &[HeldPage]) -> Queue {
         staged.sort_by_key(|s| s.page);
-        let elsewhere = |page: &PageId| {
-            staged.binary_search_by_key(page, |s| s.page).is_err() && held.binary_search_by_key(page, |h| h.page).is_err()
-        };
+        let elsewhere =
+            |page: &PageId| staged.binary_search_by_key(page, |s| s.page).is_err() && held.binary_search_by_key(page, |h| h.page).is_err();
         let pages = owner.pages().filter(elsewhere).collect();
-        Queue { pages, next: AtomicUsize::new(0), staged, next_staged: AtomicUsize::new(0), all: held.is_empty(), stopped: AtomicBool::new(false) }
+        Queue {
+            pages,
+            next: AtomicUsize::new(0),
+            staged,
+            next_staged: AtomicUsize::new(0),
+            all: held.is_empty(),
+            stopped: AtomicBool::new(false),
+        }
     }
 
     fn next_unstaged(&self) -> Option<PageId> {
@@ -145,13 +151,11 @@ pub fn update_pages_recorded(
     match updater.filter(|_| depth > 0 || !held.is_empty()) {
         None => cpu = on_cpu(owner, k, &queue, kept, recorder),
         Some(updater) => std::thread::scope(|scope| {
-            let feeder = std::thread::Builder::new()
-                .name("optimizer-device".into())
-                .spawn_scoped(scope, || {
-                    let advanced = queue.watch(advance(owner, k, held, updater, gradients))?;
-                    let updated = if depth > 0 { queue.watch(on_device(owner, k, &queue, updater, gradients, depth))? } else { 0 };
-                    Ok(advanced + updated)
-                });
+            let feeder = std::thread::Builder::new().name("optimizer-device".into()).spawn_scoped(scope, || {
+                let advanced = queue.watch(advance(owner, k, held, updater, gradients))?;
+                let updated = if depth > 0 { queue.watch(on_device(owner, k, &queue, updater, gradients, depth))? } else { 0 };
+                Ok(advanced + updated)
+            });
             match feeder {
                 Ok(feeder) => {
                     cpu = queue.watch(on_cpu(owner, k, &queue, kept, recorder));

@@ -26,8 +26,8 @@ use crate::kernels::{Kernels, Launch, launch};
 use crate::timing::Timing;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, STAGINGS, staged_parameters,
-    state_bytes,
+    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, STAGINGS,
+    staged_parameters, state_bytes,
 };
 use ramtorch_store::{GradientFormat, MomentFormat, PageId, PagePtrs, Store, Update};
 use std::collections::VecDeque;
@@ -296,14 +296,7 @@ impl Updater {
     }
 
     /// Sends `count` parameters, whose state lies at `hi` in arrays of `each`, into the spare page from `offset` on.
-    fn down(
-        &mut self,
-        label: &Label,
-        hi: u64,
-        each: u64,
-        spare: PagePtrs,
-        (offset, count): (u64, u64),
-    ) -> Result<(), EngineError> {
+    fn down(&mut self, label: &Label, hi: u64, each: u64, spare: PagePtrs, (offset, count): (u64, u64)) -> Result<(), EngineError> {
         let (what, mb) = (&self.name, self.moments.bytes());
         let (lo, m) = (hi + 2 * each, hi + 4 * each);
         let v = m + mb * each;

@@ -27,9 +27,9 @@ pub use bounds::{check_gradients, check_load, check_room};
 pub use error::{EngineError, ErrorKind};
 pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
 pub use optimizer::{
-    AdamwStep, DecayRun, DeviceGradients, DirectWeights, GRADIENTS_AHEAD, GradientPiece, GradientReader, PageGradients, PageUpdater,
-    HeldPage, STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staged_rooms, staging_bytes,
-    state_bytes, stochastic,
+    AdamwStep, DecayRun, DeviceGradients, DirectWeights, GRADIENTS_AHEAD, GradientPiece, GradientReader, HeldPage, PageGradients,
+    PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staged_rooms,
+    staging_bytes, state_bytes, stochastic,
 };
 use ramtorch_store::{GradientFormat, Store};
 pub use ramtorch_trace as trace;

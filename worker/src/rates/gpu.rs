@@ -33,7 +33,7 @@ pub(super) struct Question<'a> {
     pub moments: MomentFormat,
 }
 
-/// No further size of micro-batch is begun after this.
+/// No third size of micro-batch is begun after this.
 const LIMIT: Duration = Duration::from_millis(2500);
 /// Tokens of the smallest micro-batch that is timed, where sequences are shorter.
 const FEW_ROWS: usize = 1024;
@@ -42,7 +42,7 @@ const PARAMETERS: u64 = 16 << 20;
 /// Part of a device's budget that the measurement may take.
 const SHARE: u64 = 2;
 /// Part of every key in the cache: a new one whenever what is measured changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Seconds of one of `count` calls of `f`, after one that is not counted.
 fn timed(dev: &dyn Device, count: u32, mut f: impl FnMut() -> Result<(), EngineError>) -> Result<f64, EngineError> {
@@ -79,11 +79,15 @@ fn randomise(dev: &dyn Device, buf: DevBuf, dtype: Dtype, size: f32) -> Result<(
     Ok(())
 }
 
-/// Sizes of micro-batches to time, largest first: that, a quarter of it, and few rows.
-fn sizes(q: &Question) -> Vec<usize> {
-    let few = FEW_ROWS.div_ceil(q.seq.max(1)).clamp(1, q.sequences);
-    let mut list = vec![q.sequences, (q.sequences / 4).max(few), few];
-    list.dedup();
+/// Sizes of micro-batches to time: the largest, few rows, and a quarter of the largest where there is time. Without the ends, the
+/// plan would have to guess what many small micro-batches cost, and did so too well.
+fn sizes(largest: usize, few: usize) -> Vec<usize> {
+    let mut list = vec![largest];
+    for size in [few, largest / 4] {
+        if size >= few && !list.contains(&size) {
+            list.push(size);
+        }
+    }
     list
 }
 
@@ -105,10 +109,12 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
     let m = q.model;
     let Some(layer) = (0..m.len()).find(|b| matches!(m.blocks[*b], Block::Layer(_))) else { return Ok(()) };
     let (last, dt) = (m.len() - 1, m.dtype);
-    let mut list = sizes(q);
-    while list.len() > 1 && needs(dev, q, layer, list[0])? > q.device.memory_bytes / SHARE {
-        list.remove(0);
+    let few = FEW_ROWS.div_ceil(q.seq.max(1)).clamp(1, q.sequences);
+    let mut largest = q.sequences;
+    while largest > few && needs(dev, q, layer, largest)? > q.device.memory_bytes / SHARE {
+        largest = (largest / 4).max(few);
     }
+    let list = sizes(largest, few);
     let shape = Shape { sequences: list[0], seq: q.seq, head_rows: q.head_rows.min(list[0] * q.seq) };
     let needed = {
         let ask = |s: &AttentionShape| {
@@ -134,7 +140,7 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
     let w = |b: usize| Weights { buf: weights.slice(0, m.places[b].1 * dt.size()), dtype: dt };
     let g = |b: usize| Grads { buf: gradients.slice(0, m.places[b].1 * 4) };
     for (i, sequences) in list.iter().copied().enumerate() {
-        if i > 0 && begin.elapsed() > LIMIT {
+        if i > 1 && begin.elapsed() > LIMIT {
             break;
         }
         let r = sequences * q.seq;
@@ -154,9 +160,10 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
         // What is kept lies elsewhere then: the forward visit writes it there.
         m.forward(layer, &v, w(layer), x, saved, Keep::Products, y)?;
         let rebuilt = backward(Keep::Products)?;
-        rates.layers.insert(0, LayerTimes { rows: r, forward, backward: whole, rebuild: (rebuilt - whole).max(0.0), recompute });
+        let at = rates.layers.partition_point(|l| l.rows < r);
+        rates.layers.insert(at, LayerTimes { rows: r, forward, backward: whole, rebuild: (rebuilt - whole).max(0.0), recompute });
         if let Block::Layer(l) = &m.blocks[layer] {
-            rates.products.insert(0, products(dev, l.widest(), r, dt, x, weights, gradients, scratch)?);
+            rates.products.insert(at, products(dev, l.widest(), r, dt, x, weights, gradients, scratch)?);
             if i == 0 {
                 rates.attention = attention(dev, &l.attention_shape(s), saved, scratch)?;
             }

@@ -354,8 +354,16 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                     let updater = updater.as_mut();
                     match who {
                         "cpu" => {
-                            let done = update_pages_recorded(&owner, &k, None, Vec::new(), &mut [], kept(&stays, &mut reader), &Recorder::default())
-                                .unwrap();
+                            let done = update_pages_recorded(
+                                &owner,
+                                &k,
+                                None,
+                                Vec::new(),
+                                &mut [],
+                                kept(&stays, &mut reader),
+                                &Recorder::default(),
+                            )
+                            .unwrap();
                             assert_eq!(done.cpu, pages);
                         }
                         "device" => {
@@ -368,15 +376,22 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         "staged" => {
                             let pages: Vec<u32> = owner.pages().filter(|p| p % 2 == 1).collect();
                             let staged = stage(&device, &store, &pages, room);
-                            let done =
-                                update_pages_recorded(&owner, &k, Some(updater), staged, &mut [], kept(&stays, &mut reader), &Recorder::default())
-                                    .unwrap();
+                            let done = update_pages_recorded(
+                                &owner,
+                                &k,
+                                Some(updater),
+                                staged,
+                                &mut [],
+                                kept(&stays, &mut reader),
+                                &Recorder::default(),
+                            )
+                            .unwrap();
                             assert_eq!(done.cpu + done.device, all - u64::from(step == 3));
                         }
                         "held" => {
                             let kept = kept(&stays, &mut reader);
-                            let done =
-                                update_pages_recorded(&owner, &k, Some(updater), Vec::new(), &mut held, kept, &Recorder::default()).unwrap();
+                            let done = update_pages_recorded(&owner, &k, Some(updater), Vec::new(), &mut held, kept, &Recorder::default())
+                                .unwrap();
                             assert_eq!(done.cpu + done.device, pages);
                             // Everybody else still sees those held as they were.
                             let behind = held.iter().filter(|h| h.at == Some(step)).map(|h| store.entry(h.page).step).collect::<Vec<_>>();
@@ -414,7 +429,9 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         }
                     }
                     assert_eq!(
-                        update_pages_recorded(&owner, &k, None, Vec::new(), &mut [], kept(&stays, &mut reader), &Recorder::default()).unwrap().cpu,
+                        update_pages_recorded(&owner, &k, None, Vec::new(), &mut [], kept(&stays, &mut reader), &Recorder::default())
+                            .unwrap()
+                            .cpu,
                         0
                     );
                 }

@@ -195,12 +195,14 @@ fn agree(rows: u64, page: u32, steps: u64) {
                         }
                         "both, staged" => {
                             let staged = stage(&d, &s, room, 3);
-                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, &mut [], None, &Default::default()).unwrap()
+                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, &mut [], None, &Default::default())
+                                .unwrap()
                         }
                         "held" => {
                             let updater = updater.as_mut();
                             let done =
-                                update_pages_recorded(&owner, &k(step), Some(updater), Vec::new(), &mut held, None, &Default::default()).unwrap();
+                                update_pages_recorded(&owner, &k(step), Some(updater), Vec::new(), &mut held, None, &Default::default())
+                                    .unwrap();
                             assert!(held.iter().all(|h| s.entry(h.page).step + 1 == step && h.at == Some(step)));
                             write_back(&owner, step, updater, &held).unwrap();
                             done
@@ -461,7 +463,9 @@ pub fn bench() {
                 let begin = std::time::Instant::now();
                 let from = Kept { gradients: &kept, reader: reader.as_mut() };
                 last = pool.install(|| match who {
-                    "kept, CPU" => update_pages_recorded(&owner, &k(step), None, Vec::new(), &mut [], Some(from), &Default::default()).unwrap(),
+                    "kept, CPU" => {
+                        update_pages_recorded(&owner, &k(step), None, Vec::new(), &mut [], Some(from), &Default::default()).unwrap()
+                    }
                     "kept, GPU" => {
                         let device = by_device_from(&owner, &k(step), updater.as_mut(), &[], Some(&kept));
                         PagesUpdated { device, ..Default::default() }
