@@ -249,38 +249,19 @@ fn advance(
 }
 
 /// Writes held pages, which [`update_pages_recorded`] has brought to `step`, into the store, last page first: the next
-/// backward pass, which overwrites their gradients, begins there.
+/// backward pass, which overwrites their gradients, begins there. One after the other: between two of them the device's copies
+/// stand still, and the gradients that the backward pass wants to be rid of get their turn.
 ///
 /// # Errors
 /// Those of the store and of the device; what was published stays so.
 pub fn write_back(owner: &SharedOwner<'_>, step: u64, updater: &mut dyn PageUpdater, held: &[HeldPage]) -> Result<(), EngineError> {
-    let spares = owner.store().layout().spec().spare_pages_per_rank as usize;
-    let depth = updater.depth().min(spares).max(1);
-    let mut in_hand: VecDeque<Update> = VecDeque::new();
-    let mut left = held.iter().rev().filter(|h| h.at == Some(step));
-    let mut taken = None;
-    loop {
-        let next = taken.take().or_else(|| if in_hand.len() < depth { left.next() } else { None });
-        if let Some(h) = next {
-            let begun = if in_hand.is_empty() {
-                owner.begin(h.page, step)?.map_or(Begun::Done, Begun::Update)
-            } else {
-                owner.try_begin(h.page, step)?
-            };
-            match begun {
-                Begun::Update(update) => {
-                    updater.write_back(&update, h)?;
-                    in_hand.push_back(update);
-                    continue;
-                }
-                Begun::Done => continue,
-                Begun::Pinned => taken = Some(h),
-            }
-        }
-        let Some(update) = in_hand.pop_front() else { return Ok(()) };
+    for h in held.iter().rev().filter(|h| h.at == Some(step)) {
+        let Some(update) = owner.begin(h.page, step)? else { continue };
+        updater.write_back(&update, h)?;
         updater.finish()?;
         owner.publish(update)?;
     }
+    Ok(())
 }
 
 pub(crate) fn on_device(
