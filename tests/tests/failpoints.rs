@@ -58,7 +58,7 @@ groups! {
         "worker.spawning=kill", "worker.spawned=1*off->kill", "job.starting=kill", "job.running=kill"]
     supervisor_deaths_around_records: ["record.begun=kill", "record.written=kill", "record.renamed=kill", "record.durable=kill",
         "record.begun=2*off->kill", "record.written=3*off->kill", "record.renamed=4*off->kill", "record.durable=4*off->kill",
-        "record.begun=5*off->kill", "record.durable=6*off->kill"]
+        "record.begun=3*off->kill", "record.durable=2*off->kill"]
     supervisor_deaths_in_training: ["job.step=2*off->kill", "job.step=1*off->kill,recovery.read=kill,recovery.ended=kill,recovery.swept=kill",
         "step.swept=1*off->kill,job.failing=kill", "step.agreed=1*off->kill,job.backoff=kill",
         "job.ended=kill"]
