@@ -55,8 +55,6 @@ pub(crate) struct Queue {
     /// Pages whose state lies on the device.
     staged: Vec<StagedPage>,
     next_staged: AtomicUsize,
-    /// These are all pages: no page is held.
-    all: bool,
     /// Someone failed: nobody takes another page.
     stopped: AtomicBool,
 }
@@ -68,14 +66,7 @@ impl Queue {
         let elsewhere =
             |page: &PageId| staged.binary_search_by_key(page, |s| s.page).is_err() && held.binary_search_by_key(page, |h| h.page).is_err();
         let pages = owner.pages().filter(elsewhere).collect();
-        Queue {
-            pages,
-            next: AtomicUsize::new(0),
-            staged,
-            next_staged: AtomicUsize::new(0),
-            all: held.is_empty(),
-            stopped: AtomicBool::new(false),
-        }
+        Queue { pages, next: AtomicUsize::new(0), staged, next_staged: AtomicUsize::new(0), stopped: AtomicBool::new(false) }
     }
 
     fn next_unstaged(&self) -> Option<PageId> {
@@ -143,12 +134,13 @@ pub fn update_pages_recorded(
     let layout = owner.store().layout();
     // Nobody else could bring these pages to the step.
     let held = if updater.is_some() { held } else { &mut [] };
+    let holds = !held.is_empty();
     let queue = Queue::new(owner, staged, held);
     let spares = layout.spec().spare_pages_per_rank as usize;
     let depth = updater.as_ref().map_or(0, |u| u.depth().min(spares.saturating_sub(1)));
     let (mut cpu, mut device) = (Ok(0), Ok(0));
     let gradients = kept.as_ref().map(|k| k.gradients);
-    match updater.filter(|_| depth > 0 || !held.is_empty()) {
+    match updater.filter(|_| depth > 0 || holds) {
         None => cpu = on_cpu(owner, k, &queue, kept, recorder),
         Some(updater) => std::thread::scope(|scope| {
             let feeder = std::thread::Builder::new().name("optimizer-device".into()).spawn_scoped(scope, || {
@@ -161,7 +153,7 @@ pub fn update_pages_recorded(
                     cpu = queue.watch(on_cpu(owner, k, &queue, kept, recorder));
                     device = feeder.join().unwrap_or_else(|_| Err(EngineError::internal("the device's part of the optimizer panicked")));
                 }
-                Err(error) if !queue.all => {
+                Err(error) if holds => {
                     cpu = Err(EngineError::internal(format!("no thread for the device's part of the optimizer: {error}")));
                 }
                 // It would only have helped.
@@ -225,24 +217,23 @@ fn advance(
     kept: Option<&DeviceGradients>,
 ) -> Result<u64, EngineError> {
     let store = owner.store();
-    let mut in_hand = VecDeque::new();
-    let mut done = 0;
+    let (mut in_hand, mut done) = (0, 0);
     for h in held {
         if store.entry(h.page).step == k.step {
             h.at = None;
             continue;
         }
-        if in_hand.len() == ADVANCING {
+        if in_hand == ADVANCING {
             updater.finish()?;
-            in_hand.pop_front();
+            in_hand -= 1;
         }
         let params = store.layout().page_range(h.page);
         with_gradients(kept, &params, |g| updater.advance(k, h, &DecayRun::of(store.layout(), &params), g))?;
         h.at = Some(k.step);
-        in_hand.push_back(h.page);
+        in_hand += 1;
         done += 1;
     }
-    for _ in in_hand {
+    for _ in 0..in_hand {
         updater.finish()?;
     }
     Ok(done)

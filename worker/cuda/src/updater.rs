@@ -312,7 +312,7 @@ impl Updater {
         }
     }
 
-    /// Sends a whole page through, `state` where its parts have memory of their own; the event that ends it goes to `end`.
+    /// Sends a whole page through, in `state` where its parts have memory of their own, and takes it in hand.
     fn pass(&mut self, k: &AdamwStep, p: &Passage<'_>, state: &[DevBuf]) -> Result<(), EngineError> {
         let tracing = self.timing.is_tracing().then_some(k.step);
         if tracing != self.anchored {

@@ -236,7 +236,7 @@ impl Cost {
 
     /// Parameters a second that processor and GPU update together, of those that are not held. What bounds them is the host's memory: it gives little more
     /// to both than to the processor alone.
-    fn update_rate(&self, model: &Model, p: &EnginePlan) -> f64 {
+    fn update_rate(&self, model: &Model, p: &EnginePlan, held: &[f64]) -> f64 {
         if self.adamw_gpu <= 0.0 {
             return self.adamw;
         }
@@ -249,7 +249,7 @@ impl Cost {
         let adamw_gpu = if here { self.adamw_gpu * gpu(STAGED_IN - 2.0) / gpu(STAGED_IN) } else { self.adamw_gpu };
         let traffic = 10.0 + 4.0 * self.moment;
         let memory = (self.adamw * traffic * MEMORY_TOGETHER).max(LEAST_MEMORY);
-        let spared = self.staged_share(model, p) * (4.0 + 2.0 * self.moment) / traffic;
+        let spared = self.staged_share(model, p, held) * (4.0 + 2.0 * self.moment) / traffic;
         ((self.adamw + adamw_gpu) * TOGETHER).min(memory / traffic) / (1.0 - spared)
     }
 
@@ -298,12 +298,12 @@ impl Cost {
     }
 
     /// Share of the parameters that are not held whose pages are staged, by all ranks.
-    fn staged_share(&self, model: &Model, p: &EnginePlan) -> f64 {
+    fn staged_share(&self, model: &Model, p: &EnginePlan, held: &[f64]) -> f64 {
         let Some(page) = p.store.page_parameters else { return 0.0 };
         let of_ranks = f64::from(page) * p.world as f64;
         let staged: f64 =
             p.staged_pages.iter().zip(&model.places).map(|(pages, place)| (*pages as f64 * of_ranks).min(place.1 as f64)).sum();
-        let held: f64 = self.held(model, p).iter().sum();
+        let held: f64 = held.iter().sum();
         (staged / (model.places.iter().map(|x| x.1 as f64).sum::<f64>() - held).max(1.0)).min(1.0)
     }
 
@@ -444,14 +444,16 @@ impl Cost {
     pub fn step(&self, model: &Model, p: &EnginePlan, t: &Times) -> Breakdown {
         let (compute, again) = self.compute(model, p, t);
         let parameters: f64 = model.places.iter().map(|x| x.1 as f64).sum();
+        let held = self.held(model, p);
+        let rate = self.update_rate(model, p, &held);
         let base = Breakdown {
             compute,
             again,
-            optimizer: (parameters - self.held(model, p).iter().sum::<f64>()) / self.update_rate(model, p),
+            optimizer: (parameters - held.iter().sum::<f64>()) / rate,
             norm: parameters / self.norm,
             ..Default::default()
         };
-        if self.overlapped() { self.simulate(model, p, t, base) } else { self.sum(model, p, base) }
+        if self.overlapped() { self.simulate(Run::new(self, model, p, t, rate, &held), base) } else { self.sum(model, p, base) }
     }
 
     fn sum(&self, model: &Model, p: &EnginePlan, mut s: Breakdown) -> Breakdown {
@@ -475,11 +477,11 @@ impl Cost {
         s
     }
 
-    fn simulate(&self, model: &Model, p: &EnginePlan, t: &Times, mut s: Breakdown) -> Breakdown {
+    fn simulate(&self, mut run: Run<'_>, mut s: Breakdown) -> Breakdown {
         // Groups in the middle are alike: a few are played, the rest follow from the last of them.
         const PLAYED: usize = 4;
+        let p = run.p;
         let played = p.groups.min(PLAYED);
-        let mut run = Run::new(self, model, p, t);
         for g in 0..played {
             let start = (run.compute, run.s);
             run.group(g, g + 1 == played);
@@ -536,12 +538,11 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times) -> Self {
-        let rate = cost.update_rate(model, p);
-        let held = cost.held(model, p);
+    /// `held` parameters of each block are updated where they are, the others at `rate` a second.
+    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &[f64]) -> Self {
         let (mut advanced, mut others) = (0.0, 0.0);
         let mut updated: Vec<f64> = Vec::with_capacity(model.len());
-        for ((_, len), held) in model.places.iter().zip(&held) {
+        for ((_, len), held) in model.places.iter().zip(held) {
             let rest = *len as f64 - held;
             advanced += held * p.store.gradients.bytes() as f64 / cost.both[0];
             others += rest / rate;
