@@ -18,6 +18,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import time
 
 import inputs
 
@@ -57,7 +58,7 @@ format = "tokens"
 train = "tokens.bin"
 sequence_length = {length}
 [train]
-steps = {args.steps}
+steps = {100_000 if args.until_durable else args.steps}
 batch_size = {args.batch or batch}
 [optimizer]
 lr = 1e-5
@@ -68,6 +69,28 @@ every_steps = {args.every}
 metrics = "metrics.jsonl"
 """)
     return path
+
+
+def read(path):
+    """Whole lines of a metrics file, which may still be written."""
+    try:
+        return [json.loads(x) for x in open(path) if x.endswith("\n")]
+    except FileNotFoundError:
+        return []
+
+
+def stop_when_durable(process, log, metrics, end):
+    """Ends a run three steps after its checkpoint is durable. Whether it did so."""
+    steps = None
+    while process.poll() is None:
+        if steps is None and EVENT.search(open(log).read()):
+            steps = len(read(metrics))
+        late = time.monotonic() > end
+        if late or (steps is not None and len(read(metrics)) >= steps + 3):
+            process.terminate()
+            return not late
+        time.sleep(0.2)
+    return False
 
 
 def run(args, staging):
@@ -81,13 +104,15 @@ def run(args, staging):
     shutil.rmtree(checkpoints, ignore_errors=True)
     command = [os.path.join(args.bin, "ramtorchd"), "run", job, "--state-dir", os.path.join(folder, "state"), "--devices", args.device]
     with open(log, "w") as f:
-        done = subprocess.run(command, stdout=f, stderr=f, timeout=args.limit)
+        process = subprocess.Popen(command, stdout=f, stderr=f)
+        stopped = args.until_durable and stop_when_durable(process, log, metrics, time.monotonic() + args.limit)
+        code = process.wait(args.limit)
     shutil.rmtree(checkpoints, ignore_errors=True)
     text = open(log).read()
     found = EVENT.search(text)
-    if done.returncode != 0 or not found:
-        return {"staging": staging, "failed": done.returncode, "log": text[-2000:]}
-    lines = [json.loads(x) for x in open(metrics)]
+    if not found or not (code == 0 or stopped):
+        return {"staging": staging, "failed": code, "log": text[-2000:]}
+    lines = read(metrics)
     at, size, copied, durable, stall = (float(x) for x in found.groups())
     before = [x["step_seconds"] for x in lines if WARM_UP_STEPS < x["step"] <= at]
     after = [x for x in lines if x["step"] > at]
@@ -115,6 +140,8 @@ def main():
     parser.add_argument("--staging", default="0,default", help="GiB, or `default`, separated by commas")
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--steps", type=int, default=19, help="less than twice --every: one checkpoint a run")
+    parser.add_argument("--until-durable", action="store_true",
+                        help="end three steps after the checkpoint is durable, however many that takes (--every has to be large enough)")
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--checkpoints", help="folder for them (removed!), where that of --out is not on the disk to measure")
     parser.add_argument("--limit", type=float, default=560, help="seconds a run may take")

@@ -26,6 +26,11 @@ impl Random {
     }
 }
 
+/// The text in an environment variable, or `default` where there is none.
+pub fn text(name: &str, default: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| default.to_owned())
+}
+
 /// The number in an environment variable, or `default` where there is none.
 ///
 /// # Panics

@@ -14,6 +14,9 @@ restart_backoff_seconds = 0.01
 settle_seconds = 0.02
 ";
 
+/// Devices of a disturbed run where nothing else is asked for.
+pub const TWO_CPUS: &str = "cpu:2";
+
 /// What a run leaves: every deterministic number of every step, the trained model, the names of its checkpoints.
 #[derive(Debug)]
 pub struct Outcome {
@@ -52,8 +55,14 @@ impl Outcome {
     /// The same job, undisturbed.
     #[track_caller]
     pub fn undisturbed(job: &JobFile) -> Outcome {
+        Outcome::undisturbed_on(job, TWO_CPUS)
+    }
+
+    /// The same job on these devices, undisturbed.
+    #[track_caller]
+    pub fn undisturbed_on(job: &JobFile, devices: &str) -> Outcome {
         let sandbox = Sandbox::new();
-        sandbox.run_job("whole", job, "cpu:2").expect_success();
+        sandbox.run_job("whole", job, devices).expect_success();
         Outcome::read(&sandbox)
     }
 
@@ -101,6 +110,7 @@ pub fn names(folder: &Path) -> Vec<String> {
 /// A daemon that may die at any time; its successors are started on the same state folder as often as that is needed.
 pub struct Immortal<'a> {
     sandbox: &'a Sandbox,
+    devices: String,
     environment: Vec<(String, String)>,
     config: std::path::PathBuf,
     daemon: Option<Daemon<'a>>,
@@ -112,9 +122,15 @@ impl<'a> Immortal<'a> {
     /// Starts the first one, with these variables in its environment and that of its workers.
     #[track_caller]
     pub fn start(sandbox: &'a Sandbox, environment: &[(&str, &str)]) -> Immortal<'a> {
+        Immortal::start_on(sandbox, TWO_CPUS, environment)
+    }
+
+    /// Starts the first one with these devices.
+    #[track_caller]
+    pub fn start_on(sandbox: &'a Sandbox, devices: &str, environment: &[(&str, &str)]) -> Immortal<'a> {
         let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let config = sandbox.file("ramtorchd.toml", PATIENT);
-        let mut immortal = Immortal { sandbox, environment, config, daemon: None, lives: 0 };
+        let mut immortal = Immortal { sandbox, devices: devices.to_owned(), environment, config, daemon: None, lives: 0 };
         immortal.alive();
         immortal
     }
@@ -131,7 +147,7 @@ impl<'a> Immortal<'a> {
             assert!(lives < 100, "daemons die faster than they start");
             let config = self.config.to_str().expect("a path of a sandbox");
             let more = ["--config", config];
-            self.daemon = Daemon::try_start(self.sandbox, "cpu:2", &more, &self.environment);
+            self.daemon = Daemon::try_start(self.sandbox, &self.devices, &more, &self.environment);
             self.lives += 1;
         }
         self.daemon.as_mut().expect("just started")

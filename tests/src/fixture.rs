@@ -5,9 +5,12 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+/// Names the folder of the fixtures where a test runs on another machine than it was built on.
+const FIXTURES: &str = "RAMTORCH_TEST_FIXTURES_DIR";
+
 /// A file of the fixtures.
 pub fn fixture_path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+    std::env::var_os(FIXTURES).map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures"), PathBuf::from).join(name)
 }
 
 /// One training run: its settings, and the numbers of every step.

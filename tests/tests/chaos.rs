@@ -4,13 +4,15 @@
 //! RAMTORCH_CHAOS_KILLS=500 RAMTORCH_CHAOS_SEED=7 cargo test -p ramtorch-tests --test chaos -- --nocapture
 //! ```
 //! The seed decides who gets which signal after which pause; the machine decides what they were doing then.
-//! `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_SUMMARY` a file for the summary.
+//! `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_DEVICES` what it runs on (`cpu:2`; `cuda:0`, say, on a machine
+//! that has one), `RAMTORCH_CHAOS_PATIENCE` the seconds that a recovery may take before the next death comes in any case, and
+//! `RAMTORCH_CHAOS_SUMMARY` a file for the summary.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use ramtorch_tests::chance::{Random, setting};
-use ramtorch_tests::disturbed::{Immortal, Outcome, everything};
+use ramtorch_tests::chance::{Random, setting, text};
+use ramtorch_tests::disturbed::{Immortal, Outcome, TWO_CPUS, everything};
 use ramtorch_tests::{Daemon, Sandbox};
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
@@ -41,6 +43,8 @@ struct Chaos<'a> {
     random: &'a mut Random,
     tally: &'a mut Tally,
     metrics: PathBuf,
+    /// Seconds that it may take to recover.
+    patience: u64,
     next: Instant,
     death: Option<Death>,
 }
@@ -66,7 +70,8 @@ impl Chaos<'_> {
             self.next = now + self.random.pause(150);
         }
         // Mostly it may recover first; sometimes the next death comes while it does.
-        let patience = if self.random.below(400) == 0 { Duration::ZERO } else { Duration::from_secs(3) };
+        let early = self.random.below(130 * self.patience.max(1)) == 0;
+        let patience = if early { Duration::ZERO } else { Duration::from_secs(self.patience) };
         if now < self.next || self.death.as_ref().is_some_and(|d| d.at.elapsed() < patience) {
             return;
         }
@@ -109,9 +114,9 @@ fn lines_from(path: &Path, offset: u64) -> usize {
     read().unwrap_or_default().iter().filter(|b| **b == b'\n').count()
 }
 
-fn summary(seed: u64, steps: u64, runs: u64, tally: &Tally, elapsed: Duration) -> String {
+fn summary(seed: u64, steps: u64, runs: u64, devices: &str, tally: &Tally, elapsed: Duration) -> String {
     let mut text = format!(
-        "chaos: seed {seed}, {} kills in {:.0} s over {runs} runs of {steps} steps on 2 ranks, {} daemons\n",
+        "chaos: seed {seed}, {} kills in {:.0} s over {runs} runs of {steps} steps on {devices}, {} daemons\n",
         tally.kills,
         elapsed.as_secs_f64(),
         tally.daemons
@@ -138,20 +143,21 @@ fn summary(seed: u64, steps: u64, runs: u64, tally: &Tally, elapsed: Duration) -
 fn random_deaths_leave_no_trace() {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let (seed, kills) = (setting("RAMTORCH_CHAOS_SEED", clock), setting("RAMTORCH_CHAOS_KILLS", 12));
-    let steps = setting("RAMTORCH_CHAOS_STEPS", 600);
+    let (steps, patience) = (setting("RAMTORCH_CHAOS_STEPS", 600), setting("RAMTORCH_CHAOS_PATIENCE", 3));
+    let devices = text("RAMTORCH_CHAOS_DEVICES", TWO_CPUS);
     // Shown when the test fails, too.
     eprintln!("RAMTORCH_CHAOS_SEED={seed} RAMTORCH_CHAOS_KILLS={kills} RAMTORCH_CHAOS_STEPS={steps}");
     let job = everything(steps as usize).set("checkpoint.every_steps", 150u64).set("train.validate_every", 100u64);
-    let whole = Outcome::undisturbed(&job);
+    let whole = Outcome::undisturbed_on(&job, &devices);
     let (mut random, mut tally, mut runs) = (Random(seed), Tally::default(), 0);
     let begun = Instant::now();
     while tally.kills < kills {
         let sandbox = Sandbox::new();
-        let mut daemon = Immortal::start(&sandbox, &[]);
+        let mut daemon = Immortal::start_on(&sandbox, &devices, &[]);
         let id = daemon.submit(&job);
         let first = Instant::now() + random.pause(300);
         let metrics = sandbox.path("metrics.jsonl");
-        let mut chaos = Chaos { random: &mut random, tally: &mut tally, metrics, next: first, death: None };
+        let mut chaos = Chaos { random: &mut random, tally: &mut tally, metrics, patience, next: first, death: None };
         let end = daemon.wait(&id, Duration::from_secs(600), |d| chaos.turn(&sandbox, d));
         assert_eq!(end["state"], "succeeded", "{end:#}");
         tally.daemons += daemon.lives;
@@ -160,7 +166,7 @@ fn random_deaths_leave_no_trace() {
         runs += 1;
         eprintln!("run {runs}: {} kills so far", tally.kills);
     }
-    let text = summary(seed, steps, runs, &tally, begun.elapsed());
+    let text = summary(seed, steps, runs, &devices, &tally, begun.elapsed());
     eprint!("{text}");
     if let Some(path) = std::env::var_os("RAMTORCH_CHAOS_SUMMARY") {
         std::fs::write(path, text).unwrap();

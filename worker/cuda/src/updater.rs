@@ -88,6 +88,9 @@ pub(crate) struct Updater {
     gradients: GradientFormat,
     /// After the gradients that the reader was asked for last.
     fetched: Arc<RawEvent>,
+    trial: (u64, u64),
+    bounce: [RawStream; 2],
+    bounced: [[RawEvent; 2]; 2],
     /// Whole pages on their way, oldest first, and events that are not in use.
     pages: VecDeque<InHand>,
     /// Weights that are written here as well.
@@ -121,7 +124,8 @@ impl Updater {
         let context = Context::open(ordinal)?;
         let part = staged_parameters(u64::from(store.layout().page_parameters()));
         let (moments, state, gradients) = (spec.moments, state_bytes(spec), spec.gradients);
-        let slots = (0..STAGINGS)
+        let trial: Vec<u64> = std::env::var("RAMTORCH_TRIAL").unwrap_or_default().split(',').filter_map(|x| x.parse().ok()).collect();
+        let slots = (0..trial.first().copied().unwrap_or(STAGINGS))
             .map(|_| {
                 Ok(Slot {
                     memory: Memory::new(part * (state + gradients.bytes()), "optimizer staging")?,
@@ -140,6 +144,9 @@ impl Updater {
             moments,
             gradients,
             fetched,
+            trial: (trial.get(1).copied().unwrap_or(0), trial.get(2).copied().unwrap_or(0)),
+            bounce: [RawStream::new(true)?, RawStream::new(true)?],
+            bounced: [[RawEvent::new()?, RawEvent::new()?], [RawEvent::new()?, RawEvent::new()?]],
             pages: VecDeque::new(),
             direct: None,
             spare_events: Vec::new(),
@@ -218,7 +225,11 @@ impl Updater {
         let before = &self.slots[(self.next_slot + self.slots.len() - 1) % self.slots.len()].computed;
         let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(p.page);
         cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
-        cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?;
+        match self.trial.0 {
+            0 => cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?,
+            1 => self.pause(&self.up, 0)?,
+            _ => {}
+        }
         let bytes_in = count * (if p.live.is_some() { each_state } else { 0 } + if in_segment { gb } else { 0 });
         let span = if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", bytes_in))?) } else { None };
         if let Some(live) = p.live {
@@ -288,6 +299,14 @@ impl Updater {
         Ok(())
     }
 
+    fn pause(&self, stream: &RawStream, which: usize) -> Result<(), EngineError> {
+        let (what, [a, b]) = (&self.name, &self.bounced[which]);
+        a.record(stream)?;
+        cu!(what, cuStreamWaitEvent(self.bounce[which].0, a.0, 0))?;
+        b.record(&self.bounce[which])?;
+        cu!(what, cuStreamWaitEvent(stream.0, b.0, 0))
+    }
+
     /// The arrays of a page from `offset` on, which lies inside the page.
     fn arrays(&self, p: PagePtrs, offset: u64) -> [*mut c_void; 4] {
         let (at, moment) = (offset as usize, (offset * self.moments.bytes()) as usize);
@@ -297,6 +316,9 @@ impl Updater {
     /// Sends `count` parameters, whose state lies at `hi` in arrays of `each`, into the spare page from `offset` on.
     fn down(&mut self, label: &Label, hi: u64, each: u64, spare: PagePtrs, (offset, count): (u64, u64)) -> Result<(), EngineError> {
         let (what, mb) = (&self.name, self.moments.bytes());
+        if self.trial.1 == 1 {
+            self.pause(&self.down, 1)?;
+        }
         let (lo, m) = (hi + 2 * each, hi + 4 * each);
         let v = m + mb * each;
         let (n, mb) = (count as usize, mb as usize);

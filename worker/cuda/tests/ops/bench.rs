@@ -64,7 +64,10 @@ pub fn run(filters: &[&String]) {
     if filters.is_empty() || filters.iter().any(|f| "optimizer".contains(f.as_str())) {
         crate::optimizer::bench();
     }
-    if !filters.is_empty() && filters.iter().all(|f| f.as_str() == "optimizer") {
+    if filters.is_empty() || filters.iter().any(|f| "beside".contains(f.as_str())) {
+        crate::beside::bench();
+    }
+    if !filters.is_empty() && filters.iter().all(|f| ["optimizer", "beside"].contains(&f.as_str())) {
         return;
     }
     for deterministic in [false, true] {

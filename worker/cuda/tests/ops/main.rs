@@ -11,6 +11,7 @@
 #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
 mod bench;
+mod beside;
 mod elementwise;
 mod mixing;
 mod movement;

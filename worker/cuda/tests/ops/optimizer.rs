@@ -95,7 +95,7 @@ pub fn put_gradients(s: &Store, step: u64) {
     put(s, |i| number(i ^ step << 45));
 }
 
-fn put(s: &Store, value: impl Fn(u64) -> f32) {
+pub fn put(s: &Store, value: impl Fn(u64) -> f32) {
     for i in 0..s.layout().span() {
         let (x, p) = (value(i), s.gradient_ptr(i));
         // SAFETY: the gradient of that parameter, aligned to its size; no page is being updated.
@@ -109,7 +109,7 @@ fn put(s: &Store, value: impl Fn(u64) -> f32) {
 }
 
 /// Every page through the device, as many in hand as it wants; those that `staged` has were brought before.
-fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdater, staged: &[StagedPage]) -> u64 {
+pub fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdater, staged: &[StagedPage]) -> u64 {
     by_device_from(owner, k, updater, staged, None)
 }
 

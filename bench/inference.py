@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""How fast a model generates and is evaluated: with all weights on the GPU, and with layers streamed from RAM.
+
+    python3 bench/inference.py --bin target/release --out DIR [--model 1b|3b|8b] [--device cuda:0] [--memory all,8GiB]
+
+Makes a model folder with random weights in bf16 (8B: 16 GB of disk), which is loaded for each call, as a user's would be; the
+tokenizer is the test fixtures'. Prints Markdown: loading (a call with one token), tokens a second of `generate` for several numbers
+of prompts at once, and of `eval`. Every figure counts the tokens of a call over its seconds without those of loading.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+
+import inputs
+from checkpoint_stall import llama
+
+MODELS = {
+    "tiny": llama(2048, 64, 128, 2, 4, 2, True),
+    "1b": llama(128256, 2048, 8192, 16, 32, 8, True),
+    "3b": llama(128256, 3072, 8192, 28, 24, 8, True),
+    "8b": llama(128256, 4096, 14336, 32, 32, 8, False),
+}
+SEQUENCE = 2048
+ONES = b"\x80\x3f" * (1 << 19)
+
+
+def write_model(folder, config):
+    """Random weights with the deviation that training begins with, in one safetensors file; norms are ones."""
+    inputs.write(folder, config, 200_000)
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    kv = hidden // heads * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = [config["vocab_size"], hidden]
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": [hidden], p + "post_attention_layernorm.weight": [hidden],
+                   p + "self_attn.q_proj.weight": [hidden, hidden], p + "self_attn.k_proj.weight": [kv, hidden],
+                   p + "self_attn.v_proj.weight": [kv, hidden], p + "self_attn.o_proj.weight": [hidden, hidden],
+                   p + "mlp.gate_proj.weight": [inner, hidden], p + "mlp.up_proj.weight": [inner, hidden],
+                   p + "mlp.down_proj.weight": [hidden, inner]}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    # A megabyte of bf16 numbers between -0.03 and 0.03: sign, exponents 2^-8 to 2^-6, random fractions.
+    draw = random.Random(0)
+    block = b"".join((draw.getrandbits(1) << 15 | (119 + draw.getrandbits(1)) << 7 | draw.getrandbits(7)).to_bytes(2, "little")
+                     for _ in range(1 << 19))
+    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            left = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
+            source = block if len(shape) > 1 else ONES
+            while left > 0:
+                left -= f.write(source[:left])
+    return at
+
+
+class Node:
+    def __init__(self, args, memory):
+        self.short = tempfile.mkdtemp(prefix="rt-")
+        self.socket = os.path.join(self.short, "s")
+        command = [os.path.join(args.bin, "ramtorchd"), "start", "--socket", self.socket, "--state-dir", os.path.join(self.short, "state"),
+                   "--devices", args.device] + ([] if memory == "all" else ["--device-memory", memory])
+        self.client = os.path.join(args.bin, "ramtorch")
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(os.path.join(args.out, "daemon.log"), "a"))
+        end = time.time() + 90
+        while not os.path.exists(self.socket):
+            if self.process.poll() is not None or time.time() > end:
+                raise SystemExit("the daemon did not start; see daemon.log")
+            time.sleep(0.05)
+
+    def ask(self, *arguments):
+        command = [self.client, "--socket", self.socket, "--output", "json", *arguments]
+        begin = time.time()
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(arguments[:2])}: {done.stderr}")
+        return json.loads(done.stdout), time.time() - begin
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait()
+        shutil.rmtree(self.short, ignore_errors=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", default="target/release")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--model", choices=MODELS, default="3b")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--memory", default="all", help="what plans may use of the device, separated by commas")
+    parser.add_argument("--prompts", default="1,16", help="prompts at once, separated by commas")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--eval-tokens", type=int, default=131_072)
+    args = parser.parse_args()
+    args.out = os.path.abspath(args.out)
+    folder = os.path.join(args.out, args.model)
+    size = write_model(folder, MODELS[args.model])
+    fixture = os.path.join(os.path.dirname(__file__), "..", "tests", "fixtures", "models", "llama", "tokenizer.json")
+    shutil.copy(fixture, folder)
+    print(f"{args.model}: {size / 1e9:.2f} GB of weights\n")
+    print("| memory for plans | prompts | loading s | generate, tokens a second | eval, tokens a second |")
+    print("|---|---|---|---|---|")
+    for memory in args.memory.split(","):
+        node = Node(args, memory)
+        try:
+            _, loading = node.ask("generate", folder, "-p", "the", "--max-new-tokens", "1")
+            speed = {}
+            for count in map(int, args.prompts.split(",")):
+                prompts = [x for i in range(count) for x in ("-p", "the " * (i % 5 + 1))]
+                answer, seconds = node.ask("generate", folder, *prompts, "--max-new-tokens", str(args.tokens))
+                speed[count] = answer["new_tokens"] / max(seconds - loading, 1e-3), answer
+            answer, seconds = node.ask("eval", folder, "--data", os.path.join(folder, "tokens.bin"), "--format", "tokens",
+                                       "--sequence-length", str(SEQUENCE), "--max-tokens", str(args.eval_tokens))
+            for i, (count, (rate, said)) in enumerate(speed.items()):
+                rated = f"{answer['tokens'] / max(seconds - loading, 1e-3):.0f} (itself: {answer['tokens'] / answer['seconds']:.0f})" if i == 0 else ""
+                print(f"| {memory} | {count} | {loading:.1f} | {rate:.1f} (itself: {said['new_tokens'] / said['seconds']:.1f}) | {rated} |",
+                      flush=True)
+        finally:
+            node.close()
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
