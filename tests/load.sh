@@ -4,8 +4,8 @@
 #
 #   tests/load.sh [SECONDS [WATCHERS [SUBMISSIONS]]]      the figures go to load-summary.txt as well
 #
-# With two processors or more, training has one for itself and the daemon shares the other with the load generator; set
-# RAMTORCH_LOAD_PINNED=0 to leave that to the kernel.
+# With two processors or more, training has one for itself, and its core where there are others; the daemon shares the others with
+# the load generator. Set RAMTORCH_LOAD_PINNED=0 to leave that to the kernel.
 # A step takes 0.2 s or so. RAMTORCH_LOAD_BATCH=64 makes it a tenth of that, and watchers get ten
 # times the events.
 set -eu

@@ -8,7 +8,7 @@
 //! RAMTORCH_LOAD_SUBMISSIONS  submissions a second, each cancelled later on                  40
 //! RAMTORCH_LOAD_BATCH       sequences of a step, which decide how long it takes                64
 //! RAMTORCH_LOAD_STRICT       whether figures are judged: p99 under 50 ms, training slower by less than 2 %
-//! RAMTORCH_LOAD_PINNED       training on processor 0, everything else on processor 1
+//! RAMTORCH_LOAD_PINNED       training on processor 0, everything else on processors that share no core with it
 //! RAMTORCH_LOAD_SUMMARY      file for the figures
 //! ```
 #![allow(clippy::unwrap_used)]
@@ -156,9 +156,28 @@ fn count(duration: Duration, share: f64) {
     }
 }
 
-fn pin(pid: Pid, processor: usize) {
+/// Processors besides 0 that do not share its core, where there are others.
+fn others() -> Vec<usize> {
+    let online = std::thread::available_parallelism().map_or(1, usize::from);
+    let list = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").unwrap_or_default();
+    let siblings: Vec<usize> = list
+        .trim()
+        .split(',')
+        .filter_map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.parse::<usize>().ok()?..=last.parse().ok()?)
+        })
+        .flatten()
+        .collect();
+    let apart: Vec<usize> = (1..online).filter(|p| !siblings.contains(p)).collect();
+    if apart.is_empty() { (1..online.max(2)).collect() } else { apart }
+}
+
+fn pin(pid: Pid, processors: &[usize]) {
     let mut set = CpuSet::new();
-    set.set(processor).unwrap();
+    for processor in processors {
+        set.set(*processor).unwrap();
+    }
     for thread in threads(pid) {
         // It may have ended.
         let _ = sched_setaffinity(thread, &set);
@@ -192,9 +211,9 @@ fn training_and_calls_go_on_under_load() {
     let worker = sandbox.processes().into_iter().find(|(_, line)| line.trim_end().ends_with(" worker")).unwrap().0;
     let (worker, me) = (Pid::from_raw(worker), nix::unistd::getpid());
     if pinned {
-        pin(worker, 0);
-        pin(daemon_pid, 1);
-        pin(me, 1);
+        pin(worker, &[0]);
+        pin(daemon_pid, &others());
+        pin(me, &others());
     }
     std::thread::sleep(phase / 6);
 
@@ -269,7 +288,7 @@ fn training_and_calls_go_on_under_load() {
     let slower = loaded.1 / undisturbed - 1.0;
     let mut text = format!(
         "load: {watchers} watchers on connections of their own, {rate} submissions a second for {load_seconds:.1} s{}\n",
-        if pinned { ", training alone on one processor" } else { "" }
+        if pinned { ", training alone on one processor's core" } else { "" }
     );
     let mut worst: f64 = 0.0;
     for (call, times) in tally.calls.lock().unwrap().iter_mut() {

@@ -110,19 +110,8 @@ const ATTENTION: File = File {
 };
 
 /// Compiled for the updater of pages. Its formats are the store's, not the device's.
-const OPTIMIZER: File = File {
-    source: source!("optimizer.cu"),
-    kernels: &[
-        "adamw_f32_f32_v",
-        "adamw_f32_f32_s",
-        "adamw_f32_bf16_v",
-        "adamw_f32_bf16_s",
-        "adamw_bf16_f32_v",
-        "adamw_bf16_f32_s",
-        "adamw_bf16_bf16_v",
-        "adamw_bf16_bf16_s",
-    ],
-};
+const OPTIMIZER: File =
+    File { source: source!("optimizer.cu"), kernels: &["adamw_f32_f32", "adamw_f32_bf16", "adamw_bf16_f32", "adamw_bf16_bf16"] };
 
 fn defines(dtype: Dtype) -> Vec<String> {
     match dtype {

@@ -1,9 +1,9 @@
 //! AdamW on pages of the store, staged through the device's memory.
 //!
 //! ```text
-//!   up:      part 0 ─ part 1 ─ part 2 ─ …      state and gradients, from the segment into a slot
-//!   kernel:           part 0 ─ part 1 ─ …      in place, in the slot
-//!   down:                      part 0 ─ …      new state, from the slot into the spare page
+//!   up:      page 0 ─ page 1 ─ page 2 ─ …      state and gradients, from the segment into a slot
+//!   kernel:           page 0 ─ page 1 ─ …      in place, in the slot
+//!   down:                      page 0 ─ …      new state, from the slot into the spare page
 //! ```
 //! Of pages whose state was brought before ([`ramtorch_device::StagedPage`]), the gradients alone go up. Gradients that stay on
 //! the device are read where they are: a slot has no room for them. Pages whose state is held ([`ramtorch_device::HeldPage`])
@@ -11,12 +11,16 @@
 //! has something to do, as the other one is, and without a pause after each page gradients would leave when the last one is out
 //! (measured: the backward pass stood still for a fifth of the step; with a pause after each part the pages took two thirds longer).
 //!
-//! A page goes through in parts, the parts through a ring of slots; events order the three streams, so the host enqueues a
-//! page and waits only for whole pages. Both directions of the bus are busy at once.
+//! Pages go through a ring of slots; events order the three streams, so the host enqueues a page and waits only for its end. Both
+//! directions of the bus are busy at once.
 //!
-//! A part goes up only when the kernel of the one before it is done. The engine that copies to the device changes to another
-//! stream only when this one has nothing to do: without these pauses, of some hundredths of the time, the weights that the
-//! next forward pass wants come when the last page is up (measured: 400 ms late, instead of 8). On the way down, a part waits for
+//! A page is one launch. Matrix products keep all multiprocessors until they end, and a launch beside them waits for the end of
+//! one, whatever its stream's priority, 2.7 ms behind products of 8192 rows and more: with eight launches a page the device
+//! updated 0.8 billion parameters a second beside the forward pass, a quarter of what the bus allows.
+//!
+//! A page goes up only when the kernel of the one before it is done. The engine that copies to the device changes to another
+//! stream only when this one has nothing to do: without these pauses the weights that the next forward pass wants come when the
+//! last page is up (measured: 400 ms late, instead of 8; a pause of some microseconds is too short). On the way down, a page waits for
 //! what the reader of gradients ([`crate::reader`]) has asked for by then: a few pages' gradients, for want of which the
 //! processor would stand still while this stream keeps the engine busy. All of it is beside the device's
 //! own streams: the updater has streams, memory, kernels and a context reference of its own and is used from one thread.
@@ -50,14 +54,61 @@ struct Factors {
     gradient_scale: f32,
 }
 
-/// Room for one part of a page: weights, remainders, two moments, gradients, one array behind the other.
+/// Parameters that follow one another with everything that belongs to them, as the kernels take them.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Segment {
+    hi: u64,
+    lo: u64,
+    m: u64,
+    v: u64,
+    g: u64,
+    weights: u64,
+    count: u64,
+    first: u64,
+    keep: f32,
+    whole: u32,
+}
+
+/// Segments of a launch: as many as optimizer.cu says.
+const SEGMENTS: usize = 32;
+
+#[repr(C)]
+struct Segments {
+    of: [Segment; SEGMENTS],
+    count: u32,
+}
+
+/// Where the state of `count` parameters from `offset` of a page on is: at `hi`, in arrays of `each` one behind the other.
+#[derive(Clone, Copy)]
+struct Place {
+    offset: u64,
+    count: u64,
+    hi: u64,
+    each: u64,
+}
+
+impl Place {
+    /// The four arrays, from parameter `skip` of this place on.
+    fn arrays(&self, skip: u64, moment: u64) -> [u64; 4] {
+        let lo = self.hi + 2 * self.each;
+        let m = lo + 2 * self.each;
+        let v = m + moment * self.each;
+        [self.hi + 2 * skip, lo + 2 * skip, m + moment * skip, v + moment * skip]
+    }
+}
+
+/// Room for a page: weights, remainders, two moments, gradients, one array behind the other.
 struct Slot {
     memory: Memory,
-    /// Its last part is down.
+    /// Its last page is down.
     free: RawEvent,
     loaded: RawEvent,
     computed: RawEvent,
 }
+
+/// Blocks of a launch, at most: what all multiprocessors hold.
+const BLOCKS: u64 = 1024;
 
 /// A whole page on its way: its end, its number, and the step of its weights where they are delivered.
 type InHand = (RawEvent, PageId, Option<u64>);
@@ -81,16 +132,13 @@ pub(crate) struct Updater {
     kernels: Kernels,
     slots: Vec<Slot>,
     next_slot: usize,
-    /// Parameters of a slot.
-    part: u64,
+    /// Parameters of a slot: a page.
+    page: u64,
     moments: MomentFormat,
     /// Of the store: none where they stay on the device.
     gradients: GradientFormat,
     /// After the gradients that the reader was asked for last.
     fetched: Arc<RawEvent>,
-    trial: (u64, u64),
-    bounce: [RawStream; 2],
-    bounced: [[RawEvent; 2]; 2],
     /// Whole pages on their way, oldest first, and events that are not in use.
     pages: VecDeque<InHand>,
     /// Weights that are written here as well.
@@ -122,13 +170,12 @@ impl Updater {
             return Ok(None);
         }
         let context = Context::open(ordinal)?;
-        let part = staged_parameters(u64::from(store.layout().page_parameters()));
+        let page = u64::from(store.layout().page_parameters());
         let (moments, state, gradients) = (spec.moments, state_bytes(spec), spec.gradients);
-        let trial: Vec<u64> = std::env::var("RAMTORCH_TRIAL").unwrap_or_default().split(',').filter_map(|x| x.parse().ok()).collect();
-        let slots = (0..trial.first().copied().unwrap_or(STAGINGS))
+        let slots = (0..STAGINGS)
             .map(|_| {
                 Ok(Slot {
-                    memory: Memory::new(part * (state + gradients.bytes()), "optimizer staging")?,
+                    memory: Memory::new(page * (state + gradients.bytes()), "optimizer staging")?,
                     free: RawEvent::new()?,
                     loaded: RawEvent::new()?,
                     computed: RawEvent::new()?,
@@ -140,13 +187,10 @@ impl Updater {
             kernels: Kernels::load_optimizer(capability)?,
             slots,
             next_slot: 0,
-            part,
+            page,
             moments,
             gradients,
             fetched,
-            trial: (trial.get(1).copied().unwrap_or(0), trial.get(2).copied().unwrap_or(0)),
-            bounce: [RawStream::new(true)?, RawStream::new(true)?],
-            bounced: [[RawEvent::new()?, RawEvent::new()?], [RawEvent::new()?, RawEvent::new()?]],
             pages: VecDeque::new(),
             direct: None,
             spare_events: Vec::new(),
@@ -169,22 +213,51 @@ impl Updater {
         }
     }
 
-    /// Sends `count` parameters from `offset` of the page through a slot, or through `state` where they have memory of their own.
-    fn part(
-        &mut self,
-        k: &AdamwStep,
-        p: &Passage<'_>,
-        start: u64,
-        (offset, count): (u64, u64),
-        state: Option<&DevBuf>,
-    ) -> Result<(), EngineError> {
-        let (store, gradients): (&Store, _) = (self.registration.store(), p.gradients);
-        let slot = &self.slots[self.next_slot];
-        let format = match gradients {
-            PageGradients::Segment => self.gradients,
-            PageGradients::Device(format, _) => format,
-        };
-        let (mb, gb, each_state) = (self.moments.bytes(), format.bytes(), state_bytes(store.layout().spec()));
+    /// Where a page of `len` parameters has its state on the device: in the slot, or in `state`, a buffer for each part.
+    fn places(&self, slot: &Slot, len: u64, state: &[DevBuf]) -> Result<Vec<Place>, EngineError> {
+        if state.is_empty() {
+            return Ok(vec![Place { offset: 0, count: len, hi: slot.memory.ptr, each: self.page }]);
+        }
+        let (part, bytes) = (staged_parameters(self.page), 4 + 2 * self.moments.bytes());
+        if state.len() as u64 != len.div_ceil(part) {
+            return Err(EngineError::internal(format!("{} parts of memory for a page of {len} parameters", state.len())));
+        }
+        let places: Vec<Place> = (0..len)
+            .step_by(part as usize)
+            .zip(state)
+            .map(|(offset, buf)| Place { offset, count: part.min(len - offset), hi: buf.ptr, each: part.min(len - offset) })
+            .collect();
+        if places.iter().zip(state).any(|(place, buf)| buf.bytes < place.count * bytes) {
+            return Err(EngineError::internal("the memory for a part of a page is too short"));
+        }
+        Ok(places)
+    }
+
+    /// What the kernel goes through: cut where the state, the gradients, the decay or the places of the weights go on elsewhere.
+    fn segments(&self, k: &AdamwStep, p: &Passage<'_>, start: u64, places: &[Place], pieces: &[GradientPiece], each: u64) -> Vec<Segment> {
+        let moment = self.moments.bytes();
+        let mut segments = Vec::new();
+        for place in places {
+            let here = start + place.offset..start + place.offset + place.count;
+            for piece in pieces.iter().filter(|x| x.first < here.end && x.end > here.start) {
+                for run in DecayRun::within(p.runs, piece.first.max(here.start)..piece.end.min(here.end)) {
+                    for (range, weights) in self.direct_pieces(p.direct, run.first..run.end) {
+                        let count = range.end - range.start;
+                        let [hi, lo, m, v] = place.arrays(range.start - here.start, moment);
+                        let g = piece.buf.ptr + each * (range.start - piece.first);
+                        let arrays = [(hi, 2), (lo, 2), (m, moment), (v, moment), (g, each), (weights, 2)];
+                        // Parts, weights and gradients follow one another without gaps.
+                        let whole = count.is_multiple_of(4) && arrays.iter().all(|(p, size)| p.is_multiple_of(4 * size));
+                        let keep = if run.decay { k.keep } else { 1.0 };
+                        segments.push(Segment { hi, lo, m, v, g, weights, count, first: range.start, keep, whole: u32::from(whole) });
+                    }
+                }
+            }
+        }
+        segments
+    }
+
+    fn launch(&self, k: &AdamwStep, format: GradientFormat, segments: &[Segment]) -> Result<(), EngineError> {
         let kernel = match (self.moments, format) {
             (MomentFormat::F32, GradientFormat::F32) => "adamw_f32_f32",
             (MomentFormat::F32, GradientFormat::Bf16) => "adamw_f32_bf16",
@@ -194,61 +267,7 @@ impl Updater {
                 return Err(EngineError::internal("a page without moments or gradients cannot be updated"));
             }
         };
-        let from = start + offset;
-        let in_segment = matches!(gradients, PageGradients::Segment);
-        // Arrays of a slot: `part` parameters each, a multiple of 1024, so each begins aligned; others as long as the part.
-        let (hi, each) = state.map_or((slot.memory.ptr, self.part), |s| (s.ptr, count));
-        if state.is_some_and(|s| s.bytes < count * each_state) {
-            return Err(EngineError::internal("the memory for a part of a page is too short"));
-        }
-        let lo = hi + 2 * each;
-        let m = lo + 2 * each;
-        let v = m + mb * each;
-        let g = slot.memory.ptr + each_state * self.part;
-        // Behind the state in the slot, or where the backward pass has left them.
-        let in_slot = [GradientPiece { first: from, end: from + count, buf: DevBuf { ptr: g, bytes: gb * count } }];
-        let pieces: Vec<GradientPiece> = match gradients {
-            PageGradients::Segment => {
-                debug_assert!(g + gb * self.part <= slot.memory.ptr + slot.memory.bytes);
-                in_slot.to_vec()
-            }
-            PageGradients::Device(_, pieces) => GradientPiece::within(pieces, from..from + count, format).collect(),
-        };
-        let whole = pieces.iter().try_fold(from, |at, p| (p.first == at && p.buf.bytes >= gb * (p.end - at)).then_some(p.end));
-        if whole != Some(from + count) {
-            return Err(EngineError::internal("the gradients of a page have a gap"));
-        }
-        let (n, mb_, gb_) = (count as usize, mb as usize, gb as usize);
-        let what = &self.name;
-        let tracing = self.timing.is_tracing();
-        // Done or never recorded, for the first parts of a step: no wait.
-        let before = &self.slots[(self.next_slot + self.slots.len() - 1) % self.slots.len()].computed;
-        let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(p.page);
-        cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
-        match self.trial.0 {
-            0 => cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?,
-            1 => self.pause(&self.up, 0)?,
-            _ => {}
-        }
-        let bytes_in = count * (if p.live.is_some() { each_state } else { 0 } + if in_segment { gb } else { 0 });
-        let span = if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", bytes_in))?) } else { None };
-        if let Some(live) = p.live {
-            let old = self.arrays(live, offset);
-            cu!(what, cuMemcpyHtoDAsync_v2(hi, old[0], n * 2, self.up.0))?;
-            cu!(what, cuMemcpyHtoDAsync_v2(lo, old[1], n * 2, self.up.0))?;
-            cu!(what, cuMemcpyHtoDAsync_v2(m, old[2], n * mb_, self.up.0))?;
-            cu!(what, cuMemcpyHtoDAsync_v2(v, old[3], n * mb_, self.up.0))?;
-        }
-        if in_segment {
-            cu!(what, cuMemcpyHtoDAsync_v2(g, store.gradient_ptr(from).cast::<c_void>(), n * gb_, self.up.0))?;
-        }
-        if let Some(span) = span {
-            self.timing.end(&self.up, span)?;
-        }
-        slot.loaded.record(&self.up)?;
-        cu!(what, cuStreamWaitEvent(self.compute.0, slot.loaded.0, 0))?;
-        let work = Label::work("adamw").step(k.step).page(p.page);
-        let span = if tracing { Some(self.timing.begin(&self.compute, Row::OptimizerKernel, &work)?) } else { None };
+        let function = self.kernels.get(kernel)?;
         let factors = Factors {
             beta1: k.beta1,
             beta2: k.beta2,
@@ -259,52 +278,94 @@ impl Updater {
             eps: k.eps,
             gradient_scale: k.gradient_scale,
         };
-        // Runs end where the gradients, or the places of the weights, go on elsewhere.
-        for piece in &pieces {
-            for run in DecayRun::within(p.runs, piece.first..piece.end) {
-                for (range, weights) in self.direct_pieces(p.direct, run.first..run.end) {
-                    let (skip, len) = (range.start - from, range.end - range.start);
-                    let (hi, lo, m, v) = (hi + 2 * skip, lo + 2 * skip, m + mb * skip, v + mb * skip);
-                    let g = piece.buf.ptr + gb * (range.start - piece.first);
-                    // Staged parts, weights and gradients follow one another without gaps.
-                    let aligned =
-                        [(hi, 2), (lo, 2), (m, mb), (v, mb), (g, gb), (weights, 2)].iter().all(|(p, size)| p.is_multiple_of(4 * size));
-                    let vector = aligned && len.is_multiple_of(4);
-                    let function = self.kernels.get(&format!("{kernel}_{}", if vector { 'v' } else { 's' }))?;
-                    let a_thread = if vector { 4 } else { 1 };
-                    let grid = Launch::new((len.div_ceil(256 * a_thread).clamp(1, 512) as u32, 1, 1), (256, 1));
-                    let keep: f32 = if run.decay { k.keep } else { 1.0 };
-                    let (first, step): (u64, u64) = (range.start, k.step);
-                    launch!(function, grid, &self.compute, what; hi, lo, m, v, g, weights, len, first, step, keep, factors)?;
+        for segments in segments.chunks(SEGMENTS) {
+            let none = Segment { hi: 0, lo: 0, m: 0, v: 0, g: 0, weights: 0, count: 0, first: 0, keep: 1.0, whole: 0 };
+            let mut all = Segments { of: [none; SEGMENTS], count: segments.len() as u32 };
+            all.of[..segments.len()].copy_from_slice(segments);
+            let units: u64 = segments.iter().map(|s| s.count.div_ceil(4)).sum();
+            let grid = Launch::new((units.div_ceil(256).clamp(1, BLOCKS) as u32, 1, 1), (256, 1));
+            let step = k.step;
+            launch!(function, grid, &self.compute, &self.name; all, step, factors)?;
+        }
+        Ok(())
+    }
+
+    /// Sends a whole page through, in `state` where its parts have memory of their own, and takes it in hand.
+    fn pass(&mut self, k: &AdamwStep, p: &Passage<'_>, state: &[DevBuf]) -> Result<(), EngineError> {
+        let tracing = self.timing.is_tracing();
+        if tracing.then_some(k.step) != self.anchored {
+            // Once a step, and only while a trace is on, this waits for the pages on their way up.
+            self.timing.anchor(&self.up)?;
+            self.anchored = tracing.then_some(k.step);
+        }
+        let (store, what): (&Store, _) = (self.registration.store(), &self.name);
+        let params = store.layout().page_range(p.page);
+        let (start, len) = (params.start, params.end - params.start);
+        let slot = &self.slots[self.next_slot];
+        let places = self.places(slot, len, state)?;
+        let (mb, state_bytes) = (self.moments.bytes(), state_bytes(store.layout().spec()));
+        // Behind the state in the slot, or where the backward pass has left them.
+        let in_slot = slot.memory.ptr + state_bytes * self.page;
+        let (format, pieces) = match p.gradients {
+            PageGradients::Segment => {
+                let bytes = self.gradients.bytes() * len;
+                debug_assert!(in_slot + bytes <= slot.memory.ptr + slot.memory.bytes);
+                (self.gradients, vec![GradientPiece { first: start, end: params.end, buf: DevBuf { ptr: in_slot, bytes } }])
+            }
+            PageGradients::Device(format, pieces) => (format, GradientPiece::within(pieces, params.clone(), format).collect()),
+        };
+        let gb = format.bytes();
+        let whole = pieces.iter().try_fold(start, |at, p| (p.first == at && p.buf.bytes >= gb * (p.end - at)).then_some(p.end));
+        if whole != Some(params.end) {
+            return Err(EngineError::internal("the gradients of a page have a gap"));
+        }
+        let in_segment = matches!(p.gradients, PageGradients::Segment);
+        // Done or never recorded, for the first pages of a step: no wait.
+        let before = &self.slots[(self.next_slot + self.slots.len() - 1) % self.slots.len()].computed;
+        let label = |name, bytes| Label::copy(name, bytes).step(k.step).page(p.page);
+        cu!(what, cuStreamWaitEvent(self.up.0, slot.free.0, 0))?;
+        cu!(what, cuStreamWaitEvent(self.up.0, before.0, 0))?;
+        let bytes_in = len * (if p.live.is_some() { state_bytes } else { 0 } + if in_segment { gb } else { 0 });
+        let span = if tracing { Some(self.timing.begin(&self.up, Row::OptimizerIn, &label("page in", bytes_in))?) } else { None };
+        if let Some(live) = p.live {
+            for place in &places {
+                let old = self.arrays(live, place.offset);
+                for ((to, from), bytes) in place.arrays(0, mb).into_iter().zip(old).zip([2, 2, mb, mb]) {
+                    cu!(what, cuMemcpyHtoDAsync_v2(to, from, (place.count * bytes) as usize, self.up.0))?;
                 }
             }
         }
+        if in_segment {
+            cu!(what, cuMemcpyHtoDAsync_v2(in_slot, store.gradient_ptr(start).cast::<c_void>(), (len * gb) as usize, self.up.0))?;
+        }
+        if let Some(span) = span {
+            self.timing.end(&self.up, span)?;
+        }
+        slot.loaded.record(&self.up)?;
+        cu!(what, cuStreamWaitEvent(self.compute.0, slot.loaded.0, 0))?;
+        let work = Label::work("adamw").step(k.step).page(p.page);
+        let span = if tracing { Some(self.timing.begin(&self.compute, Row::OptimizerKernel, &work)?) } else { None };
+        self.launch(k, format, &self.segments(k, p, start, &places, &pieces, gb))?;
         if let Some(span) = span {
             self.timing.end(&self.compute, span)?;
         }
+        let slot = &self.slots[self.next_slot];
         slot.computed.record(&self.compute)?;
+        let delivered = p.direct.then_some(k.step);
         let Some(spare) = p.spare else {
             slot.free.record(&self.compute)?;
             self.next_slot = (self.next_slot + 1) % self.slots.len();
-            return Ok(());
+            return self.in_hand(p.page, delivered, |u| &u.compute);
         };
         cu!(what, cuStreamWaitEvent(self.down.0, slot.computed.0, 0))?;
         if !in_segment {
             cu!(what, cuStreamWaitEvent(self.down.0, self.fetched.0, 0))?;
         }
-        self.down(&label("page out", count * each_state), hi, each, spare, (offset, count))?;
+        self.down(&label("page out", len * state_bytes), &places, spare)?;
         let slot = &self.slots[self.next_slot];
         slot.free.record(&self.down)?;
         self.next_slot = (self.next_slot + 1) % self.slots.len();
-        Ok(())
-    }
-
-    fn pause(&self, stream: &RawStream, which: usize) -> Result<(), EngineError> {
-        let (what, [a, b]) = (&self.name, &self.bounced[which]);
-        a.record(stream)?;
-        cu!(what, cuStreamWaitEvent(self.bounce[which].0, a.0, 0))?;
-        b.record(&self.bounce[which])?;
-        cu!(what, cuStreamWaitEvent(stream.0, b.0, 0))
+        self.in_hand(p.page, delivered, |u| &u.down)
     }
 
     /// The arrays of a page from `offset` on, which lies inside the page.
@@ -313,45 +374,20 @@ impl Updater {
         [p.hi.wrapping_add(at).cast(), p.lo.wrapping_add(at).cast(), p.m.wrapping_add(moment).cast(), p.v.wrapping_add(moment).cast()]
     }
 
-    /// Sends `count` parameters, whose state lies at `hi` in arrays of `each`, into the spare page from `offset` on.
-    fn down(&mut self, label: &Label, hi: u64, each: u64, spare: PagePtrs, (offset, count): (u64, u64)) -> Result<(), EngineError> {
+    /// Sends the state at `places` into the spare page.
+    fn down(&mut self, label: &Label, places: &[Place], spare: PagePtrs) -> Result<(), EngineError> {
         let (what, mb) = (&self.name, self.moments.bytes());
-        if self.trial.1 == 1 {
-            self.pause(&self.down, 1)?;
-        }
-        let (lo, m) = (hi + 2 * each, hi + 4 * each);
-        let v = m + mb * each;
-        let (n, mb) = (count as usize, mb as usize);
-        let new = self.arrays(spare, offset);
         let span = if self.timing.is_tracing() { Some(self.timing.begin(&self.down, Row::OptimizerOut, label)?) } else { None };
-        cu!(what, cuMemcpyDtoHAsync_v2(new[0], hi, n * 2, self.down.0))?;
-        cu!(what, cuMemcpyDtoHAsync_v2(new[1], lo, n * 2, self.down.0))?;
-        cu!(what, cuMemcpyDtoHAsync_v2(new[2], m, n * mb, self.down.0))?;
-        cu!(what, cuMemcpyDtoHAsync_v2(new[3], v, n * mb, self.down.0))?;
+        for place in places {
+            let new = self.arrays(spare, place.offset);
+            for ((to, from), bytes) in new.into_iter().zip(place.arrays(0, mb)).zip([2, 2, mb, mb]) {
+                cu!(what, cuMemcpyDtoHAsync_v2(to, from, (place.count * bytes) as usize, self.down.0))?;
+            }
+        }
         match span {
             Some(span) => self.timing.end(&self.down, span),
             None => Ok(()),
         }
-    }
-
-    /// Sends a whole page through, in `state` where its parts have memory of their own, and takes it in hand.
-    fn pass(&mut self, k: &AdamwStep, p: &Passage<'_>, state: &[DevBuf]) -> Result<(), EngineError> {
-        let tracing = self.timing.is_tracing().then_some(k.step);
-        if tracing != self.anchored {
-            // Once a step, and only while a trace is on, this waits for the parts on their way up.
-            self.timing.anchor(&self.up)?;
-            self.anchored = tracing;
-        }
-        let params = self.registration.store().layout().page_range(p.page);
-        let len = params.end - params.start;
-        if !state.is_empty() && state.len() as u64 != len.div_ceil(self.part) {
-            return Err(EngineError::internal(format!("{} parts of memory for a page of {len} parameters", state.len())));
-        }
-        for (i, offset) in (0..len).step_by(self.part as usize).enumerate() {
-            self.part(k, p, params.start, (offset, self.part.min(len - offset)), state.get(i))?;
-        }
-        let delivered = p.direct.then_some(k.step);
-        if p.spare.is_some() { self.in_hand(p.page, delivered, |u| &u.down) } else { self.in_hand(p.page, delivered, |u| &u.compute) }
     }
 
     /// A page is done when `stream` gets here.
@@ -374,7 +410,7 @@ impl Updater {
 
 impl PageUpdater for Updater {
     fn depth(&self) -> usize {
-        2 // the parts of one page are done while those of the next come up
+        2 // one is done and goes down while the next comes up
     }
 
     fn submit(
@@ -405,17 +441,11 @@ impl PageUpdater for Updater {
         let store = self.registration.store();
         let (params, spare) = (store.layout().page_range(held.page), store.page_ptrs(update.spare()));
         let (len, state) = (params.end - params.start, state_bytes(store.layout().spec()));
-        if held.page != update.page() || held.state.len() as u64 != len.div_ceil(self.part) {
+        if held.page != update.page() || held.state.is_empty() {
             return Err(EngineError::internal(format!("what is held is not page {}", update.page())));
         }
-        for (offset, buf) in (0..len).step_by(self.part as usize).zip(&held.state) {
-            let count = self.part.min(len - offset);
-            if buf.bytes < count * state {
-                return Err(EngineError::internal("the memory for a part of a page is too short"));
-            }
-            let label = Label::copy("held page out", count * state).page(held.page);
-            self.down(&label, buf.ptr, count, spare, (offset, count))?;
-        }
+        let places = self.places(&self.slots[0], len, &held.state)?;
+        self.down(&Label::copy("held page out", len * state).page(held.page), &places, spare)?;
         self.in_hand(held.page, None, |u| &u.down)
     }
 

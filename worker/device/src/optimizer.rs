@@ -290,12 +290,12 @@ impl DirectWeights {
     }
 }
 
-/// Parameters that a device with memory of its own stages at once: some tenths of a millisecond of the bus.
+/// Parameters of a part of a page whose state is brought to the device in pieces, where there is room for it.
 pub const STAGED_PARAMETERS: u64 = 2 << 20;
-/// Stagings that are in flight: one on its way in, one in the kernel, one on its way out, one to spare.
-pub const STAGINGS: u64 = 4;
+/// Pages that a device with memory of its own has there at once: one on its way in, the other in the kernel or on its way out.
+pub const STAGINGS: u64 = 2;
 
-/// Parameters of one staging for pages of `page_parameters`.
+/// Parameters of a part, for pages of `page_parameters`.
 pub fn staged_parameters(page_parameters: u64) -> u64 {
     page_parameters.min(STAGED_PARAMETERS)
 }
@@ -380,7 +380,7 @@ pub fn state_bytes(store: &StoreSpec) -> u64 {
 
 /// Device memory that a page updater with staging takes, in bytes. Gradients that are not in the segment are read where they are.
 pub fn staging_bytes(store: &StoreSpec, page_parameters: u64) -> u64 {
-    STAGINGS * staged_parameters(page_parameters) * (state_bytes(store) + store.gradients.bytes())
+    STAGINGS * page_parameters * (state_bytes(store) + store.gradients.bytes())
 }
 
 #[cfg(test)]

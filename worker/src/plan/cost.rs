@@ -276,7 +276,8 @@ impl Cost {
 
     /// For each block but the last: pages whose state comes to the device during its backward pass in the last group, into its
     /// activations. As many as the bus has time for beside the block's own weights, where there is room. What is made again
-    /// takes time too, but counts for nothing: more memory, where less is made again, shall not mean fewer pages.
+    /// takes time too, but counts for nothing: more memory, where less is made again, shall not mean fewer pages. What is left of
+    /// the time of one block, less than a page's, goes to the next: its last page may come a little late.
     pub fn staged_pages(&self, model: &Model, p: &EnginePlan, t: &Times) -> Vec<usize> {
         let Some(page) = p.store.page_parameters.filter(|_| self.overlapped() && p.optimizer_split && self.adamw_gpu > 0.0) else {
             return Vec::new();
@@ -284,17 +285,20 @@ impl Cost {
         let parameters = f64::from(page);
         let page = parameters * ramtorch_device::state_bytes(&p.store) as f64;
         let held = self.held(model, p);
-        let of_block = |b: usize| {
+        let mut pages = vec![0; model.len() - 1];
+        let mut left = 0.0;
+        for b in (0..pages.len()).rev() {
             if p.keep[b] == Keep::Inputs || !matches!(model.blocks[b], Block::Layer(_)) {
-                return 0;
+                continue;
             }
             let seconds = t.backward[b] * p.group_len as f64;
             let weights = if p.resident[b] { 0.0 } else { (model.places[b].1 * p.dtype.size()) as f64 };
-            let time = seconds * self.both[0] * STAGED_SHARE - weights;
+            let time = (seconds * self.both[0] * STAGED_SHARE - weights).max(0.0) + left;
             let room = model.saved_bytes(b, p.shape(), p.keep[b]) as f64 * p.group_len as f64;
-            (time.min(room) / page).min((model.places[b].1 as f64 - held[b]) / parameters).max(0.0) as usize
-        };
-        (0..model.len() - 1).map(of_block).collect()
+            pages[b] = (time.min(room) / page).min((model.places[b].1 as f64 - held[b]) / parameters).max(0.0) as usize;
+            left = (time - pages[b] as f64 * page).clamp(0.0, page);
+        }
+        pages
     }
 
     /// Share of the parameters that are not held whose pages are staged, by all ranks.

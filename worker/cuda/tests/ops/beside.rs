@@ -99,7 +99,11 @@ pub fn bench() {
                     s.layout().span() as f64 / took / 1e9,
                     each * 1e3,
                     alone * 1e3,
-                    if busy { format!("; {BLOCK} weights come in {}, gradients go in {}", waits(&loads), waits(&stores)) } else { String::new() }
+                    if busy {
+                        format!("; {BLOCK} weights come in {}, gradients go in {}", waits(&loads), waits(&stores))
+                    } else {
+                        String::new()
+                    }
                 );
             }
         }
