@@ -202,8 +202,8 @@ pub struct TrainSpec {
     /// each copies all of them; the plan chooses without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gather_weights: Option<bool>,
-    /// GiB of a GPU's memory in which optimizer state of the first pages may stay; the plan chooses how much of it is used. None
-    /// without it. One GPU, bf16.
+    /// GiB of a GPU's memory in which optimizer state of the first pages may stay, at most; the plan chooses how much is used. One
+    /// GPU, bf16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_state_gib: Option<f64>,
     /// Format in which gradients go from device to device to be added up. Default: fp32. bf16 halves the traffic where

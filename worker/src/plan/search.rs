@@ -311,7 +311,7 @@ impl Combination<'_> {
     fn holdings(&self, p: &EnginePlan) -> Vec<usize> {
         let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![0] };
         let stay: u64 = self.s.model.places.iter().zip(&p.resident).filter(|(_, stays)| **stays).map(|(place, _)| place.1).sum();
-        let allowed = self.s.spec.train.held_state_gib.map_or(0, |gib| (gib * f64::from(1 << 30)) as u64);
+        let allowed = self.s.spec.train.held_state_gib.map_or(u64::MAX, |gib| (gib * f64::from(1 << 30)) as u64);
         let most = (stay / u64::from(page)).min(allowed / HeldPage::bytes(&p.store, page.into())) as usize;
         (0..=most).step_by((most / HOLDINGS).max(1)).collect()
     }
