@@ -116,7 +116,9 @@ def main():
     for memory in args.memory.split(","):
         node = Node(args, memory)
         try:
-            _, loading = node.ask("generate", folder, "-p", "the", "--max-new-tokens", "1")
+            # The first one reads the files and compiles kernels, too.
+            for _ in range(2):
+                _, loading = node.ask("generate", folder, "-p", "the", "--max-new-tokens", "1")
             speed = {}
             for count in map(int, args.prompts.split(",")):
                 prompts = [x for i in range(count) for x in ("-p", "the " * (i % 5 + 1))]
