@@ -152,7 +152,7 @@ fn run_on(tag: &str, tied: bool, train: &str, (staged_pages, held): (usize, usiz
             }
             let visits = session.visits(p.groups, true);
             session.weights.plan_visits(visits, step - 1);
-            session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, step - 1).unwrap();
+            session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, step - 1, &mut |_, _| Ok(())).unwrap();
             session.finish_gradients().unwrap();
             end.losses.push(session.sum_losses(&batches).unwrap().to_bits());
             end.squares.push(session.squares_by_device().unwrap().to_bits());
