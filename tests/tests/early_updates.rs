@@ -128,8 +128,7 @@ groups! {
         "checkpoint.page=1*off->sleep(150),step.swept=sleep(60),early.begun=kill,rerun.loaded=kill",
         "checkpoint.copied=1*off->sleep(100),early.published=1*off->kill"]
     deaths_of_the_supervisor: ["step.swept=1*off->sleep(60),early.published=1*off->sleep(100),job.step=kill",
-        "early.begun=3*off->sleep(100),job.step=kill", "job.step=3*off->kill",
-        "step.swept=4*off->sleep(60),early.kept=kill,job.backoff=kill"]
+        "early.begun=3*off->sleep(100),job.step=kill,job.step=1*off->kill,step.swept=1*off->sleep(60),early.kept=kill,job.backoff=kill"]
     stops_errors_and_panics: ["step.swept=sleep(60),early.published=1*off->stop", "step.swept=1*off->sleep(60),early.kept=panic",
         "step.swept=2*off->sleep(60),early.begun=panic", "step.swept=3*off->panic", "early.closed=4*off->panic"]
 }
