@@ -793,8 +793,8 @@ impl Loop<'_> {
         (watch.ahead, watch.early, watch.by_host, watch.base) = (self.ahead.take(), plan.early_updates, !plan.squares(), base);
         let span = r.recorder.scope(Row::Loop, Label::work("enqueue the sweeps"));
         self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, plan.groups, step - 1, &mut |session, b| {
-            // Squaring would keep the device waiting for what it is to do next.
-            if watch.early && !watch.by_host { watch.advance(session, b, false) } else { Ok(()) }
+            // Where the device takes in no more than it has room for, the backward pass is nearly over when all of it is enqueued.
+            if watch.early { watch.advance(session, b, false) } else { Ok(()) }
         })?;
         drop(span);
         if r.comm.world() > 1 {

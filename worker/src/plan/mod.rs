@@ -446,7 +446,9 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         store.gradients = GradientFormat::None;
         layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     }
-    let early_updates = spec.optimizer.clip_norm == 0.0 && ramtorch_cpu::keeps_weights(store.gradients, dtype);
+    // Beside a GPU the processor has nothing better to do; on a CPU device it is the one that computes gradients.
+    let wanted = spec.optimizer.clip_norm == 0.0 && spec.optimizer.early_updates.unwrap_or(first.kind == DeviceKind::Cuda);
+    let early_updates = wanted && ramtorch_cpu::keeps_weights(store.gradients, dtype);
     if early_updates {
         store.exchange_bytes += Collectives::kept_bytes(kept_numbers(layout.page_count(), store.blocks.len(), world));
         layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
@@ -522,6 +524,13 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     found.plan.checkpoint_staging = crate::checkpoint::staging_bytes(spec, &layout, left);
     let host = host + found.plan.checkpoint_staging * world as u64;
     let p = &found.plan;
+    let mut text = text::describe(&model, &layout, &found, devices, prepared, budget, &cost, place.is_some());
+    if wanted && !early_updates {
+        let gradients = if device_gradients.is_some() { "gradients that stay on the device" } else { "bf16 gradients" };
+        text += &format!(
+            "             pages wait for the end of the backward pass, though gradients are not clipped: the place of {gradients} has no room for the weights that a death would want back\n"
+        );
+    }
     Ok(Plan {
         parameters: layout.parameters(),
         segment_bytes: layout.bytes(),
@@ -529,7 +538,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         host_bytes: host,
         step_seconds: found.parts.step,
         bound_by: found.parts.bound_by().into(),
-        text: text::describe(&model, &layout, &found, devices, prepared, budget, &cost, place.is_some()),
+        text,
         detail: serde_json::to_value(p).map_err(EngineError::internal)?,
     })
 }
