@@ -12,7 +12,7 @@
 
 use crate::commit::{Expect, Spares, Ticket};
 use crate::error::StoreError;
-use crate::page::{Gradients, PageMut, PageView, gradients, page_mut, page_view};
+use crate::page::{Gradients, GradientsMut, PageMut, PageView, gradients, gradients_mut, page_mut, page_view};
 use crate::snapshot::{Pins, Snapshot};
 use crate::spec::PageId;
 use crate::store::Store;
@@ -248,6 +248,17 @@ pub enum Begun {
     Pinned,
 }
 
+/// Answer of [`SharedOwner::update_early`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Early {
+    /// It is published.
+    Published,
+    /// The page is at the step already.
+    Done,
+    /// A snapshot holds every spare that is free: nothing was done.
+    Pinned,
+}
+
 impl<'a> SharedOwner<'a> {
     /// Shares an owner.
     pub fn new(owner: Owner<'a>) -> SharedOwner<'a> {
@@ -299,6 +310,47 @@ impl<'a> SharedOwner<'a> {
             self.publish(update)?;
         }
         Ok(true)
+    }
+
+    /// As [`SharedOwner::update`], at a time when a successor may still need the weights of the step before: once the new state
+    /// is whole, and before it is published, `keep` puts the old weights where the page's gradients were. So whoever finds
+    /// the page at `step` finds them there. Does not wait for snapshots.
+    ///
+    /// The record must say [`StepPhase::Updating`](crate::StepPhase::Updating) of `step`. All of the page's gradients must be in
+    /// their place, nobody may read or write them from now until the record says that those of all pages are complete, and
+    /// nobody in this gang may read the old weights any more.
+    ///
+    /// # Errors
+    /// That of `f`, and those of [`Owner::update`].
+    pub fn update_early<E: From<StoreError>>(
+        &self,
+        page: PageId,
+        step: u64,
+        f: impl FnOnce(PageView<'_>, PageMut<'_>, Gradients<'_>) -> Result<(), E>,
+        keep: impl FnOnce(PageView<'_>, GradientsMut<'_>),
+    ) -> Result<Early, E> {
+        let update = match self.try_begin(page, step)? {
+            Begun::Update(update) => update,
+            Begun::Done => return Ok(Early::Done),
+            Begun::Pinned => return Ok(Early::Pinned),
+        };
+        let range = self.store.layout().page_range(page);
+        let mut unwinding = SharedUnwinding { owner: self, update: Some(update) };
+        if let Some(update) = &unwinding.update {
+            // SAFETY: as in `update`. Gradients are read by `f` and written by `keep`, one after the other, and by nobody else
+            // (contract of this function); the old page is only read by both.
+            unsafe {
+                let old = || page_view(self.store, update.live(), range.clone());
+                f(old(), page_mut(self.store, update.spare(), range.clone()), gradients(self.store, range.clone()))?;
+                keep(old(), gradients_mut(self.store, range.clone()));
+            }
+            hit(Point::EarlyKept);
+        }
+        if let Some(update) = unwinding.update.take() {
+            // A release: whoever sees the new entry sees the old weights in their place.
+            self.publish(update)?;
+        }
+        Ok(Early::Published)
     }
 
     /// As [`Owner::begin`]. Waits while a [`Snapshot`] holds every spare that is free.

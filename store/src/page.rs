@@ -59,6 +59,17 @@ pub enum Gradients<'a> {
     Bf16(&'a [u16]),
 }
 
+/// The place of a page's gradients, to be written.
+#[derive(Debug, PartialEq)]
+pub enum GradientsMut<'a> {
+    /// The store has no room for them.
+    None,
+    /// In fp32.
+    F32(&'a mut [f32]),
+    /// In bf16.
+    Bf16(&'a mut [u16]),
+}
+
 /// The state of a page. All arrays have the length of `params`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PageView<'a> {
@@ -151,6 +162,21 @@ pub(crate) unsafe fn gradients<'a>(store: &'a Store, params: Range<u64>) -> Grad
             GradientFormat::None => Gradients::None,
             GradientFormat::F32 => Gradients::F32(std::slice::from_raw_parts(at.cast(), n)),
             GradientFormat::Bf16 => Gradients::Bf16(std::slice::from_raw_parts(at.cast(), n)),
+        }
+    }
+}
+
+/// # Safety
+/// Nobody else reads or writes these gradients for as long as `'a`; the mapping is writable.
+pub(crate) unsafe fn gradients_mut<'a>(store: &'a Store, params: Range<u64>) -> GradientsMut<'a> {
+    let n = (params.end - params.start) as usize;
+    let at = store.gradient_ptr(params.start);
+    // SAFETY: as for `gradients`; no other reference to them exists (caller).
+    unsafe {
+        match store.layout().spec().gradients {
+            GradientFormat::None => GradientsMut::None,
+            GradientFormat::F32 => GradientsMut::F32(std::slice::from_raw_parts_mut(at.cast(), n)),
+            GradientFormat::Bf16 => GradientsMut::Bf16(std::slice::from_raw_parts_mut(at.cast(), n)),
         }
     }
 }

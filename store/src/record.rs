@@ -2,9 +2,15 @@
 //!
 //! ```text
 //!   Loading ──▶ Committed(0) ──▶ Computing(s) ──▶ GradientsComplete(s) ──▶ Committed(s) ──▶ Computing(s+1) …
-//!                                    │                   │
-//!                        after a death: again       after a death: the pages that are still at s-1 are updated
+//!                                    │                   │                       │
+//!                        after a death: again            │                       │
+//!                                       after a death: the pages that are still  │
+//!                                       at s-1 are updated                       │
+//!                                                                                └──▶ Updating(s+1) ──▶ GradientsComplete(s+1) …
+//!                                                                                         │
+//!                        after a death: again, with the weights of s of the pages that are at s+1 from the gradients' places
 //! ```
+//! An engine may leave `Computing` out: `Committed(s-1)` says as much.
 
 use crate::commit::Cell;
 use crate::layout::HEADER_BYTES;
@@ -31,6 +37,10 @@ pub enum StepPhase {
     GradientsComplete,
     /// Every page is at the step.
     Committed,
+    /// Gradients are being computed, and pages whose own are whole may be updated already: see
+    /// [`SharedOwner::update_early`](crate::SharedOwner::update_early). After a death: run the step again, with the weights of
+    /// the step before; those of the pages that are at the step lie where their gradients were.
+    Updating,
 }
 
 /// State of the run, replaced as a whole.
@@ -53,6 +63,7 @@ impl StepRecord {
             StepPhase::Computing => 1,
             StepPhase::GradientsComplete => 2,
             StepPhase::Committed => 3,
+            StepPhase::Updating => 4,
         };
         words[2..].iter_mut().zip(self.values).for_each(|(word, value)| *word = value.to_bits());
         words
@@ -65,6 +76,7 @@ impl StepRecord {
             1 => StepPhase::Computing,
             2 => StepPhase::GradientsComplete,
             3 => StepPhase::Committed,
+            4 => StepPhase::Updating,
             other => return Err(other),
         };
         Ok(StepRecord { step: words[0], phase, values: std::array::from_fn(|i| f64::from_bits(words[i + 2])) })
@@ -77,7 +89,7 @@ mod tests {
 
     #[test]
     fn records_survive_encoding_bit_by_bit() {
-        for phase in [StepPhase::Loading, StepPhase::Computing, StepPhase::GradientsComplete, StepPhase::Committed] {
+        for phase in [StepPhase::Loading, StepPhase::Computing, StepPhase::GradientsComplete, StepPhase::Committed, StepPhase::Updating] {
             let mut values = [0.1; VALUES];
             values[3] = -0.0;
             values[4] = f64::NEG_INFINITY;
@@ -91,7 +103,7 @@ mod tests {
     #[test]
     fn an_unknown_phase_is_told() {
         let mut words = [0; RECORD_WORDS];
-        words[1] = 4;
-        assert_eq!(StepRecord::decode(&words), Err(4));
+        words[1] = 5;
+        assert_eq!(StepRecord::decode(&words), Err(5));
     }
 }

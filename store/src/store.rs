@@ -207,7 +207,9 @@ impl Store {
     /// store without gradients.
     ///
     /// They are written by the ranks that reduced them, each its own part, before the step record says
-    /// [`StepPhase::GradientsComplete`], and must not be written from then until it says [`StepPhase::Committed`].
+    /// [`StepPhase::GradientsComplete`], and must not be written from then until it says [`StepPhase::Committed`]. Those of a
+    /// page that is updated early ([`SharedOwner::update_early`](crate::SharedOwner::update_early)) must not be written from
+    /// then on: the page's old weights lie there.
     ///
     /// # Panics
     /// When the parameter is outside the index space.

@@ -8,6 +8,7 @@ pub mod api;
 mod batch;
 mod checkpoint;
 mod device;
+mod early;
 mod errors;
 mod evaluate;
 #[cfg(fuzzing)]

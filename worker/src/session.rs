@@ -9,6 +9,7 @@
 
 use crate::api::EngineError;
 use crate::batch::{HostBatch, InputBuffers, Part, Reader};
+use crate::early::Ahead;
 use crate::model::{Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Visit, Weights};
 use crate::plan::{EnginePlan, GRADIENT_RING, held_pages, rope_table_bytes, staged_pages};
 use crate::weights::WeightCache;
@@ -75,6 +76,8 @@ pub(crate) struct Session {
     held: Vec<HeldPage>,
     pub bytes_out: u64,
     ranks: Ranks,
+    /// Pages whose gradients of the step that is run again are not wanted.
+    ahead: Option<Arc<Ahead>>,
     /// Nothing that was enqueued still needs the other ranks.
     closed: bool,
 }
@@ -184,6 +187,7 @@ impl Session {
             held,
             bytes_out: 0,
             ranks: plan.ranks(),
+            ahead: None,
             closed: false,
         })
     }
@@ -201,6 +205,13 @@ impl Session {
         self.dev.join_gang(&gang)?;
         tracing::info!("{} joined a gang of {} ranks in {:.2} s", self.dev.name(), comm.world(), begin.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    /// The next step was begun by a gang that died, and these pages are ahead of it: its gradients of them are not stored, and
+    /// their weights come from where those would be.
+    pub fn set_ahead(&mut self, ahead: Arc<Ahead>) {
+        self.weights.set_ahead(ahead.clone());
+        self.ahead = Some(ahead);
     }
 
     /// The end, after a step or a validation that all ranks have finished.
@@ -286,7 +297,8 @@ impl Session {
 
     /// One training step's sweeps on this rank: gradients of `scale` × Σ weighted loss, reduced over ranks into the
     /// store. `before` is the step before: gradients of a page are overwritten only when the page is published at it. Everything
-    /// is enqueued when this returns; [`Session::finish_gradients`] waits.
+    /// is enqueued when this returns; [`Session::finish_gradients`] waits. `closed` is called with each block whose complete
+    /// gradients are on their way, last block first.
     pub fn train_step(
         &mut self,
         reader: &Reader,
@@ -294,6 +306,7 @@ impl Session {
         scale: f32,
         groups: usize,
         before: u64,
+        closed: &mut dyn FnMut(&Session, usize) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
         let mut host = HostBatch::default();
         let mut settled = false;
@@ -320,6 +333,9 @@ impl Session {
                 settled = true;
             }
             self.close_gradient(last, g, final_group, before)?;
+            if final_group {
+                closed(self, last)?;
+            }
             for b in (0..last).rev() {
                 let needs: Vec<usize> = if self.model.backward_needs(b) { vec![b] } else { vec![] };
                 let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
@@ -343,6 +359,7 @@ impl Session {
                 self.close_gradient(b, g, final_group, before)?;
                 if final_group {
                     self.stage(b)?;
+                    closed(self, b)?;
                 }
             }
         }
@@ -401,38 +418,22 @@ impl Session {
         Ok(raw.as_chunks::<8>().0.iter().map(|c| f64::from_le_bytes(*c)).sum())
     }
 
-    /// Calls `f` with every page, as soon as this rank's gradients of a step that is enqueued whole lie in it; the backward
-    /// pass goes on meanwhile.
-    pub fn complete_pages(&self, mut f: impl FnMut(u32)) -> Result<(), EngineError> {
-        let layout = self.store.layout();
-        let pages_of = |b: usize| layout.pages_of(self.model.places[b].0..self.model.places[b].0 + self.model.places[b].1);
-        let mut awaited = vec![0u32; layout.page_count() as usize];
-        (0..self.model.len()).flat_map(pages_of).for_each(|p| awaited[p as usize] += 1);
-        (0..layout.page_count()).filter(|p| awaited[*p as usize] == 0).for_each(&mut f);
-        for b in (0..self.model.len()).rev() {
+    /// Whether this rank's gradients of block `b` of a step, which are on their way, lie in the store; waits for them where `wait`
+    /// says so. The backward pass goes on meanwhile.
+    pub fn is_out(&self, b: usize, wait: bool) -> Result<bool, EngineError> {
+        if wait {
             self.dev.synchronize_event(self.outs[b])?;
-            for p in pages_of(b) {
-                awaited[p as usize] -= 1;
-                if awaited[p as usize] == 0 {
-                    f(p);
-                }
-            }
+            return Ok(true);
         }
-        Ok(())
+        self.dev.is_done(self.outs[b])
     }
 
-    /// Calls `f` with the parameters of every block whose gradients this rank sends out, last block first, as soon as they lie
-    /// in the store; of a step that is enqueued whole. The backward pass goes on meanwhile.
-    pub fn complete_shares(&self, mut f: impl FnMut(std::ops::Range<u64>)) -> Result<(), EngineError> {
-        for b in (0..self.model.len()).rev() {
-            let (start, len) = self.model.places[b];
-            let own = self.ranks.own(len);
-            self.dev.synchronize_event(self.outs[b])?;
-            if !own.is_empty() {
-                f(start + own.start..start + own.end);
-            }
-        }
-        Ok(())
+    /// Pages, ascending, whose state goes to the device before the optimizer begins, or stays there.
+    pub fn device_pages(&self) -> Vec<PageId> {
+        let staged = self.staging.iter().flat_map(|s| s.pages.iter().flatten().copied());
+        let mut pages: Vec<PageId> = staged.chain(self.held.iter().map(|h| h.page)).collect();
+        pages.sort_unstable();
+        pages
     }
 
     /// Blocks until every gradient of the step is where it belongs.
@@ -578,13 +579,23 @@ impl Session {
         let (count, bytes) = (own.end - own.start, (own.end - own.start) * size);
         self.bytes_out += bytes;
         let stretch = dev.begin(Stream::CopyOut, &Label::copy("store gradients", bytes).block(b))?;
-        let src = src.slice(own.start * width, count * width);
-        if own.is_empty() {
-            // A short block: its last shares are nobody's.
-        } else if packed.is_some() {
-            dev.store_packed_gradients(Stream::CopyOut, src, &self.store, start + own.start, count)?;
-        } else {
-            dev.store_gradients(Stream::CopyOut, src, &self.store, start + own.start, count, accumulate)?;
+        // A short block: its last shares are nobody's.
+        let mine = start + own.start..start + own.end;
+        let wanted = match &self.ahead {
+            Some(ahead) => ahead.wanted(self.store.layout(), mine.clone(), before),
+            None => vec![mine.clone()],
+        };
+        if wanted.iter().map(|p| p.end - p.start).sum::<u64>() < count {
+            hit(Point::RerunDropped);
+        }
+        for part in wanted.into_iter().filter(|p| !p.is_empty()) {
+            let count = part.end - part.start;
+            let src = src.slice((part.start - start) * width, count * width);
+            if packed.is_some() {
+                dev.store_packed_gradients(Stream::CopyOut, src, &self.store, part.start, count)?;
+            } else {
+                dev.store_gradients(Stream::CopyOut, src, &self.store, part.start, count, accumulate)?;
+            }
         }
         dev.end(Stream::CopyOut, stretch)?;
         dev.record(leaving.free, Stream::CopyOut)?;

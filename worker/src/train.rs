@@ -10,6 +10,11 @@
 //!   killed before GradientsComplete(s): the gradients are thrown away, step s runs again
 //!   killed after it: pages still at s-1 are updated from the gradients in the segment
 //! ```
+//! Without clipping (`early`), owners bring pages to s as their gradients come:
+//! ```text
+//!   Committed(s-1) ─► sweeps of step s ─┬► Updating(s) ─► pages whose gradients are whole to s ─┬► GradientsComplete(s) ─► …
+//!   killed in Updating(s): step s runs again, with the weights of s-1 that pages at s left where their gradients were
+//! ```
 //! Where gradients stay on the device (`EnginePlan::device_gradients`) they die with the process. Killed after GradientsComplete(s):
 //! ```text
 //!   no page is at s:    Committed(s-1) again, step s runs again          every page is at s: Committed(s)
@@ -25,14 +30,15 @@
 use crate::api::*;
 use crate::batch::{Part, Reader};
 use crate::checkpoint::{self, Checkpoints, Due};
+use crate::early::{Ahead, EarlyDone, EarlyJob, EarlyPages, Gate, Watch};
 use crate::metrics::MetricsFile;
 use crate::model::{Block, Model};
-use crate::optimizer::{StepScalars, factors, sum_of_squares};
+use crate::optimizer::{StepScalars, factors};
 use crate::plan::{EnginePlan, rank_share};
 use crate::record::{StepNumbers, goes_back, going_back};
 use crate::session::{Session, StepBatches};
 use crate::trace::Tracing;
-use ramtorch_cpu::{Channel, Collectives, Kept, PagesUpdated, read_gradient_range, read_gradients, update_pages_recorded, write_back};
+use ramtorch_cpu::{Channel, Collectives, Kept, PagesUpdated, update_pages_recorded, write_back};
 use ramtorch_data::{Dataset, Order};
 use ramtorch_device::{DeviceGradients, Dtype, GradientReader, HeldPage, PageUpdater, StagedPage};
 use ramtorch_failpoint::{Point, hit};
@@ -58,8 +64,17 @@ struct Rank<'a> {
 }
 
 /// Work for the optimizer's thread.
+enum Job {
+    /// Pages of the step that is swept.
+    Early(EarlyJob),
+    Commit(OptimizerJob),
+}
+
+/// A step whose gradients are complete.
 struct OptimizerJob {
     numbers: StepNumbers,
+    /// Pages that were updated before they were.
+    early: EarlyDone,
     /// The line of this step is written by the step loop, after a validation.
     line_later: bool,
     begun: Instant,
@@ -79,7 +94,12 @@ struct Tools {
     held: Vec<HeldPage>,
 }
 
-/// Its answer.
+/// What the optimizer's thread answers.
+enum Answer {
+    Early(EarlyDone),
+    Committed(Committed),
+}
+
 struct Committed {
     numbers: StepNumbers,
     at: Instant,
@@ -108,7 +128,8 @@ pub(crate) fn run(
     rank.load(&mut owner)?;
     let owner = SharedOwner::new(owner);
     rank.recover(&owner)?;
-    rank.steps(owner)
+    let rerun = rank.interrupted();
+    rank.steps(owner, rerun)
 }
 
 impl Rank<'_> {
@@ -250,6 +271,26 @@ impl Rank<'_> {
         Ok(())
     }
 
+    /// The step that a gang before this one died in with pages of it updated already: what its record says, and which they are.
+    /// Every rank comes here before any updates a page.
+    fn interrupted(&self) -> Option<(StepNumbers, Arc<Ahead>)> {
+        let record = self.store.record();
+        if record.phase != StepPhase::Updating {
+            return None;
+        }
+        hit(Point::RerunBegun);
+        let ahead = Ahead::find(&self.store, record.step);
+        let (n, all) = ahead.count();
+        if self.leader() {
+            let text = format!(
+                "step {} was interrupted when {n} of {all} pages had been updated beside its backward pass; it is run again with the weights that it began with",
+                record.step
+            );
+            self.control.event(Level::Info, &text);
+        }
+        Some((StepNumbers::from_record(&record), Arc::new(ahead)))
+    }
+
     fn update_pages(
         &self,
         owner: &SharedOwner<'_>,
@@ -286,8 +327,8 @@ impl Rank<'_> {
         }
         job.numbers.checkpoint_wait = (late + owner.waited().saturating_sub(waited)).as_secs_f64();
         hit(Point::OptimizerUpdated);
-        job.numbers.optimizer_seconds = done.elapsed.as_secs_f64();
-        job.numbers.optimizer_pages_cpu = done.cpu;
+        job.numbers.optimizer_seconds = (done.elapsed + job.early.elapsed).as_secs_f64();
+        job.numbers.optimizer_pages_cpu = done.cpu + job.early.pages;
         job.numbers.optimizer_pages_device = done.device;
         let span = self.recorder.scope(Row::Optimizer, Label::collective("barrier: pages").step(step));
         self.comm.barrier(Channel::Optimizer)?;
@@ -322,7 +363,8 @@ impl Rank<'_> {
         Ok(())
     }
 
-    fn steps(&self, owner: SharedOwner<'_>) -> Result<TrainOutcome, EngineError> {
+    /// `rerun`: the step that comes first was begun before, and pages are ahead of it.
+    fn steps(&self, owner: SharedOwner<'_>, rerun: Option<(StepNumbers, Arc<Ahead>)>) -> Result<TrainOutcome, EngineError> {
         let rank = self.assignment.rank;
         let dataset: Dataset = serde_json::from_value(self.prepared.dataset.clone()).map_err(EngineError::internal)?;
         let data = dataset.open().map_err(EngineError::input)?;
@@ -344,9 +386,17 @@ impl Rank<'_> {
             }
             None => None,
         };
-        let mut tools = Tools { updater, kept, held: session.take_held() };
         session.join(&self.comm)?;
-        let committed = self.store.record().step;
+        let device_pages = session.device_pages();
+        let mut tools = Tools { updater, kept, held: session.take_held() };
+        let recorded = match &rerun {
+            Some((numbers, ahead)) => {
+                session.set_ahead(ahead.clone());
+                numbers.before()
+            }
+            None => StepNumbers::from_record(&self.store.record()),
+        };
+        let committed = recorded.step;
         let (mut metrics, last_line) = if self.leader() {
             MetricsFile::open(self.spec.output.metrics.as_deref(), committed)?
         } else {
@@ -366,6 +416,11 @@ impl Rank<'_> {
         let share = if self.assignment.device.kind == DeviceKind::Cuda { 2 } else { 4 };
         let copiers = (self.assignment.device.threads / share).clamp(1, 16);
         let checkpoints = Checkpoints::new(self.spec, &self.architecture, steps, &self.store, &self.comm, self.control, copiers, staging)?;
+        let early = self.plan.early_updates.then(|| {
+            let parts = (self.store.as_ref(), self.comm.as_ref(), self.recorder.as_ref());
+            let by_host = !self.plan.squares();
+            EarlyPages::new(parts, &self.spec.optimizer, &pool, &session.model.places, owner.pages(), &device_pages, by_host)
+        });
         let mut state = Loop {
             rank: self,
             reader: Reader {
@@ -376,19 +431,22 @@ impl Rank<'_> {
             },
             order: Order::new(self.prepared.train_sequences, self.spec.data.shuffle, self.spec.data.seed),
             session,
-            committed: StepNumbers::from_record(&self.store.record()),
+            committed: recorded,
             commit_time: Instant::now(),
             checkpoints: &checkpoints,
-            initial_validation: f64::NAN,
+            // Taken with weights that are not those of all pages any more.
+            initial_validation: rerun.as_ref().map_or(f64::NAN, |(numbers, _)| numbers.initial_validation_loss),
+            ahead: rerun.map(|(_, ahead)| ahead),
+            owed: false,
+            tokens_total: recorded.tokens_total,
+            swept: 0,
             tracing: Tracing::new(self.recorder.clone(), rank, device, self.prepared.steps),
             pool: &pool,
         };
         // The writer may have died between a commit and its line.
-        let recorded = self.store.record();
-        let missing =
-            self.leader() && recorded.step > 0 && last_line + 1 == recorded.step && StepNumbers::from_record(&recorded).tokens > 0;
+        let missing = self.leader() && recorded.step > 0 && last_line + 1 == recorded.step && recorded.tokens > 0;
         if self.comm.gather(Channel::Step, [f64::from(u8::from(missing)), 0.0, 0.0, 0.0])?[0][0] > 0.0 {
-            let mut n = StepNumbers::from_record(&recorded);
+            let mut n = recorded;
             if state.validation_due(n.step) && n.validation_loss.is_nan() {
                 n.validation_loss = state.validate(n.step)?;
             }
@@ -396,14 +454,29 @@ impl Rank<'_> {
                 self.report(&mut metrics, &n)?;
             }
         }
-        let (to_optimizer, jobs) = mpsc::channel::<OptimizerJob>();
-        let (done, from_optimizer) = mpsc::channel::<Result<Committed, EngineError>>();
+        let (to_optimizer, jobs) = mpsc::channel::<Job>();
+        let (done, from_optimizer) = mpsc::channel::<Result<Answer, EngineError>>();
         let metrics = std::sync::Mutex::new(metrics);
         let stopped = std::thread::scope(|scope| {
-            let (metrics, pool, owner, checkpoints) = (&metrics, &pool, &owner, &checkpoints);
+            let (metrics, pool, owner, checkpoints, early) = (&metrics, &pool, &owner, &checkpoints, &early);
             // Moved, not borrowed: the tools go with the optimizer's thread, before the device does.
             let spawned = std::thread::Builder::new().name(format!("optimizer{rank}")).spawn_scoped(scope, move || {
                 for job in jobs {
+                    let job = match (job, early) {
+                        (Job::Commit(job), _) => job,
+                        (Job::Early(job), Some(early)) if job.gate.enter() => {
+                            // Not on the pool, whose threads it would keep from others while it waits.
+                            let result = early.run(owner, &job).map(Answer::Early);
+                            if result.is_err() {
+                                self.comm.abort();
+                            }
+                            if done.send(result).is_err() {
+                                return;
+                            }
+                            continue;
+                        }
+                        (Job::Early(_), _) => continue,
+                    };
                     let checkpoint = job.checkpoint;
                     let result = {
                         let mut guard = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -415,7 +488,7 @@ impl Rank<'_> {
                         self.comm.abort(); // the step loop may be waiting for pages that will not come
                     }
                     let due = checkpoint.and_then(|request| Some(Due::of(&result.as_ref().ok()?.numbers, request)));
-                    if done.send(result).is_err() {
+                    if done.send(result.map(Answer::Committed)).is_err() {
                         return;
                     }
                     // Before the next job, which would overwrite what belongs to this step.
@@ -477,6 +550,14 @@ struct Loop<'a> {
     commit_time: Instant,
     checkpoints: &'a Checkpoints<'a>,
     initial_validation: f64,
+    /// Pages that are ahead of the first step.
+    ahead: Option<Arc<Ahead>>,
+    /// A checkpoint that was interrupted is written after the first step, because not all pages are at the step before.
+    owed: bool,
+    /// Tokens of all steps that were swept whole.
+    tokens_total: u64,
+    /// Steps that this gang has swept.
+    swept: u64,
     tracing: Tracing,
     pool: &'a rayon::ThreadPool,
 }
@@ -549,9 +630,18 @@ impl Loop<'_> {
         if r.comm.gather(Channel::Step, [f64::from(u8::from(owed)), 0.0, 0.0, 0.0])?[0][0] == 0.0 {
             return Ok(None);
         }
+        // Pages are ahead: there is no state of the committed step any more.
+        self.owed = self.ahead.is_some();
         if r.leader() {
-            let now = if step == last_due { "it is written".to_string() } else { format!("that of step {step} is written in its place") };
-            r.control.event(Level::Info, &format!("the checkpoint of step {last_due} was interrupted; {now} now"));
+            let now = match self.owed {
+                true => format!("that of step {} is written in its place", step + 1),
+                false if step == last_due => "it is written now".to_string(),
+                false => format!("that of step {step} is written in its place now"),
+            };
+            r.control.event(Level::Info, &format!("the checkpoint of step {last_due} was interrupted; {now}"));
+        }
+        if self.owed {
+            return Ok(None);
         }
         self.checkpoints.announce();
         Ok(Some(Due::of(&self.committed, 0)))
@@ -560,14 +650,13 @@ impl Loop<'_> {
     /// Runs to the last step; true when told to stop before it.
     fn run(
         &mut self,
-        to_optimizer: &mpsc::Sender<OptimizerJob>,
-        from_optimizer: &mpsc::Receiver<Result<Committed, EngineError>>,
+        to_optimizer: &mpsc::Sender<Job>,
+        from_optimizer: &mpsc::Receiver<Result<Answer, EngineError>>,
         metrics: &std::sync::Mutex<MetricsFile>,
     ) -> Result<bool, EngineError> {
         let r = self.rank;
-        let gone = || EngineError::internal("the optimizer's thread has ended");
         let steps = r.prepared.steps;
-        if self.committed.step == 0 && self.validation_due(0) {
+        if self.committed.step == 0 && self.ahead.is_none() && self.validation_due(0) {
             self.initial_validation = self.validate(0)?;
             if r.leader() {
                 r.control.event(Level::Info, &format!("validation loss before the first step: {:.4}", self.initial_validation));
@@ -584,18 +673,8 @@ impl Loop<'_> {
             let begun = self.commit_time;
             self.tracing.begin_step(step, self.session.dev.as_ref())?;
             let whole = r.recorder.scope(Row::Loop, Label::new("step", Kind::Step).step(step));
-            let mut numbers = self.sweep(step, &mut wishes, || {
-                if !pending {
-                    return Ok(None);
-                }
-                let _span = r.recorder.scope(Row::Loop, Label::blocked("wait for the last step's commit"));
-                from_optimizer.recv().map_err(|_| gone())?.map(Some)
-            })?;
+            let (numbers, early) = self.sweep(step, &mut wishes, pending, to_optimizer, from_optimizer)?;
             let begun = if pending { self.commit_time } else { begun };
-            numbers.tokens_total = self.committed.tokens_total + numbers.tokens;
-            if step == 1 {
-                numbers.initial_validation_loss = self.initial_validation;
-            }
             if r.leader() {
                 r.set_record(&numbers, StepPhase::GradientsComplete)?;
                 hit(Point::StepRecorded);
@@ -605,7 +684,7 @@ impl Loop<'_> {
             drop(span);
             drop(whole);
             hit(Point::StepAnnounced);
-            let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0;
+            let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0 || std::mem::take(&mut self.owed);
             let validation_due = self.validation_due(step);
             r.control.heartbeat(step, "optimizing");
             let stop = wishes.stop && step < steps;
@@ -615,11 +694,11 @@ impl Loop<'_> {
             }
             wishes.checkpoint = 0;
             let staged = self.session.take_staged()?;
-            let job = OptimizerJob { numbers, line_later: validation_due, begun, staged, sent: Instant::now(), checkpoint };
-            to_optimizer.send(job).map_err(|_| gone())?;
+            let job = OptimizerJob { numbers, early, line_later: validation_due, begun, staged, sent: Instant::now(), checkpoint };
+            to_optimizer.send(Job::Commit(job)).map_err(|_| gone())?;
             pending = true;
             if validation_due || wishes.stop || step == steps {
-                let c = from_optimizer.recv().map_err(|_| gone())??;
+                let c = commit_of(from_optimizer)?;
                 self.took(&c);
                 pending = false;
                 if validation_due {
@@ -666,13 +745,15 @@ impl Loop<'_> {
     }
 
     /// Forward and backward of step `step`; its gradients are in the segment, its numbers agreed, when this returns, and the
-    /// step before, whose commit `committed` waits for, is committed.
+    /// step before, whose commit may be `pending`, is committed. Where pages may be updated early, some are, and none any more.
     fn sweep(
         &mut self,
         step: u64,
         wishes: &mut Wishes,
-        committed: impl FnOnce() -> Result<Option<Committed>, EngineError>,
-    ) -> Result<StepNumbers, EngineError> {
+        pending: bool,
+        to_optimizer: &mpsc::Sender<Job>,
+        from_optimizer: &mpsc::Receiver<Result<Answer, EngineError>>,
+    ) -> Result<(StepNumbers, EarlyDone), EngineError> {
         let r = self.rank;
         let (spec, plan) = (r.spec, &r.plan);
         r.control.heartbeat(step, "computing");
@@ -689,15 +770,39 @@ impl Loop<'_> {
         self.session.dev.resolve()?;
         let visits = self.session.visits(plan.groups, true);
         self.session.weights.plan_visits(visits, step - 1);
+        let known = StepNumbers {
+            step,
+            lr: learning_rate(&spec.schedule, spec.optimizer.lr, step, r.prepared.steps),
+            tokens: tokens as u64,
+            tokens_total: self.tokens_total + tokens as u64,
+            gradient_scale: 1.0,
+            epoch: (step * batch) as f64 / r.prepared.train_sequences.max(1) as f64,
+            validation_loss: f64::NAN,
+            initial_validation_loss: if step == 1 { self.initial_validation } else { f64::NAN },
+            ..Default::default()
+        };
+        let base = self.swept * self.session.model.len() as u64;
+        self.swept += 1;
+        let gate = plan.early_updates.then(Arc::<Gate>::default);
+        if let Some(gate) = &gate {
+            // Comes after the commit of the step before, and its checkpoint.
+            let job = EarlyJob { numbers: known, base, gate: gate.clone() };
+            to_optimizer.send(Job::Early(job)).map_err(|_| gone())?;
+        }
+        let mut watch = Watch::new((&r.store, &r.comm, &r.recorder), self.pool, &self.session.model.places, step - 1);
+        (watch.ahead, watch.early, watch.by_host, watch.base) = (self.ahead.take(), plan.early_updates, !plan.squares(), base);
         let span = r.recorder.scope(Row::Loop, Label::work("enqueue the sweeps"));
-        self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, plan.groups, step - 1)?;
+        self.session.train_step(&self.reader, &batches, (1.0 / divisor) as f32, plan.groups, step - 1, &mut |session, b| {
+            // Where the device takes in no more than it has room for, the backward pass is nearly over when all of it is enqueued.
+            if watch.early { watch.advance(session, b, false) } else { Ok(()) }
+        })?;
         drop(span);
         if r.comm.world() > 1 {
             // From here on it may be another rank that this one waits for.
             r.control.heartbeat(step, "reducing");
         }
         // All is enqueued: gradients are squared as they come, while the backward pass works on the next ones.
-        let by_host = if plan.squares() { None } else { Some(self.squares_by_host()?) };
+        let by_host = if watch.early || watch.by_host { watch.finish(&self.session)? } else { None };
         let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the losses"));
         let loss = self.session.sum_losses(&batches)?;
         drop(span);
@@ -706,8 +811,23 @@ impl Loop<'_> {
         self.session.finish_gradients()?;
         drop(span);
         hit(Point::StepSwept);
-        if let Some(c) = committed()? {
+        if pending {
+            let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the last step's commit"));
+            let c = commit_of(from_optimizer)?;
+            drop(span);
             self.took(&c);
+        }
+        let mut early = EarlyDone::default();
+        if let Some(gate) = gate {
+            // Whoever recovers from here on takes what is in the place of gradients for gradients.
+            let _span = r.recorder.scope(Row::Loop, Label::blocked("wait for the page in hand"));
+            if gate.close() {
+                early = match from_optimizer.recv().map_err(|_| gone())?? {
+                    Answer::Early(done) => done,
+                    Answer::Committed(_) => return Err(EngineError::internal("a commit in place of early pages")),
+                };
+            }
+            hit(Point::EarlyClosed);
         }
         // Everything of the step has run: nothing is waited for.
         let waits = self.session.dev.resolve()?;
@@ -735,43 +855,19 @@ impl Loop<'_> {
         let clip = spec.optimizer.clip_norm;
         // torch.nn.utils.clip_grad_norm_: the factor is never above 1.
         let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        Ok(StepNumbers {
-            step,
+        self.tokens_total = known.tokens_total;
+        let numbers = StepNumbers {
             loss,
             grad_norm: norm,
-            lr: learning_rate(&spec.schedule, spec.optimizer.lr, step, r.prepared.steps),
-            tokens: tokens as u64,
             gradient_scale: scale,
-            epoch: (step * batch) as f64 / r.prepared.train_sequences.max(1) as f64,
             tflops: flops(&self.session.model, batch * r.prepared.sequence_length as u64, r.prepared.sequence_length) / 1e12,
             bytes_in: self.session.weights.bytes,
             bytes_out: self.session.bytes_out,
             copy_wait: waits.weights + waits.gradients,
             optimizer_wait: waits.pages,
-            validation_loss: f64::NAN,
-            initial_validation_loss: f64::NAN,
-            ..Default::default()
-        })
-    }
-
-    /// Σ of squares of the gradients that this rank is the one to square, in one order whoever was complete first: by page
-    /// where it is alone, otherwise by block the part that it sends out itself.
-    fn squares_by_host(&self) -> Result<f64, EngineError> {
-        let r = self.rank;
-        if r.comm.world() == 1 {
-            let mut squares = vec![0f64; r.store.layout().page_count() as usize];
-            self.session.complete_pages(|page| {
-                let _span = r.recorder.scope(Row::Loop, Label::work("square gradients").page(page));
-                squares[page as usize] = self.pool.install(|| read_gradients(&r.store, page, sum_of_squares));
-            })?;
-            return Ok(squares.iter().sum());
-        }
-        let mut sum = 0f64;
-        self.session.complete_shares(|range| {
-            let _span = r.recorder.scope(Row::Loop, Label::work("square gradients"));
-            sum += self.pool.install(|| read_gradient_range(&r.store, range, sum_of_squares));
-        })?;
-        Ok(sum)
+            ..known
+        };
+        Ok((numbers, early))
     }
 
     /// Mean loss over the validation sequences, with the weights of step `step`; the same on every rank.
@@ -788,6 +884,18 @@ impl Loop<'_> {
         let gathered = r.comm.gather(Channel::Step, [sum, weight, 0.0, 0.0])?;
         let (sum, weight) = gathered.iter().fold((0.0, 0.0), |(s, w), v| (s + v[0], w + v[1]));
         Ok(sum / weight.max(1.0))
+    }
+}
+
+fn gone() -> EngineError {
+    EngineError::internal("the optimizer's thread has ended")
+}
+
+/// The commit that the optimizer's thread answers next.
+fn commit_of(from_optimizer: &mpsc::Receiver<Result<Answer, EngineError>>) -> Result<Committed, EngineError> {
+    match from_optimizer.recv().map_err(|_| gone())?? {
+        Answer::Committed(c) => Ok(c),
+        Answer::Early(_) => Err(EngineError::internal("early pages in place of a commit")),
     }
 }
 

@@ -11,12 +11,17 @@
 //! Slots are filled ahead of use; the victim is the slot whose block is needed last. A block that stays is loaded again
 //! once its pages are at a newer step. Where ranks share the loads out, all of them gather in one order: what is loaded, and
 //! where to, is decided as if every page were published, so that it does not depend on time.
+//!
+//! In a step that is run again because its gang died with pages of it updated already, the weights of those pages come from where
+//! their gradients were (`early::Ahead`).
 
 use crate::api::EngineError;
+use crate::early::Ahead;
 use crate::model::{Model, Weights};
-use ramtorch_cpu::Collectives;
+use ramtorch_cpu::{Collectives, kept_weights};
 use ramtorch_device::trace::{Label, Wait};
 use ramtorch_device::{DevBuf, Device, DirectWeights, Dtype, Event, Gang, Ranks, Stream};
+use ramtorch_failpoint::{Point, hit};
 use ramtorch_store::{PageId, Store};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -51,6 +56,8 @@ pub(crate) struct WeightCache {
     /// Loads that are decided and not begun: block and buffer.
     decided: VecDeque<(usize, usize)>,
     direct: Option<Arc<DirectWeights>>,
+    /// Pages whose weights are in the place of their gradients.
+    ahead: Option<Arc<Ahead>>,
 }
 
 impl WeightCache {
@@ -97,7 +104,18 @@ impl WeightCache {
             ranks,
             decided: VecDeque::new(),
             direct: None,
+            ahead: None,
         })
+    }
+
+    /// Pages that are ahead of the step that is run again.
+    pub fn set_ahead(&mut self, ahead: Arc<Ahead>) {
+        self.ahead = Some(ahead);
+    }
+
+    /// Weights of `page` as of step `version` are in the place of its gradients.
+    fn is_kept(&self, page: PageId, version: u64) -> bool {
+        self.ahead.as_ref().is_some_and(|a| a.has(page, version))
     }
 
     /// This rank's gang.
@@ -157,7 +175,11 @@ impl WeightCache {
     /// Weights of the pages of block `b` can be had.
     fn published(&self, b: usize) -> bool {
         let direct = self.direct_of(b);
-        let there = |p: PageId| self.store.entry(p).step == self.version || direct.is_some_and(|d| d.delivered(p, self.version));
+        let there = |p: PageId| {
+            self.store.entry(p).step == self.version
+                || direct.is_some_and(|d| d.delivered(p, self.version))
+                || self.is_kept(p, self.version)
+        };
         self.store.layout().pages_of(self.own_part(b)).all(there)
     }
 
@@ -166,10 +188,10 @@ impl WeightCache {
         self.direct.as_deref().filter(|_| self.own[b].is_some())
     }
 
-    /// Waits until all pages that lie in `params`, partly at least, are published at `step`. Compute's waiting for that counts
+    /// Waits until all pages that lie in `params`, partly at least, are published at `step`, or were when they went ahead. Compute's waiting for that counts
     /// as waiting for pages.
     pub fn await_published(&self, dev: &dyn Device, params: std::ops::Range<u64>, step: u64) -> Result<(), EngineError> {
-        let behind = |p: &PageId| self.store.entry(*p).step != step;
+        let behind = |p: &PageId| self.store.entry(*p).step != step && !self.is_kept(*p, step);
         let mut waiting = None;
         for page in self.store.layout().pages_of(params).filter(behind) {
             if waiting.is_none() {
@@ -253,7 +275,8 @@ impl WeightCache {
         // What counts as waiting is not the host's time, but that in which Compute has run out of work.
         let mut waiting = None;
         for page in layout.pages_of(part.clone()) {
-            let there = || delivered(page) || self.store.entry(page).step == self.version;
+            let kept = self.is_kept(page, version);
+            let there = || kept || delivered(page) || self.store.entry(page).step == self.version;
             if !there() {
                 if waiting.is_none() {
                     waiting = Some(dev.begin(Stream::Compute, &Label::wait(Wait::Pages).block(b))?);
@@ -268,7 +291,12 @@ impl WeightCache {
             let bytes = (to - from) * self.dtype.size();
             let dst = buffer.buf.slice((from - start) * self.dtype.size(), bytes);
             let stretch = dev.begin(Stream::CopyIn, &Label::copy("load weights", bytes).block(b).page(page))?;
-            dev.load_parameters(Stream::CopyIn, dst, &self.store, self.store.entry(page).physical, from - range.start, to - from)?;
+            if kept {
+                dev.upload(Stream::CopyIn, dst, &kept_weights(&self.store, self.dtype, from..to)?)?;
+                hit(Point::RerunLoaded);
+            } else {
+                dev.load_parameters(Stream::CopyIn, dst, &self.store, self.store.entry(page).physical, from - range.start, to - from)?;
+            }
             dev.end(Stream::CopyIn, stretch)?;
             self.bytes += bytes;
         }

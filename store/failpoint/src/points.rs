@@ -181,6 +181,26 @@ points! {
     /// A validation is done; the line is not written.
     ValidationDone = "validation.done", Rank;
 
+    // Pages that are updated beside the backward pass.
+    /// The record says that pages may be ahead of the step's gradients.
+    StepUpdating = "step.updating", Rank;
+    /// A page's gradients are whole; it is not begun.
+    EarlyBegun = "early.begun", Rank;
+    /// Its new state is whole and its old weights are where its gradients were; it is not published.
+    EarlyKept = "early.kept", Rank;
+    /// It is published.
+    EarlyPublished = "early.published", Rank;
+    /// No more pages are updated before the step's gradients are complete.
+    EarlyClosed = "early.closed", Rank;
+
+    // After a death among them.
+    /// The step is to be run again with the weights that it began with.
+    RerunBegun = "rerun.begun", Rank;
+    /// Weights of a page that is ahead went to the device from where its gradients were.
+    RerunLoaded = "rerun.loaded", Rank;
+    /// Gradients of such a page were not stored.
+    RerunDropped = "rerun.dropped", Rank;
+
     // After a death.
     /// An interrupted step is to be finished.
     RecoverBegun = "recover.begun", Rank;

@@ -1,19 +1,35 @@
 //! A trainer in miniature, over the same protocol: gradients from all weights, a record of the step, pages updated from
-//! the gradients. Shows that what the store promises is enough for a run that nothing can disturb.
+//! the gradients, all at once or each as soon as its own are there. Shows that what the store promises is enough for a run that
+//! nothing can disturb.
 
 use super::model::{Access, Random, Recorder, every_image, some_image};
 use super::*;
 use proptest::prelude::*;
 
-const RECORD: super::Cell<2> = super::Cell { selector: 0, slots: [1, 3] };
+const RECORD: super::Cell<3> = super::Cell { selector: 0, slots: [1, 4] };
 const COMPUTING: u64 = 0;
 const GRADIENTS_COMPLETE: u64 = 1;
 const COMMITTED: u64 = 2;
+const UPDATING: u64 = 3;
 const PAGES: u32 = 3;
 const WIDTH: usize = 2;
-const GRADIENTS: usize = 5 + PAGES as usize;
-const DATA: usize = GRADIENTS + PAGES as usize * WIDTH;
-const TABLE: Table = Table { first: 5, page_count: PAGES, world_size: 2, spares_per_rank: 1 };
+const FIRST: usize = 7;
+const GRADIENTS: usize = FIRST + PAGES as usize;
+/// What is told of each page's gradients: all that is needed of those that are not there any more.
+const KEPT: usize = GRADIENTS + PAGES as usize * WIDTH;
+const DATA: usize = KEPT + PAGES as usize;
+const TABLE: Table = Table { first: FIRST, page_count: PAGES, world_size: 2, spares_per_rank: 1 };
+
+/// How the trainer updates pages.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Pace {
+    /// When all gradients are complete.
+    Late,
+    /// All pages but the first when their own are.
+    Early,
+    /// As `Early`, without keeping the old weights: a faulty trainer.
+    Forgetful,
+}
 
 fn data(physical: u32) -> usize {
     DATA + physical as usize * WIDTH
@@ -34,81 +50,138 @@ fn start() -> Vec<u64> {
             spares.publish(&memory, ticket).unwrap();
         }
     }
-    RECORD.write(&memory, &[0, COMMITTED]);
+    RECORD.write(&memory, &[0, COMMITTED, 0]);
     memory.words.into_inner()
 }
 
+fn slot(page: PageId, i: usize) -> usize {
+    GRADIENTS + page as usize * WIDTH + i
+}
+
+/// What the step's record tells of its gradients, made from what is told of each page's.
+fn told(memory: &Recorder) -> u64 {
+    (0..PAGES as usize).fold(0, |sum, page| Random(sum ^ memory.read(KEPT + page)).next())
+}
+
+/// Brings one page to `step` from its gradients, if it is not there.
+fn update(memory: &Recorder, spares: &mut Spares, page: PageId, step: u64, keep: bool) {
+    let Some(ticket) = spares.begin(memory, page, step, Expect::StepBefore).unwrap() else { return };
+    let old: Vec<u64> = (0..WIDTH).map(|i| memory.read(data(ticket.old) + i)).collect();
+    for (i, old) in old.iter().enumerate() {
+        memory.write(data(ticket.new) + i, old.rotate_left(7).wrapping_add(memory.read(slot(page, i))));
+    }
+    if keep {
+        (0..WIDTH).for_each(|i| memory.write(slot(page, i), old[i]));
+    }
+    spares.publish(memory, ticket).unwrap();
+}
+
+/// Gradients of `step`, from the weights of the step before; those of the pages behind first.
+fn sweep(memory: &Recorder, step: u64, pace: Pace, mut recorded: bool) {
+    let entry = |page| TABLE.entry(memory, page).unwrap();
+    let ahead: Vec<bool> = (0..PAGES).map(|page| entry(page).step == step).collect();
+    assert!(recorded || ahead.iter().all(|a| !a), "a page was updated before the record said so");
+    let mut sum = step;
+    for page in 0..PAGES {
+        assert!(entry(page).step == step || entry(page).step + 1 == step);
+        for i in 0..WIDTH {
+            let weight = if ahead[page as usize] { slot(page, i) } else { data(entry(page).physical) + i };
+            sum = Random(sum ^ memory.read(weight)).next();
+        }
+    }
+    let mut spares: Vec<Spares> = (0..TABLE.world_size).map(|rank| Spares::recover(memory, TABLE, rank).unwrap()).collect();
+    for page in (0..PAGES).rev().filter(|page| !ahead[*page as usize]) {
+        (0..WIDTH).for_each(|i| memory.write(slot(page, i), Random(sum ^ slot(page, i) as u64).next()));
+        let all = (0..WIDTH).fold(0, |all, i| Random(all ^ memory.read(slot(page, i))).next());
+        memory.write(KEPT + page as usize, all);
+        if pace != Pace::Late && page > 0 {
+            if !std::mem::replace(&mut recorded, true) {
+                let told = RECORD.read(memory)[2];
+                RECORD.write(memory, &[step, UPDATING, told]);
+            }
+            update(memory, &mut spares[TABLE.owner(page) as usize], page, step, pace == Pace::Early);
+        }
+    }
+    let before = RECORD.read(memory)[2];
+    RECORD.write(memory, &[step, GRADIENTS_COMPLETE, Random(before ^ told(memory)).next()]);
+}
+
 /// Trains to step `last` from whatever it finds.
-fn train(memory: &Recorder, last: u64) {
+fn train(memory: &Recorder, last: u64, pace: Pace) {
     loop {
-        let [step, phase] = RECORD.read(memory);
+        let [step, phase, told] = RECORD.read(memory);
         match phase {
             COMMITTED if step == last => return,
-            COMMITTED => RECORD.write(memory, &[step + 1, COMPUTING]),
-            COMPUTING => {
-                let mut sum = step;
-                for page in 0..PAGES {
-                    let entry = TABLE.entry(memory, page).unwrap();
-                    assert_eq!(entry.step + 1, step, "page {page} was updated before the gradients were complete");
-                    (0..WIDTH).for_each(|i| sum = Random(sum ^ memory.read(data(entry.physical) + i)).next());
-                }
-                (0..PAGES as usize * WIDTH).for_each(|i| memory.write(GRADIENTS + i, Random(sum ^ i as u64).next()));
-                RECORD.write(memory, &[step, GRADIENTS_COMPLETE]);
-            }
+            COMMITTED if pace != Pace::Late => sweep(memory, step + 1, pace, false),
+            COMMITTED => RECORD.write(memory, &[step + 1, COMPUTING, told]),
+            COMPUTING => sweep(memory, step, pace, false),
+            UPDATING => sweep(memory, step, pace, true),
             _ => {
                 for rank in 0..TABLE.world_size {
                     let mut spares = Spares::recover(memory, TABLE, rank).unwrap();
                     for page in (rank..PAGES).step_by(TABLE.world_size as usize) {
-                        let Some(ticket) = spares.begin(memory, page, step, Expect::StepBefore).unwrap() else { continue };
-                        for i in 0..WIDTH {
-                            let gradient = memory.read(GRADIENTS + page as usize * WIDTH + i);
-                            let old = memory.read(data(ticket.old) + i);
-                            memory.write(data(ticket.new) + i, old.rotate_left(7).wrapping_add(gradient));
-                        }
-                        spares.publish(memory, ticket).unwrap();
+                        update(memory, &mut spares, page, step, false);
                     }
                 }
-                RECORD.write(memory, &[step, COMMITTED]);
+                RECORD.write(memory, &[step, COMMITTED, told]);
             }
         }
     }
 }
 
+/// All weights, and what the records told.
 fn weights(words: &[u64]) -> Vec<u64> {
     let memory = Recorder::new(words.to_vec());
     let physical = (0..PAGES).map(|p| TABLE.entry(&memory, p).unwrap().physical);
-    physical.flat_map(|p| words[data(p)..data(p) + WIDTH].to_vec()).collect()
+    physical.flat_map(|p| words[data(p)..data(p) + WIDTH].to_vec()).chain([RECORD.read(&memory)[2]]).collect()
 }
 
-fn undisturbed(last: u64) -> (Vec<Access>, Vec<u64>) {
+fn undisturbed(last: u64, pace: Pace) -> (Vec<Access>, Vec<u64>) {
     let memory = Recorder::new(start());
-    train(&memory, last);
+    train(&memory, last, pace);
     (memory.log.into_inner(), weights(&memory.words.into_inner()))
+}
+
+/// Stops a run everywhere, and has a successor finish from each memory left.
+fn stop_everywhere(pace: Pace) -> Result<(), String> {
+    let (log, expected) = undisturbed(4, pace);
+    every_image(&start(), &log, |image| {
+        let successor = Recorder::new(image.to_vec());
+        train(&successor, 4, pace);
+        if weights(&successor.words.borrow()) == expected { Ok(()) } else { Err(format!("other weights from {image:?}")) }
+    })
 }
 
 #[test]
 fn a_run_stopped_anywhere_ends_with_the_same_bits() {
-    let (log, expected) = undisturbed(4);
-    every_image(&start(), &log, |image| {
-        let successor = Recorder::new(image.to_vec());
-        train(&successor, 4);
-        if weights(&successor.words.borrow()) == expected { Ok(()) } else { Err(format!("other weights from {image:?}")) }
-    })
-    .unwrap();
+    stop_everywhere(Pace::Late).unwrap();
+}
+
+#[test]
+fn a_run_that_updates_pages_early_ends_with_the_same_bits_wherever_it_is_stopped() {
+    assert_eq!(undisturbed(4, Pace::Early).1, undisturbed(4, Pace::Late).1);
+    stop_everywhere(Pace::Early).unwrap();
+}
+
+#[test]
+fn old_weights_that_are_not_kept_are_missed() {
+    assert_eq!(undisturbed(4, Pace::Forgetful).1, undisturbed(4, Pace::Late).1);
+    assert!(stop_everywhere(Pace::Forgetful).unwrap_err().contains("other weights"));
 }
 
 proptest! {
     #[test]
-    fn a_run_stopped_many_times_ends_with_the_same_bits(stops in 1usize..12, seed: u64) {
-        let expected = undisturbed(6).1;
+    fn a_run_stopped_many_times_ends_with_the_same_bits(stops in 1usize..12, early: bool, seed: u64) {
+        let pace = if early { Pace::Early } else { Pace::Late };
+        let expected = undisturbed(6, Pace::Late).1;
         let (mut memory, mut random) = (start(), Random(seed));
         for _ in 0..stops {
             let recorder = Recorder::new(memory.clone());
-            train(&recorder, 6);
+            train(&recorder, 6, pace);
             memory = some_image(&memory, &recorder.log.into_inner(), &mut random);
         }
         let recorder = Recorder::new(memory);
-        train(&recorder, 6);
+        train(&recorder, 6, pace);
         prop_assert_eq!(weights(&recorder.words.into_inner()), expected);
     }
 }

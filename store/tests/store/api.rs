@@ -452,3 +452,62 @@ fn a_shared_owner_updates_pages_from_several_threads() {
     drop(owner);
     store.claim(0).unwrap();
 }
+
+/// A page that is updated early leaves its old weights where its gradients were, before anyone can see its new state; one
+/// whose spare a snapshot holds is left alone.
+#[test]
+fn old_weights_take_the_place_of_gradients() {
+    let segment = Segment::new();
+    let store = Store::create(&segment.name, &spec(1, MomentFormat::None, GradientFormat::Bf16)).unwrap();
+    load_all(&store);
+    let owner = SharedOwner::new(store.claim(0).unwrap());
+    let layout = store.layout();
+    let kept = |page: u32| {
+        let params = layout.page_range(page);
+        // SAFETY: the place of the page's gradients, which nobody writes now.
+        unsafe { std::slice::from_raw_parts(store.gradient_ptr(params.start).cast::<u16>(), (params.end - params.start) as usize) }
+    };
+    let update = |page: u32, step: u64| {
+        owner.update_early(
+            page,
+            step,
+            |old, new, gradients| {
+                assert!(is_at(&old, step - 1));
+                assert!(matches!(gradients, Gradients::Bf16(g) if g.iter().all(|g| *g == 7)));
+                fill(new, step);
+                Ok::<(), StoreError>(())
+            },
+            |old, place| {
+                assert_eq!(store.entry(page).step, step - 1, "published before the old weights were kept");
+                let GradientsMut::Bf16(place) = place else { panic!("{place:?}") };
+                place.copy_from_slice(old.hi);
+            },
+        )
+    };
+    let gradients = |page: u32| {
+        let params = layout.page_range(page);
+        // SAFETY: as above; no slice of it is alive.
+        unsafe { std::slice::from_raw_parts_mut(store.gradient_ptr(params.start).cast::<u16>(), (params.end - params.start) as usize) }
+            .fill(7);
+    };
+    let pages: Vec<u32> = owner.pages().collect();
+    for page in pages.iter().rev() {
+        gradients(*page);
+        assert_eq!(update(*page, 1).unwrap(), Early::Published);
+        let old: Vec<u16> = layout.page_range(*page).map(|p| split::split(weight(p, 0)).0).collect();
+        assert_eq!(kept(*page), old);
+        assert_eq!(update(*page, 1).unwrap(), Early::Done);
+        assert_eq!(kept(*page), old, "nothing is written for a page that is there");
+    }
+    let failed = owner.update_early(0, 2, |_, _, _| Err(StoreError::NoMoments), |_, _| panic!("there is nothing to keep"));
+    assert!(matches!(failed, Err(StoreError::NoMoments)));
+    assert_eq!(store.entry(0).step, 1);
+    let snapshot = owner.snapshot(1).unwrap();
+    gradients(1);
+    assert_eq!(update(1, 2).unwrap(), Early::Published, "the spare holds no state of step 1");
+    gradients(0);
+    assert_eq!(update(0, 2).unwrap(), Early::Pinned, "now it does");
+    assert!(kept(0).iter().all(|g| *g == 7));
+    drop(snapshot);
+    assert_eq!(update(0, 2).unwrap(), Early::Published);
+}

@@ -9,6 +9,10 @@
 //! ```
 //! One barrier a piece is enough: a half is written again two pieces later, after a barrier that its readers pass
 //! only when they are done.
+//!
+//! Progress: a rank tells how far it is with one word, and nobody waits for it but by looking. What it wrote before it told,
+//! whoever looks can read. Behind the exchange area's part for collectives lie numbers that a step keeps for a gang that has to
+//! begin it anew ([`Collectives::kept`]).
 
 use crate::memory::{Bf16, Elem};
 use crate::parameters::add_scratch;
@@ -23,6 +27,8 @@ use std::time::Duration;
 pub const MAX_RANKS: usize = 64;
 const VALUES: usize = 4;
 const VALUES_AT: usize = 1024;
+/// Behind the values of 4 channels, in two halves each.
+const PROGRESS_AT: usize = VALUES_AT + 4 * 2 * MAX_RANKS * VALUES;
 
 /// Above the count of a word.
 const GENERATION_SHIFT: u32 = 40;
@@ -58,7 +64,7 @@ impl Collectives {
     pub fn new(store: Arc<Store>, rank: usize, world: usize, generation: u64) -> Collectives {
         assert!(rank < world && world <= MAX_RANKS, "rank {rank} of {world}: at most {MAX_RANKS}");
         let (exchange, bytes) = store.exchange();
-        let half = bytes / 4 / world / 2;
+        let half = (bytes as u64).min(Self::exchange_bytes(world)) as usize / 4 / world / 2;
         Collectives {
             rank,
             world,
@@ -84,6 +90,49 @@ impl Collectives {
     /// Bytes of exchange area that `world` ranks use well.
     pub fn exchange_bytes(world: usize) -> u64 {
         if world == 1 { 0 } else { world as u64 * 2 * (1 << 20) }
+    }
+
+    /// Bytes of exchange area that `count` numbers take which outlive the gang.
+    pub fn kept_bytes(count: u64) -> u64 {
+        (count * 8).next_multiple_of(4096)
+    }
+
+    /// Numbers that outlive the gang, as many as the store has room for behind what collectives use: f64 as bits. Whoever is
+    /// told of a rank's progress can read what that rank wrote here before.
+    pub fn kept(&self) -> &[AtomicU64] {
+        let (start, bytes) = self.store.exchange();
+        let used = Self::exchange_bytes(self.world) as usize;
+        if bytes <= used {
+            return &[];
+        }
+        // SAFETY: page-aligned words of the exchange area, behind those that pieces of collectives lie in (`new`); the mapping
+        // lives as long as the store that `self` holds; everyone accesses them as atomics.
+        unsafe { std::slice::from_raw_parts(start.add(used).cast::<AtomicU64>(), (bytes - used) / 8) }
+    }
+
+    /// Tells the others that this rank has come to `count`, which may not be less than before.
+    pub fn tell_progress(&self, count: u64) {
+        let word = &self.store.control()[PROGRESS_AT + self.rank];
+        word.store(self.generation << GENERATION_SHIFT | count, Ordering::Release);
+    }
+
+    /// How far the rank is that is least far; 0 where one of them has told nothing yet.
+    ///
+    /// # Errors
+    /// This rank has given up, or a newer gang is at work.
+    pub fn progress(&self) -> Result<u64, EngineError> {
+        let mut least = u64::MAX;
+        for word in &self.store.control()[PROGRESS_AT..PROGRESS_AT + self.world] {
+            let told = word.load(Ordering::Acquire);
+            let generation = told >> GENERATION_SHIFT;
+            if generation > self.generation {
+                self.abort();
+                return Err(EngineError::internal("a newer gang works on this parameter store"));
+            }
+            let count = told & ((1 << GENERATION_SHIFT) - 1);
+            least = least.min(if generation == self.generation { count } else { 0 });
+        }
+        if self.aborted() { Err(EngineError::internal("this rank has given up, after an error of its own")) } else { Ok(least) }
     }
 
     /// Makes every wait of this rank end with an error, now and later: this rank gives up.
@@ -390,6 +439,52 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn progress_is_that_of_the_slowest_rank_of_this_gang() {
+        let store = store("progress");
+        let (old, new): (Vec<_>, Vec<_>) =
+            (0..2).map(|r| (Collectives::new(store.clone(), r, 2, 1), Collectives::new(store.clone(), r, 2, 2))).unzip();
+        old[0].tell_progress(7);
+        old[1].tell_progress(9);
+        assert_eq!((old[0].progress().unwrap(), new[0].progress().unwrap()), (7, 0), "what an earlier gang told counts for nobody");
+        new[1].tell_progress(3);
+        assert_eq!(new[0].progress().unwrap(), 0);
+        assert!(old[0].progress().is_err() && old[0].aborted(), "a rank that outlives its gang stops");
+        new[0].tell_progress(5);
+        assert_eq!(new[1].progress().unwrap(), 3);
+        new[1].abort();
+        assert!(new[1].progress().is_err());
+    }
+
+    #[test]
+    fn numbers_are_kept_behind_what_collectives_use() {
+        let tensor = TensorSpec { name: "w".into(), shape: vec![64], joined: false, decay: true };
+        let spec = |world: usize, kept: u64| StoreSpec {
+            blocks: vec![BlockSpec { name: "b".into(), tensors: vec![tensor.clone()] }],
+            world_size: world as u32,
+            moments: MomentFormat::F32,
+            gradients: GradientFormat::F32,
+            page_parameters: Some(1024),
+            spare_pages_per_rank: 1,
+            exchange_bytes: Collectives::exchange_bytes(world) + Collectives::kept_bytes(kept),
+            metadata: String::new(),
+        };
+        for world in [1, 2] {
+            let name = format!("/ramtorch-kept-{world}-{}", std::process::id());
+            let store = Arc::new(Store::create(&name, &spec(world, 700)).unwrap());
+            Store::unlink(&name).unwrap();
+            let rank = |r| Collectives::new(store.clone(), r, world, 1);
+            let all: Vec<_> = (0..world).map(rank).collect();
+            assert_eq!(all[0].kept().len(), 1024);
+            all[0].kept()[699].store(5f64.to_bits(), Ordering::Relaxed);
+            // Pieces of a reduction fill all that is theirs.
+            let len = world * (Collectives::exchange_bytes(world) as usize / 4 + 64);
+            std::thread::scope(|scope| all.iter().for_each(|c| drop(scope.spawn(|| c.reduce_scatter(&mut vec![1.0; len]).unwrap()))));
+            assert_eq!(all[world - 1].kept()[699].load(Ordering::Relaxed), 5f64.to_bits());
+        }
+        assert_eq!(Collectives::new(store("nothing-kept"), 0, 2, 1).kept().len(), 0);
     }
 
     #[test]

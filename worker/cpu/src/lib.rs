@@ -7,6 +7,7 @@
 mod adamw;
 mod attention;
 mod collectives;
+mod early;
 mod embedding;
 mod gemm;
 mod loss;
@@ -23,6 +24,7 @@ mod updater;
 
 pub use adamw::{adamw_page, adamw_page_at, sum_of_squares, sum_of_squares_bf16};
 pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradient_range, read_gradients};
+pub use early::{keeps_weights, kept_weights, update_page_early};
 use memory::{Arena, Bf16, view, view_mut};
 pub use pages::{Kept, PagesUpdated, update_pages, update_pages_recorded, write_back};
 use ramtorch_device::trace::{Label, Recorder, Waits};

@@ -150,6 +150,12 @@ impl JobSpec {
                 return no(key, format!("{v} must be a finite number, zero or more"));
             }
         }
+        if o.early_updates == Some(true) && o.clip_norm > 0.0 {
+            return no(
+                "optimizer.early_updates",
+                "true needs clip_norm = 0: the factor of a step's gradients is not known before the last of them has come".into(),
+            );
+        }
         if o.betas.iter().any(|b| !(0.0..1.0).contains(b)) {
             return no("optimizer.betas", format!("{:?} must each be in [0, 1)", o.betas));
         }
@@ -247,6 +253,7 @@ mod tests {
             ("path = \"m\"", "path = \"m\"\nconfig = \"c\"", "model", 2),
             ("sequence_length = 8", "sequence_length = 0", "data.sequence_length", 7),
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = -1", "checkpoint.staging_gib", 12),
+            ("batch_size = 2", "batch_size = 2\n[optimizer]\nearly_updates = true", "optimizer.early_updates", 12),
             ("batch_size = 2", "batch_size = 2\nheld_state_gib = -1", "train.held_state_gib", 11),
             ("batch_size = 2", "batch_size = 2\ngradients_in = \"device\"\n[device]\nranks = 2", "train.gradients_in", 11),
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = nan", "checkpoint.staging_gib", 12),

@@ -256,13 +256,25 @@ pub struct OptimizerSpec {
     pub weight_decay: f64,
     /// Gradients are scaled so that their global norm is at most this; 0 turns clipping off.
     pub clip_norm: f64,
+    /// Without clipping: pages are updated beside the backward pass, as their gradients come (true), or after it; the plan chooses
+    /// without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_updates: Option<bool>,
     /// Format of the moments; bf16 is rounded stochastically.
     pub moments: Precision,
 }
 
 impl Default for OptimizerSpec {
     fn default() -> Self {
-        OptimizerSpec { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01, clip_norm: 1.0, moments: Precision::Fp32 }
+        OptimizerSpec {
+            lr: 1e-3,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: 1.0,
+            early_updates: None,
+            moments: Precision::Fp32,
+        }
     }
 }
 

@@ -9,7 +9,8 @@
 //!   processor                                                       norm of n-1 … 0 │ ─ the period of a step
 //! ```
 //! Pages whose state is held on the device are updated first, in little more time than their gradients take to come, and go out
-//! after all others, last block first. A block's gradients leave when its pages are published.
+//! after all others, last block first. A block's gradients leave when its pages are published. Without clipping, the processor
+//! has updated pages of the last blocks before this begins ([`Cost::early`]).
 //!
 //! On CPU devices everything shares the same cores: there the parts are added up.
 
@@ -274,6 +275,37 @@ impl Cost {
         model.places.iter().zip(&p.resident).map(of_block).collect()
     }
 
+    /// Parameters of each block that the processor brings to their step beside the backward pass of the last group, last block
+    /// first, as far as it comes. Keeping the old weights and looking at the gradients once more makes it slower by what that
+    /// moves. Pages that the device holds or has fetched are not its.
+    fn early(&self, model: &Model, p: &EnginePlan, t: &Times, held: &[f64]) -> Vec<f64> {
+        let n = model.len();
+        let mut early = vec![0.0; n];
+        if !p.early_updates || !self.overlapped() {
+            return early;
+        }
+        let (traffic, again) = (10.0 + 4.0 * self.moment, 3.0 * p.store.gradients.bytes() as f64);
+        let rate = self.adamw * traffic / (traffic + again);
+        let count = p.sequences as f64 / p.micro_batch as f64 / p.groups as f64;
+        let visit = |b: usize| (t.backward[b] + t.again(b, p.keep[b])) * count;
+        let all: f64 = (0..n - 1).map(visit).sum();
+        let fetched = |b: usize| {
+            let pages = p.staged_pages.get(b).copied().unwrap_or(0) as f64;
+            pages * p.store.page_parameters.map_or(0.0, f64::from) * p.world as f64
+        };
+        let (mut visited, mut busy) = (0.0, 0f64);
+        for b in (1..n).rev() {
+            if b + 1 < n {
+                visited += visit(b);
+            }
+            let begin = busy.max(visited);
+            let rest = (model.places[b].1 as f64 - held[b] - fetched(b)).max(0.0);
+            early[b] = rest.min((all - begin).max(0.0) * rate);
+            busy = begin + early[b] / rate;
+        }
+        early
+    }
+
     /// For each block but the last: pages whose state comes to the device during its backward pass in the last group, into its
     /// activations. As many as the bus has time for beside the block's own weights, where there is room. What is made again
     /// takes time too, but counts for nothing: more memory, where less is made again, shall not mean fewer pages. What is left of
@@ -457,7 +489,8 @@ impl Cost {
             norm: parameters / self.norm,
             ..Default::default()
         };
-        if self.overlapped() { self.simulate(Run::new(self, model, p, t, rate, &held), base) } else { self.sum(model, p, base) }
+        let early = self.early(model, p, t, &held);
+        if self.overlapped() { self.simulate(Run::new(self, model, p, t, rate, &held, &early), base) } else { self.sum(model, p, base) }
     }
 
     fn sum(&self, model: &Model, p: &EnginePlan, mut s: Breakdown) -> Breakdown {
@@ -542,12 +575,12 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// `held` parameters of each block are updated where they are, the others at `rate` a second.
-    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &[f64]) -> Self {
+    /// `held` parameters of each block are updated where they are, `early` ones have been, the others are at `rate` a second.
+    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &[f64], early: &[f64]) -> Self {
         let (mut advanced, mut others) = (0.0, 0.0);
         let mut updated: Vec<f64> = Vec::with_capacity(model.len());
-        for ((_, len), held) in model.places.iter().zip(held) {
-            let rest = *len as f64 - held;
+        for (((_, len), held), early) in model.places.iter().zip(held).zip(early) {
+            let rest = *len as f64 - held - early;
             advanced += held * p.store.gradients.bytes() as f64 / cost.both[0];
             others += rest / rate;
             updated.push(match (*held > 0.0, rest > 0.0) {

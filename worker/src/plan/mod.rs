@@ -14,6 +14,7 @@ mod text;
 pub(crate) use staging::{held_pages, staged_pages};
 
 use crate::api::*;
+use crate::early::kept_numbers;
 use crate::model::{Block, Keep, Model, Shape};
 use cost::Cost;
 use ramtorch_cpu::Collectives;
@@ -89,6 +90,10 @@ pub(crate) struct EnginePlan {
     /// The device squares gradients before they leave, where what leaves is what is stored.
     #[serde(default)]
     pub squares_on_device: bool,
+    /// Pages are updated as soon as their own gradients are whole: they are not clipped, and the place of gradients has room for
+    /// the weights that a death would want back.
+    #[serde(default)]
+    pub early_updates: bool,
     pub uses: DeviceUse,
     /// Bytes of RAM of each rank in which pages of a checkpoint wait for the disk.
     #[serde(default)]
@@ -441,6 +446,13 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         store.gradients = GradientFormat::None;
         layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     }
+    // Beside a GPU the processor has nothing better to do; on a CPU device it is the one that computes gradients.
+    let wanted = spec.optimizer.clip_norm == 0.0 && spec.optimizer.early_updates.unwrap_or(first.kind == DeviceKind::Cuda);
+    let early_updates = wanted && ramtorch_cpu::keeps_weights(store.gradients, dtype);
+    if early_updates {
+        store.exchange_bytes += Collectives::kept_bytes(kept_numbers(layout.page_count(), store.blocks.len(), world));
+        layout = Layout::new(&store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
+    }
     if layout.bytes() > request.segment_bytes_available {
         let smaller = match (device_gradients, first.kind, world) {
             (None, DeviceKind::Cuda, 1) => ", leave gradients_in out so that gradients may stay on the GPU,",
@@ -476,6 +488,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         spec,
         store: &store,
         device_gradients,
+        early_updates,
         documents: prepared.dataset.get("document_mask").and_then(serde_json::Value::as_bool).unwrap_or(false),
         optimizer_split,
         seq: prepared.sequence_length,
@@ -511,6 +524,13 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     found.plan.checkpoint_staging = crate::checkpoint::staging_bytes(spec, &layout, left);
     let host = host + found.plan.checkpoint_staging * world as u64;
     let p = &found.plan;
+    let mut text = text::describe(&model, &layout, &found, devices, prepared, budget, &cost, place.is_some());
+    if wanted && !early_updates {
+        let gradients = if device_gradients.is_some() { "gradients that stay on the device" } else { "bf16 gradients" };
+        text += &format!(
+            "             pages wait for the end of the backward pass, though gradients are not clipped: the place of {gradients} has no room for the weights that a death would want back\n"
+        );
+    }
     Ok(Plan {
         parameters: layout.parameters(),
         segment_bytes: layout.bytes(),
@@ -518,7 +538,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         host_bytes: host,
         step_seconds: found.parts.step,
         bound_by: found.parts.bound_by().into(),
-        text: text::describe(&model, &layout, &found, devices, prepared, budget, &cost, place.is_some()),
+        text,
         detail: serde_json::to_value(p).map_err(EngineError::internal)?,
     })
 }
@@ -565,6 +585,7 @@ pub(crate) fn inference(
         staged_pages: Vec::new(),
         held_pages: 0,
         squares_on_device: false,
+        early_updates: false,
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
         checkpoint_staging: 0,
     };

@@ -20,6 +20,8 @@ pub(super) struct Space<'a> {
     pub store: &'a StoreSpec,
     /// Gradients are not in the segment; the job wants them in this format.
     pub device_gradients: Option<GradientFormat>,
+    /// Pages are updated beside the backward pass.
+    pub early_updates: bool,
     pub documents: bool,
     /// The device updates pages too.
     pub optimizer_split: bool,
@@ -228,6 +230,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             staged_pages: Vec::new(),
             held_pages: 0,
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
+            early_updates: s.early_updates,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
             checkpoint_staging: 0,
         };

@@ -372,6 +372,34 @@ fn gradients_that_have_no_room_in_ram_stay_on_the_gpu() {
     assert!(plan(&r).unwrap_err().message.contains("4096 bytes are missing"));
 }
 
+/// Without clipping, pages are updated beside the backward pass, where the place of their gradients has room for their weights.
+#[test]
+fn what_is_not_clipped_is_updated_early() {
+    let of = |a: &Architecture, more: &str| planned(&on_gpu(a, 2048, 64, 78.5, more));
+    let a = llama_8b();
+    let (late, slower) = of(&a, "");
+    let (early, faster) = of(&a, "[optimizer]\nclip_norm = 0.0\n");
+    assert!(!late.early_updates && early.early_updates);
+    assert!(faster.step_seconds < slower.step_seconds, "{} and {}", faster.step_seconds, slower.step_seconds);
+    assert!(faster.text.contains("beside the backward pass too") && !slower.text.contains("not clipped"));
+    // Squares are kept behind what collectives use; on one rank, of pages.
+    assert!(early.store.exchange_bytes >= 8 * 32 && early.store.exchange_bytes % 4096 == 0 && late.store.exchange_bytes == 0);
+    for more in ["gradients_in = \"device\"\n", "precision = \"fp32\"\ngradients = \"bf16\"\n"] {
+        let (p, plan) = of(&shape("llama", 1024, 4096, 4, [16, 8], 64, 32_000, false), &format!("{more}[optimizer]\nclip_norm = 0.0\n"));
+        assert!(!p.early_updates && plan.text.contains("pages wait for the end of the backward pass"), "{}", plan.text);
+    }
+    assert!(!of(&a, "[optimizer]\nclip_norm = 0.0\nearly_updates = false\n").0.early_updates);
+    let kept = |world| {
+        let job = |more: &str| planned(&request(&llama(3, true), world, 8, 1 << 30, &format!("[optimizer]\nclip_norm = 0.0\n{more}"))).0;
+        // The processor has enough to do: only where the job asks for it.
+        assert!(!job("").early_updates && !job("early_updates = false\n").early_updates);
+        let p = job("early_updates = true\n");
+        assert!(p.early_updates);
+        p.store.exchange_bytes - Collectives::exchange_bytes(world)
+    };
+    assert_eq!((kept(1), kept(2)), (4096, 4096));
+}
+
 #[test]
 fn forced_recomputation_keeps_its_meaning() {
     let a = llama_8b();

@@ -129,6 +129,10 @@ fn choice(t: &mut String, model: &Model, found: &Found, forced: bool) {
         count(Keep::Products),
         count(Keep::Inputs)
     );
+    if p.early_updates {
+        let _ =
+            writeln!(t, "             gradients are not clipped: the processor updates pages beside the backward pass too, as theirs come");
+    }
     if p.optimizer_split {
         let spares = p.store.spare_pages_per_rank;
         let _ = writeln!(t, "             optimizer on the processor and the device at once, {spares} spare pages a rank");

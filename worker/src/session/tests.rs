@@ -70,6 +70,31 @@ fn by_device(
 
 /// As [`run`], with pages whose state is `held` on the device; with `alone` the device's updater does all pages.
 fn run_on(tag: &str, tied: bool, train: &str, (staged_pages, held): (usize, usize), alone: bool) -> Run {
+    run_interrupted(tag, tied, train, (staged_pages, held), alone, None)
+}
+
+/// Bits of all gradients in the store, or of what lies in their place, by page.
+fn gradients_by_page(store: &Store) -> Vec<Vec<u32>> {
+    let bits = |page| {
+        ramtorch_cpu::read_gradients(store, page, |g| match g {
+            ramtorch_store::Gradients::None => Vec::new(),
+            ramtorch_store::Gradients::F32(g) => g.iter().map(|x| x.to_bits()).collect(),
+            ramtorch_store::Gradients::Bf16(g) => g.iter().map(|x| u32::from(*x)).collect(),
+        })
+    };
+    (0..store.layout().page_count()).map(bits).collect()
+}
+
+/// As [`run_on`]; with `early`, the gang of the second step has brought the pages that it names to that step when it dies, and
+/// another one runs the step again.
+fn run_interrupted(
+    tag: &str,
+    tied: bool,
+    train: &str,
+    (staged_pages, held): (usize, usize),
+    alone: bool,
+    early: Option<&dyn Fn(PageId) -> bool>,
+) -> Run {
     let dir = tempfile::tempdir().unwrap();
     let tokens: Vec<u8> = (0..4000u32).flat_map(|i| ((i * i / 7 + i) % VOCABULARY as u32).to_le_bytes()).collect();
     std::fs::write(dir.path().join("tokens.bin"), tokens).unwrap();
@@ -152,7 +177,7 @@ fn run_on(tag: &str, tied: bool, train: &str, (staged_pages, held): (usize, usiz
             }
             let visits = session.visits(p.groups, true);
             session.weights.plan_visits(visits, step - 1);
-            session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, step - 1).unwrap();
+            session.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, step - 1, &mut |_, _| Ok(())).unwrap();
             session.finish_gradients().unwrap();
             end.losses.push(session.sum_losses(&batches).unwrap().to_bits());
             end.squares.push(session.squares_by_device().unwrap().to_bits());
@@ -173,6 +198,41 @@ fn run_on(tag: &str, tied: bool, train: &str, (staged_pages, held): (usize, usiz
                 gradient_scale: 0.5,
                 keep: 0.999,
             };
+            if let Some(early) = early.filter(|_| step == 2) {
+                let gradients = gradients_by_page(&store);
+                for page in owner.pages().filter(|page| early(*page)) {
+                    ramtorch_cpu::update_page_early(&owner, &k, page).unwrap();
+                }
+                let kept = gradients_by_page(&store);
+                let ahead = Arc::new(Ahead::find(&store, step));
+                let pages = owner.pages().filter(|p| early(*p)).count();
+                assert!(pages > 0 && ahead.count().0 == pages && kept != gradients);
+                // What lies in the place of the others' gradients may be anything.
+                let mut junk = CpuDevice::open(0, p.dtype, 1, 1 << 16).unwrap();
+                let buf = junk.alloc(4 * 1024, "gradients of nobody").unwrap();
+                junk.upload(Stream::CopyOut, buf, &[0x55; 4 * 1024]).unwrap();
+                for range in owner.pages().filter(|page| !early(*page)).map(|page| store.layout().page_range(page)) {
+                    let n = range.end - range.start;
+                    junk.store_gradients(Stream::CopyOut, buf.slice(0, n * 4), &store, range.start, n, false).unwrap();
+                }
+                junk.synchronize(Stream::CopyOut).unwrap();
+                let dev = CpuDevice::open(0, p.dtype, 1, p.uses.allocated()).unwrap();
+                let model = Model::new(&a, store.layout(), p.dtype).unwrap();
+                let mut again = Session::new(Box::new(dev), model, store.clone(), &p, true).unwrap();
+                again.join(&Arc::new(Collectives::new(store.clone(), 0, 1, 1))).unwrap();
+                again.set_ahead(ahead);
+                let visits = again.visits(p.groups, true);
+                again.weights.plan_visits(visits, step - 1);
+                again.train_step(&reader_of, &batches, 1.0 / 128.0, p.groups, step - 1, &mut |_, _| Ok(())).unwrap();
+                again.finish_gradients().unwrap();
+                assert_eq!(Some(&again.sum_losses(&batches).unwrap().to_bits()), end.losses.last(), "the loss of the step run again");
+                assert_eq!(Some(&again.squares_by_device().unwrap().to_bits()), end.squares.last());
+                for (page, after) in (0..).zip(gradients_by_page(&store)) {
+                    let want = if early(page) { &kept } else { &gradients };
+                    assert!(after == want[page as usize], "page {page}, early: {}", early(page));
+                }
+                again.close();
+            }
             due = Some((k, staged));
         }
     }
@@ -239,6 +299,22 @@ fn gradients_that_stay_on_the_device_change_nothing() {
             let train = "groups = 1\ngradients_in = \"device\"\n";
             let device = run_on(&format!("device-{staged}-{alone}"), tied, train, (staged, 0), alone);
             assert_same(&device, &segment, &format!("{staged} staged, tied: {tied}, alone: {alone}"));
+        }
+    }
+}
+
+/// A step that is run again with pages of it updated already: its losses, its gradients' squares, the gradients of the other pages
+/// and in the end the store are those of a run that nobody disturbed.
+#[test]
+fn a_step_is_run_again_with_pages_ahead_of_it() {
+    for tied in [false, true] {
+        for train in ["groups = 1\n", "groups = 1\ngradients = \"fp32\"\n", "groups = 2\n"] {
+            let plain = run("never-early", tied, train, 0);
+            let some: [&dyn Fn(PageId) -> bool; 3] = [&|page| page % 3 != 0, &|page| page > 20, &|_| true];
+            for (i, early) in some.into_iter().enumerate() {
+                let run = run_interrupted(&format!("early-{i}"), tied, train, (0, 0), false, Some(early));
+                assert_same(&run, &plain, &format!("{train}, pages {i}, tied: {tied}"));
+            }
         }
     }
 }
