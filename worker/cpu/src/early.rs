@@ -109,10 +109,13 @@ mod tests {
         drop(owner);
         for i in 0..store.layout().span() {
             let g = (i as f32 - 900.0) * 1e-4;
-            // SAFETY: inside the gradients of a store that nobody else knows.
-            match format {
-                GradientFormat::F32 => unsafe { store.gradient_ptr(i).cast::<f32>().write(g) },
-                _ => unsafe { store.gradient_ptr(i).cast::<u16>().write((g.to_bits() >> 16) as u16) },
+            let place = store.gradient_ptr(i);
+            // SAFETY: inside the gradients of a store that nobody else knows, in its format.
+            unsafe {
+                match format {
+                    GradientFormat::F32 => place.cast::<f32>().write(g),
+                    _ => place.cast::<u16>().write((g.to_bits() >> 16) as u16),
+                }
             }
         }
         store
