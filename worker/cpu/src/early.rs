@@ -109,9 +109,10 @@ mod tests {
         drop(owner);
         for i in 0..store.layout().span() {
             let g = (i as f32 - 900.0) * 1e-4;
-            // SAFETY: inside the gradients of a store that nobody else knows.
             match format {
+                // SAFETY: inside the gradients of a store that nobody else knows.
                 GradientFormat::F32 => unsafe { store.gradient_ptr(i).cast::<f32>().write(g) },
+                // SAFETY: as above.
                 _ => unsafe { store.gradient_ptr(i).cast::<u16>().write((g.to_bits() >> 16) as u16) },
             }
         }
