@@ -4,7 +4,7 @@
 //! RAMTORCH_CHAOS_KILLS=500 RAMTORCH_CHAOS_SEED=7 cargo test -p ramtorch-tests --test chaos -- --nocapture
 //! ```
 //! The seed decides who gets which signal after which pause; the machine decides what they were doing then.
-//! `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_DEVICES` what it runs on (`cpu:2`; `cuda:0`, say, on a machine
+//! With `RAMTORCH_CHAOS_EARLY=1` pages are updated beside the backward pass. `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_DEVICES` what it runs on (`cpu:2`; `cuda:0`, say, on a machine
 //! that has one), `RAMTORCH_CHAOS_PATIENCE` the seconds that a recovery may take before the next death comes in any case, and
 //! `RAMTORCH_CHAOS_SUMMARY` a file for the summary.
 #![allow(clippy::unwrap_used)]
@@ -147,7 +147,10 @@ fn random_deaths_leave_no_trace() {
     let devices = text("RAMTORCH_CHAOS_DEVICES", TWO_CPUS);
     // Shown when the test fails, too.
     eprintln!("RAMTORCH_CHAOS_SEED={seed} RAMTORCH_CHAOS_KILLS={kills} RAMTORCH_CHAOS_STEPS={steps}");
-    let job = everything(steps as usize).set("checkpoint.every_steps", 150u64).set("train.validate_every", 100u64);
+    let mut job = everything(steps as usize).set("checkpoint.every_steps", 150u64).set("train.validate_every", 100u64);
+    if setting("RAMTORCH_CHAOS_EARLY", 0) > 0 {
+        job = job.set("optimizer.clip_norm", 0.0).set("optimizer.early_updates", true);
+    }
     let whole = Outcome::undisturbed_on(&job, &devices);
     let (mut random, mut tally, mut runs) = (Random(seed), Tally::default(), 0);
     let begun = Instant::now();
