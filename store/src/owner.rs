@@ -109,14 +109,15 @@ impl Owner<'_> {
     /// # Errors
     /// Not a page of this rank, a step out of range, or no spare page left.
     pub fn initialise(&mut self, page: PageId, step: u64, f: impl FnOnce(PageMut<'_>)) -> Result<(), StoreError> {
-        self.try_initialise(page, step, |new| {
+        self.try_initialise(page, step, |mut new| {
+            new.clear();
             f(new);
             Ok(())
         })
     }
 
     /// As [`Owner::initialise`], for contents that may fail to come: when `f` fails, the page stays as it was, and a
-    /// page that was never written still says so.
+    /// page that was never written still says so. `f` writes the page whole: it finds whatever was there before.
     ///
     /// # Errors
     /// That of `f`, and those of [`Owner::initialise`].
@@ -131,8 +132,7 @@ impl Owner<'_> {
             let unwinding = Unwinding { owner: self, update: Some(update) };
             if let Some(update) = &unwinding.update {
                 // SAFETY: the spare belongs to the update, which this frame holds; nobody else has a reference to it.
-                let mut new = unsafe { page_mut(store, update.spare(), store.layout().page_range(page)) };
-                new.clear();
+                let new = unsafe { page_mut(store, update.spare(), store.layout().page_range(page)) };
                 f(new)?;
             }
             unwinding.publish()?;

@@ -4,9 +4,9 @@
 //! RAMTORCH_CHAOS_KILLS=500 RAMTORCH_CHAOS_SEED=7 cargo test -p ramtorch-tests --test chaos -- --nocapture
 //! ```
 //! The seed decides who gets which signal after which pause; the machine decides what they were doing then.
-//! With `RAMTORCH_CHAOS_EARLY=1` pages are updated beside the backward pass. `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_DEVICES` what it runs on (`cpu:2`; `cuda:0`, say, on a machine
+//! `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_DEVICES` what it runs on (`cpu:2`; `cuda:0`, say, on a machine
 //! that has one), `RAMTORCH_CHAOS_PATIENCE` the seconds that a recovery may take before the next death comes in any case, and
-//! `RAMTORCH_CHAOS_SUMMARY` a file for the summary.
+//! `RAMTORCH_CHAOS_SUMMARY` a file for the summary. With `RAMTORCH_CHAOS_EARLY=1` pages are updated beside the backward pass.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::{Signal, kill};

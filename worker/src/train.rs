@@ -48,7 +48,7 @@ use ramtorch_modelio::Architecture;
 use ramtorch_store::{Owner, SharedOwner, StepPhase, Store};
 use ramtorch_trace::{Kind, Label, Recorder, Row};
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What every part of a rank's life refers to.
 struct Rank<'a> {
@@ -116,7 +116,13 @@ pub(crate) fn run(
     control.heartbeat(0, "attaching");
     // Before this rank has threads: they do as this one.
     crate::numa::pin(&assignment.device);
+    let begun = Instant::now();
     let store = Arc::new(Store::attach(segment).map_err(EngineError::internal)?);
+    // What is not mapped yet is mapped a page of memory at a time, by whoever meets it first: one thread, when a device page-locks it.
+    if let Err(error) = store.populate(assignment.device.threads) {
+        tracing::warn!(%error, "the segment is mapped as it is used");
+    }
+    let mapped = begun.elapsed();
     // Before the first collective: a daemon that starts on this segment takes a larger one, whatever its records say.
     store.set_generation(assignment.generation);
     let plan = EnginePlan::of(plan)?;
@@ -129,7 +135,16 @@ pub(crate) fn run(
     let owner = SharedOwner::new(owner);
     rank.recover(&owner)?;
     let rerun = rank.interrupted();
-    rank.steps(owner, rerun)
+    let filled = begun.elapsed() - mapped;
+    rank.steps(owner, rerun, |opened| {
+        format!(
+            "started in {:.1} s: {:.1} s to map the segment, {:.1} s for its pages, {:.1} s for the device",
+            begun.elapsed().as_secs_f64(),
+            mapped.as_secs_f64(),
+            filled.as_secs_f64(),
+            opened.as_secs_f64()
+        )
+    })
 }
 
 impl Rank<'_> {
@@ -363,12 +378,19 @@ impl Rank<'_> {
         Ok(())
     }
 
-    /// `rerun`: the step that comes first was begun before, and pages are ahead of it.
-    fn steps(&self, owner: SharedOwner<'_>, rerun: Option<(StepNumbers, Arc<Ahead>)>) -> Result<TrainOutcome, EngineError> {
+    /// `rerun`: the step that comes first was begun before, and pages are ahead of it. `started` makes the event of the start of
+    /// the time that opening the device took.
+    fn steps(
+        &self,
+        owner: SharedOwner<'_>,
+        rerun: Option<(StepNumbers, Arc<Ahead>)>,
+        started: impl FnOnce(Duration) -> String,
+    ) -> Result<TrainOutcome, EngineError> {
         let rank = self.assignment.rank;
         let dataset: Dataset = serde_json::from_value(self.prepared.dataset.clone()).map_err(EngineError::internal)?;
         let data = dataset.open().map_err(EngineError::input)?;
         self.control.heartbeat(self.store.record().step, "opening the device");
+        let opening = Instant::now();
         let model = Model::new(&self.architecture, self.store.layout(), self.plan.dtype)?;
         let mut dev =
             crate::device::open(&self.assignment.device, self.plan.dtype, self.plan.uses.allocated(), self.spec.train.deterministic)?;
@@ -387,6 +409,9 @@ impl Rank<'_> {
             None => None,
         };
         session.join(&self.comm)?;
+        if self.leader() {
+            self.control.event(Level::Info, &started(opening.elapsed()));
+        }
         let device_pages = session.device_pages();
         let mut tools = Tools { updater, kept, held: session.take_held() };
         let recorded = match &rerun {
