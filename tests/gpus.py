@@ -40,7 +40,7 @@ class Rig:
         with open(os.path.join(self.out, "tokens.bin"), "wb") as f:
             array.array("I", (v % top for v in values)).tofile(f)
 
-    def job(self, name, train="", steps=STEPS, batch=4):
+    def job(self, name, train="", steps=STEPS, batch=4, optimizer=""):
         """Sequences of a step: not a multiple of the number of GPUs, so that shares differ."""
         folder = os.path.join(self.out, name)
         os.makedirs(folder, exist_ok=True)
@@ -59,6 +59,7 @@ batch_size = {batch * self.gpus + 1}
 {train}
 [optimizer]
 lr = 3e-4
+{optimizer}
 [output]
 metrics = "metrics.jsonl"
 """)
@@ -73,8 +74,8 @@ metrics = "metrics.jsonl"
         log = open(os.path.join(folder, "log.txt"), "w")
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(env or {})})
 
-    def run(self, name, gpus, train="", steps=STEPS, env=None, limit=150):
-        folder, path = self.job(name, train, steps)
+    def run(self, name, gpus, train="", steps=STEPS, env=None, limit=150, optimizer=""):
+        folder, path = self.job(name, train, steps, optimizer=optimizer)
         begin = time.time()
         process = self.start(folder, path, gpus, env)
         try:
@@ -188,8 +189,24 @@ def workers(pid):
 def kill(rig):
     """kill -9 of one worker in the middle: the gang goes on from the segment, and nobody sees it in the numbers."""
     steps = 600 if CPU else 60
-    whole = rig.run("undisturbed", rig.gpus, steps=steps)
-    folder, path = rig.job("killed", steps=steps)
+    killed(rig, "killed", rig.run("undisturbed", rig.gpus, steps=steps), steps)
+
+
+def early(rig):
+    """Without clipping, pages that are updated beside the backward pass are those that wait for its end, deaths or not."""
+    steps = 600 if CPU else 60
+    how = "clip_norm = 0\nearly_updates = "
+    late, soon = (rig.run(f"early-updates-{x}", rig.gpus, steps=steps, optimizer=how + x) for x in ("false", "true"))
+    rig.say(bool(late and soon) and bits(late) == bits(soon), "pages updated early have the bits of those updated late")
+    if late and soon:
+        wait = [statistics.median(x["optimizer_wait_seconds"] for x in lines[2:]) for lines in (late, soon)]
+        print(f"     compute waited for pages {wait[0]:.4f} s a step, with early updates {wait[1]:.4f} s")
+    killed(rig, "killed-early", late, steps, how + "true")
+
+
+def killed(rig, name, whole, steps, optimizer=""):
+    """A run of which a worker is killed twice, against the `whole` one."""
+    folder, path = rig.job(name, steps=steps, optimizer=optimizer)
     process = rig.start(folder, path, rig.gpus)
     end = time.time() + 200
     for at, rank in ((15, -1), (35, 0)):
@@ -228,7 +245,7 @@ def kill(rig):
     rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
 
 
-CHECKS = dict(repeat=repeat, parity=parity, kill=kill, pull=pull, nop2p=nop2p)
+CHECKS = dict(repeat=repeat, parity=parity, kill=kill, early=early, pull=pull, nop2p=nop2p)
 
 
 def main():
