@@ -214,6 +214,8 @@ impl Supervisor {
     fn wait_for_memory(&mut self, key: JobKey, why: String, now: Instant) {
         self.release_devices(key);
         self.wait(key, &format!("waits for memory that other jobs hold: {why}"), Some(now + super::MEMORY_RETRY));
+        // From now on it is this one that the others wait for, and no longer the one behind it.
+        self.schedule(now);
     }
 
     fn release_devices(&mut self, key: JobKey) {

@@ -133,6 +133,19 @@ fn the_restart_budget_counts_failures_without_a_new_step() {
     assert!(job.message.contains("SIGSEGV"), "{}", job.message);
 }
 
+#[test]
+fn a_job_that_goes_back_to_wait_for_memory_is_who_the_others_wait_for() {
+    let mut bench = Bench::new(3);
+    let (first, second) = (bench.submit(2), bench.submit(2));
+    happen(&mut bench, Happening::Succeed(0));
+    assert_eq!(bench.view(&second).message, "waits for devices that other jobs hold");
+    happen(&mut bench, Happening::Plan(1));
+    assert!(bench.view(&first).message.starts_with("waits for memory"), "{}", bench.view(&first).message);
+    assert_eq!(bench.view(&second).message, format!("waits for its turn after job {first}"));
+    happen(&mut bench, Happening::Cancel(1));
+    assert_eq!(bench.view(&second).state(), pb::JobState::Preparing, "{}", bench.view(&second).message);
+}
+
 /// Something that may happen.
 #[derive(Debug, Clone)]
 enum Happening {
