@@ -12,16 +12,14 @@ and for each row its job file, plan, metrics and log. Needs nothing but Python, 
 import argparse
 import json
 import os
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 import inputs
+from node import Node, stop
 
 WARM_UP_STEPS = 2
 TOKENS = 4_000_000
@@ -83,44 +81,21 @@ metrics = "metrics.jsonl"
     return path
 
 
-def stop(process, grace=60):
-    """Ends a process that was started here."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(grace)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 def ask_plan(args, folder, job, log):
     """The plan as JSON, or the refusal as text."""
-    short = tempfile.mkdtemp(prefix="rt-")  # paths of sockets are short
-    socket = os.path.join(short, "s")
-    command = [os.path.join(args.bin, "ramtorchd"), "start", "--socket", socket, "--state-dir", args.state, "--devices", args.device]
-    daemon = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        end = time.time() + 90
-        while not os.path.exists(socket):
-            if daemon.poll() is not None or time.time() > end:
-                return None, "the daemon did not start; see log.txt"
-            time.sleep(0.05)
-        begin = time.time()
-        command = [os.path.join(args.bin, "ramtorch"), "--socket", socket, "--output", "json", "plan", job]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode != 0:
-            return None, done.stderr.strip() or f"exit code {done.returncode}"
-        plan = json.loads(done.stdout)
-        with open(os.path.join(folder, "plan.txt"), "w") as f:
-            f.write(plan["text"])
-        print(plan["text"], f"(asked in {time.time() - begin:.1f} s)", flush=True)
-        return plan, None
+        with Node(args.bin, args.device, log, args.state) as node:
+            begin = time.time()
+            plan = node.ask("plan", job, timeout=300)
+            took = time.time() - begin
     except subprocess.TimeoutExpired:
         return None, "no plan within 300 s"
-    finally:
-        stop(daemon)
-        shutil.rmtree(short, ignore_errors=True)
+    except RuntimeError as e:
+        return None, str(e)
+    with open(os.path.join(folder, "plan.txt"), "w") as f:
+        f.write(plan["text"])
+    print(plan["text"], f"(asked in {took:.1f} s)", flush=True)
+    return plan, None
 
 
 class MemorySampler:

@@ -13,12 +13,11 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import tempfile
 import time
 
 import inputs
 from checkpoint_stall import llama
+from node import Node
 
 MODELS = {
     "tiny": llama(2048, 64, 128, 2, 4, 2, True),
@@ -66,32 +65,9 @@ def write_model(folder, config):
     return at
 
 
-class Node:
-    def __init__(self, args, memory):
-        self.short = tempfile.mkdtemp(prefix="rt-")
-        self.socket = os.path.join(self.short, "s")
-        command = [os.path.join(args.bin, "ramtorchd"), "start", "--socket", self.socket, "--state-dir", os.path.join(self.short, "state"),
-                   "--devices", args.device] + ([] if memory == "all" else ["--device-memory", memory])
-        self.client = os.path.join(args.bin, "ramtorch")
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(os.path.join(args.out, "daemon.log"), "a"))
-        end = time.time() + 90
-        while not os.path.exists(self.socket):
-            if self.process.poll() is not None or time.time() > end:
-                raise SystemExit("the daemon did not start; see daemon.log")
-            time.sleep(0.05)
-
-    def ask(self, *arguments):
-        command = [self.client, "--socket", self.socket, "--output", "json", *arguments]
-        begin = time.time()
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise SystemExit(f"{' '.join(arguments[:2])}: {done.stderr}")
-        return json.loads(done.stdout), time.time() - begin
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait()
-        shutil.rmtree(self.short, ignore_errors=True)
+def timed(node, *arguments):
+    begin = time.time()
+    return node.ask(*arguments), time.time() - begin
 
 
 def main():
@@ -114,24 +90,22 @@ def main():
     print("| memory for plans | prompts | loading s | generate, tokens a second | eval, tokens a second |")
     print("|---|---|---|---|---|")
     for memory in args.memory.split(","):
-        node = Node(args, memory)
-        try:
+        more = [] if memory == "all" else ["--device-memory", memory]
+        with open(os.path.join(args.out, "daemon.log"), "a") as log, Node(args.bin, args.device, log, more=more) as node:
             # The first one reads the files and compiles kernels, too.
             for _ in range(2):
-                _, loading = node.ask("generate", folder, "-p", "the", "--max-new-tokens", "1")
+                _, loading = timed(node, "generate", folder, "-p", "the", "--max-new-tokens", "1")
             speed = {}
             for count in map(int, args.prompts.split(",")):
                 prompts = [x for i in range(count) for x in ("-p", "the " * (i % 5 + 1))]
-                answer, seconds = node.ask("generate", folder, *prompts, "--max-new-tokens", str(args.tokens))
+                answer, seconds = timed(node, "generate", folder, *prompts, "--max-new-tokens", str(args.tokens))
                 speed[count] = answer["new_tokens"] / max(seconds - loading, 1e-3), answer
-            answer, seconds = node.ask("eval", folder, "--data", os.path.join(folder, "tokens.bin"), "--format", "tokens",
-                                       "--sequence-length", str(SEQUENCE), "--max-tokens", str(args.eval_tokens))
+            answer, seconds = timed(node, "eval", folder, "--data", os.path.join(folder, "tokens.bin"), "--format", "tokens",
+                                    "--sequence-length", str(SEQUENCE), "--max-tokens", str(args.eval_tokens))
             for i, (count, (rate, said)) in enumerate(speed.items()):
                 rated = f"{answer['tokens'] / max(seconds - loading, 1e-3):.0f} (itself: {answer['tokens'] / answer['seconds']:.0f})" if i == 0 else ""
                 print(f"| {memory} | {count} | {loading:.1f} | {rate:.1f} (itself: {said['new_tokens'] / said['seconds']:.1f}) | {rated} |",
                       flush=True)
-        finally:
-            node.close()
     shutil.rmtree(folder)
 
 

@@ -5,26 +5,12 @@
 # More options go to bench/gpu_table.py (--rows, --steps, --gpus N). TESTS=0 or TABLE=0 in the environment leaves a part out.
 set -u
 here=$(cd "$(dirname "$0")/.." && pwd)
-bin=$(cd "${1:?a folder made by tests/gpu_pack.sh}" && pwd)
-out=${2:?an output folder}
+. "$here/tests/node.sh"
 shift 2
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-gpus=$(ls /dev 2>/dev/null | grep -cE '^nvidia[0-9]+$')
 if [ "$gpus" = 0 ]; then
   echo "skipped: no GPU on this machine"
   exit 0
 fi
-failed=0
-part() { # name, command...
-  local name=$1 begin=$SECONDS
-  shift
-  "$@" >"$out/$name.log" 2>&1
-  local rc=$?
-  [ $rc = 0 ] || failed=1
-  printf '%-8s %-24s %4d s   %s\n' "$([ $rc = 0 ] && echo ok || echo FAILED)" "$name" $((SECONDS - begin)) \
-    "$(grep -E 'passed|skipped' "$out/$name.log" | tail -1)" | tee -a "$out/summary.txt"
-}
 : >"$out/summary.txt"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$out/summary.txt"
 export RAMTORCHD=$bin/ramtorchd

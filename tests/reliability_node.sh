@@ -7,29 +7,14 @@
 # checkpoint of a 3B model costs). DEVICES names the devices, all GPUs unless told otherwise. OUT/summary.txt has all figures.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
-bin=$(cd "${1:?a folder made by tests/gpu_pack.sh}" && pwd)
-out=${2:?an output folder}
+. "$here/node.sh"
 shift 2
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-gpus=$(find /dev -maxdepth 1 -name 'nvidia[0-9]*' 2>/dev/null | wc -l)
 devices=${DEVICES:-$(seq -s, -f 'cuda:%.0f' 0 $((gpus - 1)))}
 if [ -z "$devices" ]; then
   echo "skipped: no GPU on this machine; DEVICES=cpu:2 runs the same on the processor"
   exit 0
 fi
 export RAMTORCH_TEST_BIN_DIR=$bin RAMTORCH_TEST_FIXTURES_DIR=$here/fixtures
-failed=0
-: >>"$out/summary.txt"
-say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
-part() { # name, command...
-  local name=$1 begin=$SECONDS
-  shift
-  "$@" >"$out/$name.log" 2>&1
-  local rc=$?
-  [ $rc = 0 ] || { failed=1 && tail -25 "$out/$name.log"; }
-  say "$([ $rc = 0 ] && echo ok || echo FAILED)  $name, $((SECONDS - begin)) s"
-}
 
 job() { # file, data, metrics
   cat >"$1" <<TOML
@@ -96,7 +81,7 @@ stall() {
 
 [ $# -gt 0 ] || set -- service chaos load stall
 for name in "$@"; do
-  part "$name" "$name"
+  part "$name" "$name" || tail -25 "$out/$name.log"
   case $name in
     service) grep -iE 'landlock|confine|outside' "$out/service.log" | cut -c1-300 | tee -a "$out/summary.txt" ;;
     stall) grep '^[|]' "$out/stall.log" | tee -a "$out/summary.txt" ;;

@@ -188,8 +188,8 @@ impl WeightCache {
         self.direct.as_deref().filter(|_| self.own[b].is_some())
     }
 
-    /// Waits until all pages that lie in `params`, partly at least, are published at `step`, or were when they went ahead. Compute's waiting for that counts
-    /// as waiting for pages.
+    /// Waits until all pages that lie in `params`, partly at least, are published at `step`, or were when they went ahead.
+    /// Compute's waiting for that counts as waiting for pages.
     pub fn await_published(&self, dev: &dyn Device, params: std::ops::Range<u64>, step: u64) -> Result<(), EngineError> {
         let behind = |p: &PageId| self.store.entry(*p).step != step && !self.is_kept(*p, step);
         let mut waiting = None;

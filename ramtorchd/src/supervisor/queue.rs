@@ -98,9 +98,7 @@ impl Supervisor {
     pub(super) fn resume(&mut self, key: JobKey, now: Instant) {
         let Some(job) = self.jobs.get(&key) else { return };
         if self.pool.any_quarantined(&job.leases) {
-            self.release_devices(key);
-            self.wait(key, "waits for healthy devices", None);
-            return self.schedule(now);
+            return self.back_to_queue(key, "waits for healthy devices", None, now);
         }
         match (&job.record.segment, &job.record.prepared) {
             (Some(_), _) => self.start_gang(key, now),
@@ -212,9 +210,14 @@ impl Supervisor {
     }
 
     fn wait_for_memory(&mut self, key: JobKey, why: String, now: Instant) {
+        let retry_at = Some(now + super::MEMORY_RETRY);
+        self.back_to_queue(key, &format!("waits for memory that other jobs hold: {why}"), retry_at, now);
+    }
+
+    /// A job that held devices waits again. From now on it may be the one that the others wait for, and no longer one behind it.
+    fn back_to_queue(&mut self, key: JobKey, message: &str, retry_at: Option<Instant>, now: Instant) {
         self.release_devices(key);
-        self.wait(key, &format!("waits for memory that other jobs hold: {why}"), Some(now + super::MEMORY_RETRY));
-        // From now on it is this one that the others wait for, and no longer the one behind it.
+        self.wait(key, message, retry_at);
         self.schedule(now);
     }
 

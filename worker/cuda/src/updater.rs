@@ -218,7 +218,7 @@ impl Updater {
         if state.is_empty() {
             return Ok(vec![Place { offset: 0, count: len, hi: slot.memory.ptr, each: self.page }]);
         }
-        let (part, bytes) = (staged_parameters(self.page), 4 + 2 * self.moments.bytes());
+        let (part, bytes) = (staged_parameters(self.page), state_bytes(self.registration.store().layout().spec()));
         if state.len() as u64 != len.div_ceil(part) {
             return Err(EngineError::internal(format!("{} parts of memory for a page of {len} parameters", state.len())));
         }
