@@ -148,7 +148,11 @@ def run_job(args, folder, job, log):
     sampler = MemorySampler(args.device)
     time.sleep(0.5)
     begin = time.time()
-    command = [os.path.join(args.bin, "ramtorchd"), "run", job, "--quiet", "--state-dir", args.state, "--devices", args.device]
+    command = [os.path.join(args.bin, "ramtorchd"), "run", job, "--state-dir", args.state, "--devices", args.device]
+    if args.trace:
+        command += ["--trace", os.path.join(folder, "trace.json"), "--trace-steps", args.trace]
+    else:
+        command.append("--quiet")
     process = subprocess.Popen(command, stdout=log, stderr=log)
     first, ended, shared, shared_before = None, False, 0.0, shared_memory_gib()
     while process.poll() is None:
@@ -263,6 +267,8 @@ def main():
     parser.add_argument("--gpus", type=int, default=1, help="the first so many GPUs; rows have their sequences on each of them")
     parser.add_argument("--one", action="append", default=[], help="tokens a second of one GPU: ROW=NUMBER, or a table.json")
     parser.add_argument("--train", default="", help="a line for [train] of every job, such as deterministic = false")
+    parser.add_argument("--trace", metavar="FIRST..LAST", 
+                        help="a timeline of these steps in each row's folder; where their time went is at the end of its log.txt")
     parser.add_argument("--plan-only", action="store_true", help="ask for plans, run nothing")
     parser.add_argument("--state", help="state folder of the daemons, with the cache of rates; default: OUT/state")
     args = parser.parse_args()

@@ -3,8 +3,8 @@
 #   tests/gpu_pack.sh FOLDER                              (on the machine that builds)
 #   tests/reliability_node.sh FOLDER OUT [PART...]        (on the other, in a checkout of the same version)
 # Parts: service (the daemon as the packaged configuration sets it up: roots, kernel confinement, a job inside them and two outside),
-# chaos (KILLS, 25, of random processes), load (a minute of watchers and submissions beside a job on a CPU device), stall (what a
-# checkpoint of a 3B model costs). DEVICES names the devices, all GPUs unless told otherwise. OUT/summary.txt has all figures.
+# chaos (KILLS, 25, of random processes), load (a minute of watchers and submissions beside a job on a CPU device, or on LOAD_DEVICE,
+# and then TURNS, 8, of 5 s with and without them), stall (what a checkpoint of a 3B model costs). DEVICES names the devices, all GPUs unless told otherwise. OUT/summary.txt has all figures.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/node.sh"
@@ -69,8 +69,11 @@ chaos() {
 
 load() {
   ulimit -n "$(ulimit -Hn)"
-  RAMTORCH_LOAD_SECONDS=${LOAD_SECONDS:-60} RAMTORCH_LOAD_WATCHERS=1000 RAMTORCH_LOAD_SUBMISSIONS=200 RAMTORCH_LOAD_BATCH=768 \
-    RAMTORCH_LOAD_STRICT=1 RAMTORCH_LOAD_PINNED=1 RAMTORCH_LOAD_SUMMARY=$out/load.txt "$bin/load" --nocapture
+  local device=${LOAD_DEVICE:-cpu:1} pinned=1
+  [ "${device%%:*}" = cpu ] || pinned=0
+  RAMTORCH_LOAD_SECONDS=${LOAD_SECONDS:-60} RAMTORCH_LOAD_WATCHERS=1000 RAMTORCH_LOAD_SUBMISSIONS=200 RAMTORCH_LOAD_BATCH=${BATCH:-768} \
+    RAMTORCH_LOAD_TURNS=${TURNS:-8} RAMTORCH_LOAD_DEVICES=$device RAMTORCH_LOAD_STRICT=1 RAMTORCH_LOAD_PINNED=$pinned \
+    RAMTORCH_LOAD_SUMMARY=$out/load.txt "$bin/load" --nocapture
 }
 
 stall() {

@@ -7,7 +7,9 @@
 //! RAMTORCH_LOAD_WATCHERS     watchers, each with a connection of its own                    60
 //! RAMTORCH_LOAD_SUBMISSIONS  submissions a second, each cancelled later on                  40
 //! RAMTORCH_LOAD_BATCH       sequences of a step, which decide how long it takes                64
-//! RAMTORCH_LOAD_STRICT       whether figures are judged: p99 under 50 ms, training slower by less than 2 %
+//! RAMTORCH_LOAD_TURNS        afterwards so many turns of 5 s without load and 5 s under it, for machines whose own speed changes    0
+//! RAMTORCH_LOAD_STRICT       whether figures are judged: p99 under 50 ms, training slower by less than 2 % (over the turns, if any)
+//! RAMTORCH_LOAD_DEVICES      where the job trains                                           cpu:1
 //! RAMTORCH_LOAD_PINNED       training on processor 0, everything else on processors that share no core with it
 //! RAMTORCH_LOAD_SUMMARY      file for the figures
 //! ```
@@ -193,6 +195,68 @@ fn step_seconds(path: &Path, from: usize, to: usize) -> (f64, f64, usize) {
     (seconds[seconds.len() / 2], seconds.iter().sum::<f64>() / seconds.len() as f64, seconds.len())
 }
 
+/// What a turn of [`RAMTORCH_LOAD_TURNS`](self) takes of either kind.
+const TURN: Duration = Duration::from_secs(5);
+
+/// Watchers and callers at work, until stopped.
+struct Load {
+    watching: Vec<tokio::task::JoinHandle<()>>,
+    calling: [tokio::task::JoinHandle<()>; 2],
+    stop: watch::Sender<bool>,
+    /// One thread receives what watchers get; another one makes the calls that are timed.
+    runtime: tokio::runtime::Runtime,
+    callers: tokio::runtime::Runtime,
+}
+
+impl Load {
+    /// Watchers come one after the other in the first third of `phase`.
+    fn begin(
+        socket: &Path,
+        id: &str,
+        request: &v1::SubmitRequest,
+        (watchers, rate): (u64, u64),
+        phase: Duration,
+        tally: &Arc<Tally>,
+    ) -> Load {
+        let one_thread = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (runtime, callers) = (one_thread(), one_thread());
+        let (stop, stopped) = watch::channel(false);
+        let watching = (0..watchers)
+            .map(|n| {
+                let (socket, id, tally, stopped) = (socket.to_path_buf(), id.to_owned(), tally.clone(), stopped.clone());
+                runtime.spawn(async move {
+                    tokio::time::sleep(phase.mul_f64(n as f64 / watchers as f64 / 3.0)).await;
+                    watcher(socket, id, tally, stopped).await;
+                })
+            })
+            .collect();
+        let client = || callers.block_on(Client::connect(Endpoint::unix(socket))).unwrap();
+        let calling = [
+            callers.spawn(submitter(client(), request.clone(), rate, tally.clone(), stopped.clone())),
+            callers.spawn(onlooker(client(), id.to_owned(), tally.clone(), stopped)),
+        ];
+        Load { watching, calling, stop, runtime, callers }
+    }
+
+    /// Until all calls are answered and all connections closed.
+    fn end(self) {
+        self.stop.send(true).unwrap();
+        self.calling.into_iter().for_each(|call| self.callers.block_on(call).unwrap());
+        self.watching.into_iter().for_each(|watching| self.runtime.block_on(watching).unwrap());
+    }
+}
+
+/// Steps under load over the mean of those before and after it, turn by turn, ascending: a machine that becomes faster or slower by
+/// itself changes both sides.
+fn turns(metrics: &Path, windows: &[(usize, usize)]) -> Vec<f64> {
+    let mean = |w: &(usize, usize)| step_seconds(metrics, w.0, w.1).1;
+    // Calm, load, calm, load, …, calm.
+    let mut ratios: Vec<f64> =
+        (1..windows.len()).step_by(2).map(|i| mean(&windows[i]) / ((mean(&windows[i - 1]) + mean(&windows[i + 1])) / 2.0)).collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios
+}
+
 #[test]
 fn training_and_calls_go_on_under_load() {
     let (seconds, watchers) = (setting("RAMTORCH_LOAD_SECONDS", 3), setting("RAMTORCH_LOAD_WATCHERS", 60));
@@ -200,7 +264,8 @@ fn training_and_calls_go_on_under_load() {
         (setting("RAMTORCH_LOAD_SUBMISSIONS", 40), setting("RAMTORCH_LOAD_STRICT", 0) > 0, setting("RAMTORCH_LOAD_PINNED", 0) > 0);
     let phase = Duration::from_secs(seconds);
     let sandbox = Sandbox::new();
-    let mut daemon = sandbox.start_daemon("cpu:1", &["--threads", "1"]);
+    let devices = std::env::var("RAMTORCH_LOAD_DEVICES").unwrap_or_else(|_| "cpu:1".into());
+    let mut daemon = sandbox.start_daemon(&devices, &["--threads", "1"]);
     let daemon_pid = daemon.process().pid();
     let train =
         Fixture::load("llama").job("train").set("train.steps", 1_000_000).set("train.batch_size", setting("RAMTORCH_LOAD_BATCH", 64));
@@ -222,50 +287,19 @@ fn training_and_calls_go_on_under_load() {
     let calm_end = lines();
 
     let tally = Arc::new(Tally::default());
-    let request = |name: &str| {
-        let job = Fixture::load("llama").job(name).set("train.steps", 1).set("schedule.warmup_steps", 0u64);
-        let base_dir = sandbox.root().to_str().unwrap().to_owned();
-        v1::SubmitRequest { job_toml: job.text(), base_dir, file_name: "waits.toml".into(), dry_run: false }
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    // One thread receives what watchers get; another one makes the calls that are timed.
-    let callers = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let (stop, stopped) = watch::channel(false);
+    let job = Fixture::load("llama").job("waits").set("train.steps", 1).set("schedule.warmup_steps", 0u64);
+    let base_dir = sandbox.root().to_str().unwrap().to_owned();
+    let request = v1::SubmitRequest { job_toml: job.text(), base_dir, file_name: "waits.toml".into(), dry_run: false };
     let socket = daemon.socket().to_path_buf();
-    let cpu_of = |pid: Pid| cpu_seconds(pid);
-    let cpu_before = (cpu_of(daemon_pid), cpu_of(worker), cpu_of(me));
-    let load = Instant::now();
-    let watching: Vec<_> = (0..watchers)
-        .map(|n| {
-            let (socket, id, tally, stopped) = (socket.clone(), id.clone(), tally.clone(), stopped.clone());
-            runtime.spawn(async move {
-                // They come one after the other, in the first third of the time.
-                tokio::time::sleep(phase.mul_f64(n as f64 / watchers as f64 / 3.0)).await;
-                watcher(socket, id, tally, stopped).await;
-            })
-        })
-        .collect();
-    let calls = callers.block_on(async {
-        let client = || async { Client::connect(Endpoint::unix(&socket)).await.unwrap() };
-        let submitting = tokio::spawn(submitter(client().await, request("waits"), rate, tally.clone(), stopped.clone()));
-        let looking = tokio::spawn(onlooker(client().await, id.clone(), tally.clone(), stopped.clone()));
-        tokio::time::sleep(phase).await;
-        (submitting, looking)
-    });
-    let (load_seconds, load_end) = (load.elapsed().as_secs_f64(), lines());
-    let cpu_after = (cpu_of(daemon_pid), cpu_of(worker), cpu_of(me));
+    let loaded = |phase: Duration| Load::begin(&socket, &id, &request, (watchers, rate), phase, &tally);
+    let cpu_before = (cpu_seconds(daemon_pid), cpu_seconds(worker), cpu_seconds(me));
+    let begun = Instant::now();
+    let load = loaded(phase);
+    std::thread::sleep(phase);
+    let (load_seconds, load_end) = (begun.elapsed().as_secs_f64(), lines());
+    let cpu_after = (cpu_seconds(daemon_pid), cpu_seconds(worker), cpu_seconds(me));
     let under_load = observe(daemon_pid);
-    stop.send(true).unwrap();
-    callers.block_on(async {
-        calls.0.await.unwrap();
-        calls.1.await.unwrap();
-    });
-    runtime.block_on(async {
-        for watching in watching {
-            watching.await.unwrap();
-        }
-    });
-    drop((runtime, callers));
+    load.end();
     std::thread::sleep(phase / 6);
     let after = lines();
     std::thread::sleep(phase / 2);
@@ -280,12 +314,30 @@ fn training_and_calls_go_on_under_load() {
         (begun, lines())
     });
 
+    let mut windows = Vec::new();
+    let mut window = |load: Option<Load>| {
+        std::thread::sleep(TURN / 5); // what begins and ends is in neither
+        let begun = lines();
+        std::thread::sleep(TURN);
+        windows.push((begun, lines()));
+        load.into_iter().for_each(Load::end);
+    };
+    let rounds = setting("RAMTORCH_LOAD_TURNS", 0);
+    for _ in 0..rounds {
+        window(None);
+        // Watchers are all there after a second.
+        window(Some(loaded(TURN.mul_f64(0.6))));
+    }
+    if rounds > 0 {
+        window(None);
+    }
+
     let errors = tally.errors.lock().unwrap();
     assert!(errors.is_empty(), "{} calls failed; the first: {:?}", errors.len(), &errors[..errors.len().min(5)]);
     let (calm, loaded, calm_again) =
         (step_seconds(&metrics, before, calm_end), step_seconds(&metrics, calm_end, load_end), step_seconds(&metrics, after, end));
     let undisturbed = (calm.1 * calm.2 as f64 + calm_again.1 * calm_again.2 as f64) / (calm.2 + calm_again.2) as f64;
-    let slower = loaded.1 / undisturbed - 1.0;
+    let mut slower = loaded.1 / undisturbed - 1.0;
     let mut text = format!(
         "load: {watchers} watchers on connections of their own, {rate} submissions a second for {load_seconds:.1} s{}\n",
         if pinned { ", training alone on one processor's core" } else { "" }
@@ -323,6 +375,13 @@ fn training_and_calls_go_on_under_load() {
             counting.2,
             (counting.1 / undisturbed - 1.0) * 100.0
         );
+    }
+    if rounds > 0 {
+        let ratios = turns(&metrics, &windows);
+        slower = ratios[ratios.len() / 2] - 1.0;
+        let percent = |r: f64| (r - 1.0) * 100.0;
+        let (least, most) = (percent(ratios[0]), percent(ratios[ratios.len() - 1]));
+        text += &format!("  in {rounds} turns of 5 s each way: {:+.2} % (median; {least:+.2} to {most:+.2})\n", slower * 100.0);
     }
     text += &format!(
         "  processor seconds: daemon {:.1}, load generator {:.1}, worker {:.1} in {load_seconds:.1} s\n",

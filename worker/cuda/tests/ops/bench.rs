@@ -67,7 +67,10 @@ pub fn run(filters: &[&String]) {
     if filters.is_empty() || filters.iter().any(|f| "beside".contains(f.as_str())) {
         crate::beside::bench();
     }
-    if !filters.is_empty() && filters.iter().all(|f| ["optimizer", "beside"].contains(&f.as_str())) {
+    if filters.is_empty() || filters.iter().any(|f| "sustained".contains(f.as_str())) {
+        sustained();
+    }
+    if !filters.is_empty() && filters.iter().all(|f| ["optimizer", "beside", "sustained"].contains(&f.as_str())) {
         return;
     }
     for deterministic in [false, true] {
@@ -89,9 +92,10 @@ pub fn run(filters: &[&String]) {
     }
 }
 
-fn products(b: &Bench, x: DevBuf, y: DevBuf, w: DevBuf, g: DevBuf) {
+/// Products of a layer, forward and backward, with their names; weight gradients are added to fp32 sums.
+fn layer_products(x: DevBuf, y: DevBuf, w: DevBuf, g: DevBuf) -> Vec<(String, Gemm)> {
+    let mut all = Vec::new();
     for (name, n, k) in [("qkv", 6144, HIDDEN), ("out", HIDDEN, HIDDEN), ("gate and up", 2 * WIDE, HIDDEN), ("down", HIDDEN, WIDE)] {
-        let flops = 2.0 * (ROWS * n) as f64 * k as f64;
         let base = Gemm {
             m: ROWS,
             n,
@@ -106,28 +110,56 @@ fn products(b: &Bench, x: DevBuf, y: DevBuf, w: DevBuf, g: DevBuf) {
             add: None,
             bias: None,
         };
-        b.measure(&format!("gemm {name} forward"), flops, 0.0, |d| d.gemm(&base));
         let dgrad = Gemm { n: k, k: n, transpose_b: false, ..base };
-        b.measure(&format!("gemm {name} input gradient"), flops, 0.0, |d| d.gemm(&dgrad));
         let wgrad =
             Gemm { m: n, n: k, k: ROWS, transpose_a: true, transpose_b: false, b: y, d: g, d_dtype: Dtype::F32, accumulate: true, ..base };
-        b.measure(&format!("gemm {name} weight gradient, f32 added"), flops, 0.0, |d| d.gemm(&wgrad));
+        all.push((format!("gemm {name} forward"), base));
+        all.push((format!("gemm {name} input gradient"), dgrad));
+        all.push((format!("gemm {name} weight gradient, f32 added"), wgrad));
+        if name == "down" {
+            all.push(("gemm down forward with residual".into(), Gemm { add: Some(y), ..base }));
+        }
     }
-    let residual = Gemm {
-        m: ROWS,
-        n: HIDDEN,
-        k: WIDE,
-        transpose_a: false,
-        transpose_b: true,
-        a: x,
-        b: w,
-        d: y,
-        d_dtype: Dtype::Bf16,
-        accumulate: false,
-        add: Some(y),
-        bias: None,
-    };
-    b.measure("gemm down forward with residual", 2.0 * (ROWS * HIDDEN) as f64 * WIDE as f64, 0.0, |d| d.gemm(&residual));
+    all
+}
+
+fn flops(g: &Gemm) -> f64 {
+    2.0 * (g.m * g.n) as f64 * g.k as f64
+}
+
+fn products(b: &Bench, x: DevBuf, y: DevBuf, w: DevBuf, g: DevBuf) {
+    for (name, gemm) in layer_products(x, y, w, g) {
+        b.measure(&name, flops(&gemm), 0.0, |d| d.gemm(&gemm));
+    }
+}
+
+/// All products of a layer one after the other, for long enough that the limit of power decides: the heuristic's algorithms, which
+/// deterministic mode takes, against those that a search found, in turn.
+fn sustained() {
+    const SECONDS: f64 = 4.0;
+    let mut rigs = [true, false].map(|deterministic| {
+        let mut d = CudaDevice::open(0, Dtype::Bf16, 16 << 30, deterministic).unwrap();
+        let (x, y) = (random(&mut d, ROWS * 2 * WIDE, 2), random(&mut d, ROWS * 2 * WIDE, 2));
+        let (w, g) = (random(&mut d, 2 * WIDE * HIDDEN, 2), random(&mut d, 2 * WIDE * HIDDEN, 4));
+        (d, layer_products(x, y, w, g), deterministic)
+    });
+    for _ in 0..3 {
+        for (d, list, deterministic) in &mut rigs {
+            list.iter().for_each(|(_, gemm)| d.gemm(gemm).unwrap());
+            d.synchronize(Stream::Compute).unwrap();
+            let (begun, mut rounds) = (Instant::now(), 0);
+            while begun.elapsed().as_secs_f64() < SECONDS {
+                for _ in 0..10 {
+                    list.iter().for_each(|(_, gemm)| d.gemm(gemm).unwrap());
+                }
+                d.synchronize(Stream::Compute).unwrap();
+                rounds += 10;
+            }
+            let done: f64 = list.iter().map(|(_, gemm)| flops(gemm)).sum::<f64>() * f64::from(rounds);
+            let rate = done / begun.elapsed().as_secs_f64() / 1e12;
+            println!("{SECONDS} s of a layer's products, {}: {rate:.0} TFLOP/s", if *deterministic { "deterministic" } else { "searched" });
+        }
+    }
 }
 
 fn attention(b: &Bench, x: DevBuf, y: DevBuf, z: DevBuf, stats: DevBuf, workspace: DevBuf) {
