@@ -9,7 +9,7 @@ use crate::spec::{BlockSpec, GradientFormat, MomentFormat, StoreSpec, TensorSpec
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout that this program writes and reads.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// "RAMTORCH", as a little-endian word.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"RAMTORCH");
 /// Words of the header, the checksum in the last.

@@ -37,7 +37,7 @@ mod system;
 
 pub use commit::NEVER;
 pub use error::StoreError;
-pub use layout::{Block, Layout, Sections, Tensor};
+pub use layout::{Block, Layout, SHARE_ALIGN, Sections, Tensor, share_of};
 pub use owner::{Begun, Early, Owner, SharedOwner, Update};
 pub use page::{Gradients, GradientsMut, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView};
 pub use process::ProcessIdentity;

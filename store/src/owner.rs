@@ -78,7 +78,7 @@ impl Store {
         if claims.contains(&rank) || !lock(self, rank, libc::F_WRLCK)? {
             return Err(StoreError::Claimed { name: self.name().to_owned(), rank });
         }
-        match Spares::recover(self.mapping(), *self.table(), rank) {
+        match Spares::recover(self.mapping(), self.table(), rank) {
             Ok(spares) => {
                 claims.insert(rank);
                 Ok(Owner { store: self, spares })
@@ -99,8 +99,7 @@ impl Owner<'_> {
 
     /// Its pages, ascending.
     pub fn pages(&self) -> impl Iterator<Item = PageId> + use<> {
-        let layout = self.store.layout();
-        (self.rank()..layout.page_count()).step_by(layout.spec().world_size as usize)
+        self.store.layout().pages_of_rank(self.rank())
     }
 
     /// Gives a page contents that do not follow from its old ones: when it is loaded, or taken back to a checkpoint. `f`

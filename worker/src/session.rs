@@ -72,7 +72,9 @@ pub(crate) struct Session {
     /// Σ of the squares of each block's gradients, f64, where the device works them out.
     squares: Option<DevBuf>,
     staging: Option<Staging>,
-    /// Pages whose state stays on the device, until the optimizer takes them.
+    /// Memory for pages whose state stays on the device.
+    held_rooms: Vec<DevBuf>,
+    /// Those pages, until the optimizer takes them.
     held: Vec<HeldPage>,
     pub bytes_out: u64,
     ranks: Ranks,
@@ -157,12 +159,10 @@ impl Session {
         } else {
             None
         };
-        let pages = if train { held_pages(store.layout(), plan) } else { Vec::new() };
-        let hold = |page: PageId| {
-            let bytes = HeldPage::bytes(store.layout().spec(), u64::from(store.layout().page_parameters()));
-            Ok(HeldPage::new(store.layout(), page, d.alloc(bytes, "optimizer state that stays")?))
-        };
-        let held = pages.into_iter().map(hold).collect::<Result<_, EngineError>>()?;
+        let page_bytes = HeldPage::bytes(store.layout().spec(), u64::from(store.layout().page_parameters()));
+        let held_rooms = (0..if train { plan.held_pages } else { 0 })
+            .map(|_| d.alloc(page_bytes, "optimizer state that stays"))
+            .collect::<Result<_, EngineError>>()?;
         let any = (0..last).any(|b| plan.keep[b] == Keep::Inputs);
         let shared_saved = if any { Some(d.alloc(shared, "recomputed activations")?) } else { None };
         Ok(Session {
@@ -184,7 +184,8 @@ impl Session {
             outs,
             squares,
             staging,
-            held,
+            held_rooms,
+            held: Vec::new(),
             bytes_out: 0,
             ranks: plan.ranks(),
             ahead: None,
@@ -366,9 +367,12 @@ impl Session {
         Ok(())
     }
 
-    /// This rank's pages are those that it may stage.
+    /// This rank's pages are those that it may hold, and stage.
     fn own_pages_of(&mut self, rank: u32) {
         let layout = self.store.layout();
+        let rooms = std::mem::take(&mut self.held_rooms);
+        let pages = held_pages(layout, &self.weights.stay(), rooms.len(), self.ranks);
+        self.held = pages.into_iter().zip(rooms).map(|(page, room)| HeldPage::new(layout, page, room)).collect();
         let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| staged_rooms(layout, *buf).len()).sum();
         let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
         if let Some(staging) = &mut self.staging {
@@ -529,8 +533,8 @@ impl Session {
         if resident && !final_group {
             return Ok(());
         }
-        // What is overwritten from here on is what the last step's pages are made of, and made again of after a crash.
-        self.weights.await_published(dev, start..start + len, before)?;
+        // What this rank overwrites from here on is what the last step's pages are made of, and made again of after a crash.
+        self.weights.await_published(dev, start + own.start..start + own.end, before)?;
         hit(Point::StepLeaving);
         let buffer = &g.buffers[i];
         let accumulate = group > 0 && !resident;

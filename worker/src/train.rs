@@ -398,9 +398,6 @@ impl Rank<'_> {
         let device = dev.name();
         let mut session = Session::new(dev, model, self.store.clone(), &self.plan, true)?;
         let mut updater = if self.plan.optimizer_split { session.dev.page_updater(&self.store)? } else { None };
-        if let Some(updater) = updater.as_mut().filter(|_| self.comm.world() == 1 && self.plan.dtype == Dtype::Bf16) {
-            updater.deliver_to(session.weights.direct());
-        }
         let kept = match session.device_gradients() {
             Some(gradients) => {
                 let page = u64::from(self.store.layout().page_parameters());
@@ -409,6 +406,11 @@ impl Rank<'_> {
             None => None,
         };
         session.join(&self.comm)?;
+        // Ranks that each copy all weights have nothing from one another's devices.
+        let delivers = (self.comm.world() == 1 || self.plan.gather_weights) && self.plan.dtype == Dtype::Bf16;
+        if let Some(updater) = updater.as_mut().filter(|_| delivers) {
+            updater.deliver_to(session.weights.direct());
+        }
         if self.leader() {
             self.control.event(Level::Info, &started(opening.elapsed()));
         }

@@ -240,11 +240,18 @@ impl WeightCache {
         Ok(())
     }
 
-    /// Weights of blocks that stay, for an updater that writes them itself.
+    /// Whether the weights of each block stay on the device.
+    pub fn stay(&self) -> Vec<bool> {
+        self.own.iter().map(Option::is_some).collect()
+    }
+
+    /// Weights of blocks that stay, for an updater that writes them itself: what this rank copies of them. Comes after
+    /// [`WeightCache::join`].
     pub fn direct(&mut self) -> Arc<DirectWeights> {
         let place = |b: usize| {
-            let (start, len) = self.places[b];
-            self.own[b].map(|i| (start..start + len, self.buffers[i].buf.slice(0, len * self.dtype.size())))
+            let (start, part) = (self.places[b].0, self.own_part(b));
+            let (at, bytes) = ((part.start - start) * self.dtype.size(), (part.end - part.start) * self.dtype.size());
+            self.own[b].filter(|_| bytes > 0).map(|i| (part, self.buffers[i].buf.slice(at, bytes)))
         };
         let direct = Arc::new(DirectWeights::new(self.store.layout(), (0..self.places.len()).filter_map(place).collect()));
         self.direct = Some(direct.clone());

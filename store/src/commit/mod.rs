@@ -36,6 +36,7 @@ pub(crate) use cell::Cell;
 
 use crate::spec::PageId;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// 64-bit words of memory that several processes see. A word is named by its number from the start.
 ///
@@ -120,7 +121,7 @@ pub(crate) enum Refusal {
 }
 
 /// Where the page table lies, and whose the pages are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Table {
     /// Word of the first entry.
     pub first: usize,
@@ -130,6 +131,8 @@ pub(crate) struct Table {
     pub world_size: u32,
     /// Spare pages of each.
     pub spares_per_rank: u32,
+    /// By page: the rank that updates it.
+    pub owners: Arc<[u32]>,
 }
 
 impl Table {
@@ -140,13 +143,13 @@ impl Table {
 
     /// Rank that updates a page.
     pub fn owner(&self, page: PageId) -> u32 {
-        page % self.world_size
+        self.owners.get(page as usize).copied().unwrap_or(0)
     }
 
     /// Rank that a physical page belongs to, for ever. At first, page p lies in physical page p.
     fn holder(&self, physical: u32) -> u32 {
         match physical.checked_sub(self.page_count) {
-            None => physical % self.world_size,
+            None => self.owner(physical),
             Some(spare) => spare / self.spares_per_rank,
         }
     }
@@ -154,7 +157,13 @@ impl Table {
     /// Physical pages of a rank, ascending.
     pub fn held_by(&self, rank: u32) -> impl Iterator<Item = u32> + use<> {
         let spares = self.page_count + rank * self.spares_per_rank;
-        (rank..self.page_count).step_by(self.world_size as usize).chain(spares..spares + self.spares_per_rank)
+        self.pages_of(rank).chain(spares..spares + self.spares_per_rank)
+    }
+
+    /// Pages of a rank, ascending.
+    fn pages_of(&self, rank: u32) -> impl Iterator<Item = PageId> + use<> {
+        let owners = self.owners.clone();
+        (0..self.page_count).filter(move |p| owners.get(*p as usize) == Some(&rank))
     }
 
     fn word(&self, page: PageId) -> usize {
@@ -254,9 +263,9 @@ pub(crate) struct Spares {
 
 impl Spares {
     /// Works out the spare pages of a rank from the page table. Nobody else may be updating the rank's pages.
-    pub fn recover(memory: &impl Memory, table: Table, rank: u32) -> Result<Spares, Refusal> {
+    pub fn recover(memory: &impl Memory, table: &Table, rank: u32) -> Result<Spares, Refusal> {
         let mut used = std::collections::HashSet::new();
-        for page in (rank..table.page_count).step_by(table.world_size as usize) {
+        for page in table.pages_of(rank) {
             let physical = table.entry(memory, page)?.physical;
             if !used.insert(physical) {
                 return Err(Refusal::Shared { page, physical });
@@ -264,7 +273,7 @@ impl Spares {
         }
         let free: VecDeque<u32> = table.held_by(rank).filter(|physical| !used.contains(physical)).collect();
         debug_assert_eq!(free.len(), table.spares_per_rank as usize);
-        Ok(Spares { table, rank, free, under_way: Vec::new() })
+        Ok(Spares { table: table.clone(), rank, free, under_way: Vec::new() })
     }
 
     /// Rank whose spares these are.

@@ -6,7 +6,7 @@ use super::*;
 use proptest::prelude::*;
 
 /// A small store: the table, then the physical pages of `width` words each.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Small {
     table: Table,
     width: usize,
@@ -14,7 +14,12 @@ struct Small {
 
 impl Small {
     fn new(page_count: u32, world_size: u32, spares_per_rank: u32, width: usize) -> Small {
-        Small { table: Table { first: 0, page_count, world_size, spares_per_rank }, width }
+        Small::owned((0..page_count).map(|p| p % world_size).collect(), world_size, spares_per_rank, width)
+    }
+
+    fn owned(owners: Vec<u32>, world_size: u32, spares_per_rank: u32, width: usize) -> Small {
+        let page_count = owners.len() as u32;
+        Small { table: Table { first: 0, page_count, world_size, spares_per_rank, owners: owners.into() }, width }
     }
 
     fn words(&self) -> usize {
@@ -46,7 +51,7 @@ impl Small {
     /// does. `together` pages of a rank are under way at once.
     fn run(&self, memory: &impl Memory, last: u64, together: usize) -> Result<(), Refusal> {
         for rank in 0..self.table.world_size {
-            let mut spares = Spares::recover(memory, self.table, rank)?;
+            let mut spares = Spares::recover(memory, &self.table, rank)?;
             for step in 0..=last {
                 let pages: Vec<PageId> = (0..self.table.page_count).filter(|p| self.table.owner(*p) == rank).collect();
                 for pages in pages.chunks(together) {
@@ -82,7 +87,7 @@ impl Small {
             }
         }
         for rank in 0..self.table.world_size {
-            let spares = Spares::recover(&memory, self.table, rank).map_err(|e| format!("{e:?}"))?;
+            let spares = Spares::recover(&memory, &self.table, rank).map_err(|e| format!("{e:?}"))?;
             if spares.free() != self.table.spares_per_rank as usize {
                 return Err(format!("rank {rank} found {} spares", spares.free()));
             }
@@ -131,7 +136,7 @@ fn publishing_before_the_page_is_filled_is_seen_as_torn() {
     let small = Small::new(2, 1, 1, 3);
     let start = small.formatted();
     let recorder = Recorder::new(start.clone());
-    let mut spares = Spares::recover(&recorder, small.table, 0).unwrap();
+    let mut spares = Spares::recover(&recorder, &small.table, 0).unwrap();
     let ticket = spares.begin(&recorder, 1, 0, Expect::Anything).unwrap().unwrap();
     let copy = Ticket { page: ticket.page, old: ticket.old, new: ticket.new, next: ticket.next };
     spares.publish(&recorder, ticket).unwrap();
@@ -139,6 +144,12 @@ fn publishing_before_the_page_is_filled_is_seen_as_torn() {
     let log = recorder.log.into_inner();
     let result = every_image(&start, &log, |image| small.check(image).map(|_| ()));
     assert_eq!(result.unwrap_err(), "page 1 is torn at step 0");
+}
+
+#[test]
+fn owners_may_have_any_pages() {
+    // A rank with a run of pages, one with a single page, one with none.
+    Small::owned(vec![1, 1, 0, 1], 3, 1, 1).stop_everywhere(1, 1, false).unwrap();
 }
 
 #[test]
@@ -164,7 +175,7 @@ fn entries_survive_encoding_at_their_limits() {
 fn misuse_is_refused_and_changes_nothing() {
     let small = Small::new(4, 2, 1, 2);
     let memory = Recorder::new(small.formatted());
-    let mut spares = Spares::recover(&memory, small.table, 0).unwrap();
+    let mut spares = Spares::recover(&memory, &small.table, 0).unwrap();
     let before = memory.words.borrow().clone();
     let refused = |spares: &mut Spares, page, step, expect| spares.begin(&memory, page, step, expect).unwrap_err();
     assert_eq!(refused(&mut spares, 4, 0, Expect::Anything), Refusal::Page(4));
@@ -174,7 +185,7 @@ fn misuse_is_refused_and_changes_nothing() {
     let ticket = spares.begin(&memory, 0, 0, Expect::Anything).unwrap().unwrap();
     assert_eq!(refused(&mut spares, 0, 0, Expect::Anything), Refusal::UnderWay(0));
     assert_eq!(refused(&mut spares, 2, 0, Expect::Anything), Refusal::NoSpare);
-    let mut other = Spares::recover(&memory, small.table, 1).unwrap();
+    let mut other = Spares::recover(&memory, &small.table, 1).unwrap();
     assert_eq!(other.publish(&memory, ticket).unwrap_err(), Refusal::Foreign(0));
     assert_eq!(*memory.words.borrow(), before);
 }
@@ -184,7 +195,7 @@ fn steps_are_taken_one_at_a_time_and_once() {
     let small = Small::new(1, 1, 1, 2);
     let memory = Recorder::new(small.formatted());
     small.run(&memory, 5, 1).unwrap();
-    let mut spares = Spares::recover(&memory, small.table, 0).unwrap();
+    let mut spares = Spares::recover(&memory, &small.table, 0).unwrap();
     assert!(spares.begin(&memory, 0, 5, Expect::StepBefore).unwrap().is_none());
     assert_eq!(spares.begin(&memory, 0, 7, Expect::StepBefore).unwrap_err(), Refusal::Step { page: 0, found: 5, wanted: 6 });
     assert_eq!(spares.begin(&memory, 0, 4, Expect::StepBefore).unwrap_err(), Refusal::Step { page: 0, found: 5, wanted: 3 });
@@ -205,11 +216,11 @@ fn a_damaged_table_is_an_error() {
     for physical in [6, 1000, 1, 5] {
         let memory = with(2, Entry { physical, turn: 0, step: 0 });
         assert_eq!(small.table.entry(&memory, 2).unwrap_err(), Refusal::Stray { page: 2, physical });
-        assert!(small.table.check(&memory).is_err() && Spares::recover(&memory, small.table, 0).is_err());
+        assert!(small.table.check(&memory).is_err() && Spares::recover(&memory, &small.table, 0).is_err());
     }
     let memory = with(2, Entry { physical: 0, turn: 0, step: 0 });
     assert_eq!(small.table.check(&memory).unwrap_err(), Refusal::Shared { page: 2, physical: 0 });
-    assert_eq!(Spares::recover(&memory, small.table, 0).unwrap_err(), Refusal::Shared { page: 2, physical: 0 });
+    assert_eq!(Spares::recover(&memory, &small.table, 0).unwrap_err(), Refusal::Shared { page: 2, physical: 0 });
 }
 
 /// A reader, overtaken at random: what it accepts is one state. Returns (pages accepted, copies thrown away).
@@ -285,7 +296,7 @@ proptest! {
             Ok(entry) => prop_assert!(entry.physical < small.table.physical_count()),
             Err(e) => prop_assert!(matches!(e, Refusal::Stray { .. }), "{:?}", e),
         }
-        let _ = (small.table.check(&memory), Spares::recover(&memory, small.table, 0), Spares::recover(&memory, small.table, 1));
+        let _ = (small.table.check(&memory), Spares::recover(&memory, &small.table, 0), Spares::recover(&memory, &small.table, 1));
     }
 }
 

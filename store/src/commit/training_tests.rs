@@ -18,7 +18,10 @@ const GRADIENTS: usize = FIRST + PAGES as usize;
 /// What is told of each page's gradients: all that is needed of those that are not there any more.
 const KEPT: usize = GRADIENTS + PAGES as usize * WIDTH;
 const DATA: usize = KEPT + PAGES as usize;
-const TABLE: Table = Table { first: FIRST, page_count: PAGES, world_size: 2, spares_per_rank: 1 };
+
+fn table() -> Table {
+    Table { first: FIRST, page_count: PAGES, world_size: 2, spares_per_rank: 1, owners: (0..PAGES).map(|p| p % 2).collect() }
+}
 
 /// How the trainer updates pages.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,11 +43,11 @@ fn initial(page: PageId, i: usize) -> u64 {
 }
 
 fn start() -> Vec<u64> {
-    let memory = Recorder::new(vec![0; data(TABLE.physical_count())]);
-    TABLE.format(&memory);
-    for rank in 0..TABLE.world_size {
-        let mut spares = Spares::recover(&memory, TABLE, rank).unwrap();
-        for page in (rank..PAGES).step_by(TABLE.world_size as usize) {
+    let memory = Recorder::new(vec![0; data(table().physical_count())]);
+    table().format(&memory);
+    for rank in 0..table().world_size {
+        let mut spares = Spares::recover(&memory, &table(), rank).unwrap();
+        for page in table().pages_of(rank) {
             let ticket = spares.begin(&memory, page, 0, Expect::Anything).unwrap().unwrap();
             (0..WIDTH).for_each(|i| memory.write(data(ticket.new) + i, initial(page, i)));
             spares.publish(&memory, ticket).unwrap();
@@ -78,7 +81,7 @@ fn update(memory: &Recorder, spares: &mut Spares, page: PageId, step: u64, keep:
 
 /// Gradients of `step`, from the weights of the step before; those of the pages behind first.
 fn sweep(memory: &Recorder, step: u64, pace: Pace, mut recorded: bool) {
-    let entry = |page| TABLE.entry(memory, page).unwrap();
+    let entry = |page| table().entry(memory, page).unwrap();
     let ahead: Vec<bool> = (0..PAGES).map(|page| entry(page).step == step).collect();
     assert!(recorded || ahead.iter().all(|a| !a), "a page was updated before the record said so");
     let mut sum = step;
@@ -89,7 +92,7 @@ fn sweep(memory: &Recorder, step: u64, pace: Pace, mut recorded: bool) {
             sum = Random(sum ^ memory.read(weight)).next();
         }
     }
-    let mut spares: Vec<Spares> = (0..TABLE.world_size).map(|rank| Spares::recover(memory, TABLE, rank).unwrap()).collect();
+    let mut spares: Vec<Spares> = (0..table().world_size).map(|rank| Spares::recover(memory, &table(), rank).unwrap()).collect();
     for page in (0..PAGES).rev().filter(|page| !ahead[*page as usize]) {
         (0..WIDTH).for_each(|i| memory.write(slot(page, i), Random(sum ^ slot(page, i) as u64).next()));
         let all = (0..WIDTH).fold(0, |all, i| Random(all ^ memory.read(slot(page, i))).next());
@@ -99,7 +102,7 @@ fn sweep(memory: &Recorder, step: u64, pace: Pace, mut recorded: bool) {
                 let told = RECORD.read(memory)[2];
                 RECORD.write(memory, &[step, UPDATING, told]);
             }
-            update(memory, &mut spares[TABLE.owner(page) as usize], page, step, pace == Pace::Early);
+            update(memory, &mut spares[table().owner(page) as usize], page, step, pace == Pace::Early);
         }
     }
     let before = RECORD.read(memory)[2];
@@ -117,9 +120,9 @@ fn train(memory: &Recorder, last: u64, pace: Pace) {
             COMPUTING => sweep(memory, step, pace, false),
             UPDATING => sweep(memory, step, pace, true),
             _ => {
-                for rank in 0..TABLE.world_size {
-                    let mut spares = Spares::recover(memory, TABLE, rank).unwrap();
-                    for page in (rank..PAGES).step_by(TABLE.world_size as usize) {
+                for rank in 0..table().world_size {
+                    let mut spares = Spares::recover(memory, &table(), rank).unwrap();
+                    for page in table().pages_of(rank) {
                         update(memory, &mut spares, page, step, false);
                     }
                 }
@@ -132,7 +135,7 @@ fn train(memory: &Recorder, last: u64, pace: Pace) {
 /// All weights, and what the records told.
 fn weights(words: &[u64]) -> Vec<u64> {
     let memory = Recorder::new(words.to_vec());
-    let physical = (0..PAGES).map(|p| TABLE.entry(&memory, p).unwrap().physical);
+    let physical = (0..PAGES).map(|p| table().entry(&memory, p).unwrap().physical);
     physical.flat_map(|p| words[data(p)..data(p) + WIDTH].to_vec()).chain([RECORD.read(&memory)[2]]).collect()
 }
 

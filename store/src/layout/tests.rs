@@ -163,6 +163,28 @@ proptest! {
         }
         prop_assert_eq!(covered, layout.span());
 
+        // A page inside a share is its rank's; the others even out what ranks have.
+        let mut counts = vec![[0u32; 2]; spec.world_size as usize];
+        for page in 0..layout.page_count() {
+            let (range, owner) = (layout.page_range(page), layout.page_owner(page));
+            let inside = layout.blocks().iter().any(|b| {
+                let share = share_of(b.len, spec.world_size);
+                let mine = b.start + u64::from(owner) * share..b.start + (u64::from(owner) + 1) * share;
+                mine.start <= range.start && range.end <= mine.end.min(b.start + b.len)
+            });
+            let any = layout.blocks().iter().any(|b| {
+                let share = share_of(b.len, spec.world_size);
+                b.start <= range.start && range.end <= b.start + b.len && (range.start - b.start) / share == (range.end - 1 - b.start) / share
+            });
+            prop_assert_eq!(inside, any);
+            counts[owner as usize][usize::from(!inside)] += 1;
+        }
+        let most = counts.iter().filter(|c| c[1] > 0).map(|c| c[0] + c[1]).max().unwrap_or(0);
+        prop_assert!(counts.iter().all(|c| c[0] + c[1] + 1 >= most));
+        for rank in 0..spec.world_size {
+            prop_assert!(layout.pages_of_rank(rank).eq((0..layout.page_count()).filter(|p| layout.page_owner(*p) == rank)));
+        }
+
         let s = layout.sections();
         let mut end = 8192;
         for section in [&s.manifest, &s.page_table, &s.control, &s.exchange, &s.gradients, &s.pages] {

@@ -356,7 +356,7 @@ impl Device for CudaDevice {
         self.enter()?;
         self.peers = Some(Peers::connect(gang).map_err(|e| self.explain(e, "join_gang"))?);
         // The first collectives set their links up: here a failure says what it is, and no step waits for it.
-        let bytes = gang.ranks().world as u64 * SHARE_ELEMENTS * 4;
+        let bytes = gang.ranks().world as u64 * ramtorch_store::SHARE_ALIGN * 4;
         let memory = Memory::new(bytes, "peers")?;
         let buf = DevBuf { ptr: memory.ptr, bytes };
         self.zero(Stream::Peers, buf)?;

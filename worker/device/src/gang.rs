@@ -11,10 +11,8 @@
 //! depend on time.
 
 use crate::{Dtype, EngineError};
+use ramtorch_store::SHARE_ALIGN;
 use std::ops::Range;
-
-/// Shares are multiples of so many elements, so that they begin aligned in every format.
-pub const SHARE_ELEMENTS: u64 = 64;
 
 /// One rank of a gang.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +29,7 @@ impl Ranks {
 
     /// Elements of each rank's share of `len` elements.
     pub fn share(self, len: u64) -> u64 {
-        if self.world == 1 { len } else { len.div_ceil(self.world as u64).next_multiple_of(SHARE_ELEMENTS) }
+        ramtorch_store::share_of(len, self.world as u32)
     }
 
     /// Elements of a buffer with room for all shares.
@@ -81,7 +79,7 @@ pub trait Gang: Send + Sync {
 /// # Errors
 /// They are not: a defect of the engine.
 pub fn check_shares(ranks: Ranks, bytes: u64, dtype: Dtype) -> Result<(), EngineError> {
-    if bytes.is_multiple_of(ranks.world as u64 * SHARE_ELEMENTS * dtype.size()) {
+    if bytes.is_multiple_of(ranks.world as u64 * SHARE_ALIGN * dtype.size()) {
         return Ok(());
     }
     Err(EngineError::internal(format!("{bytes} bytes are no equal shares of {} ranks", ranks.world)))
@@ -102,7 +100,7 @@ mod tests {
                     assert_eq!(own.start, next);
                     assert!(own.end - own.start <= r.share(len) && own.start <= own.end);
                     next = own.end;
-                    assert!(r.padded(len) >= len && r.padded(len) - len < SHARE_ELEMENTS * world as u64);
+                    assert!(r.padded(len) >= len && r.padded(len) - len < SHARE_ALIGN * world as u64);
                     assert!(check_shares(r, r.padded(len) * 2, Dtype::Bf16).is_ok());
                 }
                 assert_eq!(next, len);

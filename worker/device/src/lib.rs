@@ -25,7 +25,7 @@ mod optimizer;
 
 pub use bounds::{check_gradients, check_load, check_room};
 pub use error::{EngineError, ErrorKind};
-pub use gang::{Gang, Ranks, SHARE_ELEMENTS, check_shares};
+pub use gang::{Gang, Ranks, check_shares};
 pub use optimizer::{
     AdamwStep, DecayRun, DeviceGradients, DirectWeights, GRADIENTS_AHEAD, GradientPiece, GradientReader, HeldPage, PageGradients,
     PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, staged_parameters, staged_rooms,

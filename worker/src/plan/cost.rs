@@ -259,20 +259,27 @@ impl Cost {
         self.overlapped()
             && p.optimizer_split
             && self.adamw_gpu > 0.0
-            && p.world == 1
+            && (p.world == 1 || p.gather_weights)
             && p.dtype == Dtype::Bf16
             && p.device_gradients.is_none()
     }
 
-    /// Parameters of each block whose state is held.
+    /// Parameters of each block whose state could be held: those of pages that lie in one rank's share, but for one a share.
+    pub fn holdable(p: &EnginePlan, page: u64, model: &Model, b: usize) -> u64 {
+        let lost = if p.world == 1 { 0 } else { page * p.world as u64 };
+        if p.resident[b] { model.places[b].1.saturating_sub(lost) } else { 0 }
+    }
+
+    /// Parameters of each block whose state is held, by all ranks.
     fn held(&self, model: &Model, p: &EnginePlan) -> Vec<f64> {
-        let mut left = p.store.page_parameters.map_or(0, |page| p.held_pages as u64 * u64::from(page));
-        let of_block = |((_, len), stays): (&(u64, u64), &bool)| {
-            let held = if *stays { left.min(*len) } else { 0 };
+        let page = p.store.page_parameters.map_or(0, u64::from);
+        let mut left = p.held_pages as u64 * page * p.world as u64;
+        let of_block = |b: usize| {
+            let held = left.min(Cost::holdable(p, page, model, b));
             left -= held;
             held as f64
         };
-        model.places.iter().zip(&p.resident).map(of_block).collect()
+        (0..model.len()).map(of_block).collect()
     }
 
     /// Parameters of each block that the processor brings to their step beside the backward pass of the last group, last block
@@ -578,10 +585,11 @@ impl<'a> Run<'a> {
     /// `held` parameters of each block are updated where they are, `early` ones have been, the others are at `rate` a second.
     fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &[f64], early: &[f64]) -> Self {
         let (mut advanced, mut others) = (0.0, 0.0);
+        let n = p.world as f64;
         let mut updated: Vec<f64> = Vec::with_capacity(model.len());
         for (((_, len), held), early) in model.places.iter().zip(held).zip(early) {
             let rest = *len as f64 - held - early;
-            advanced += held * p.store.gradients.bytes() as f64 / cost.both[0];
+            advanced += held / n * p.store.gradients.bytes() as f64 / cost.both[0];
             others += rest / rate;
             updated.push(match (*held > 0.0, rest > 0.0) {
                 (true, true) => others.max(advanced),
@@ -595,7 +603,7 @@ impl<'a> Run<'a> {
         let mut written_back = 0.0;
         let mut published = updated.clone();
         for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {
-            written_back += held[b] * state / (cost.both[1] * WRITE_BACK);
+            written_back += held[b] / n * state / (cost.both[1] * WRITE_BACK);
             published[b] = end + written_back;
         }
         Run {

@@ -83,8 +83,8 @@ pub(crate) struct EnginePlan {
     /// are done with.
     #[serde(default)]
     pub staged_pages: Vec<usize>,
-    /// Pages whose state stays on the device, beside the one in RAM: the first of those whose weights stay there whole. They are
-    /// published beside the sweeps of the next step.
+    /// Pages of a rank whose state stays on its device, beside the one in RAM: the first of those whose weights stay there whole. They
+    /// are published beside the sweeps of the next step.
     #[serde(default)]
     pub held_pages: usize,
     /// The device squares gradients before they leave, where what leaves is what is stored.
@@ -513,7 +513,9 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         }
     };
     // Pages that reach into a block whose weights do not stay are not held; the search counts parameters.
-    found.plan.held_pages = held_pages(&layout, &found.plan).len();
+    let p = &found.plan;
+    let of_rank = |rank| held_pages(&layout, &p.resident, p.held_pages, Ranks { rank, world }).len();
+    found.plan.held_pages = (0..world).map(of_rank).max().unwrap_or(0);
     found.plan.uses = device_use(&model, &found.plan, &workspace)?;
     found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
     let device = found.plan.uses.total();

@@ -313,9 +313,10 @@ impl Combination<'_> {
     /// published yet outlive the process.
     fn holdings(&self, p: &EnginePlan) -> Vec<usize> {
         let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![0] };
-        let stay: u64 = self.s.model.places.iter().zip(&p.resident).filter(|(_, stays)| **stays).map(|(place, _)| place.1).sum();
+        let (page, n) = (u64::from(page), self.s.model.len());
+        let stay = (0..n).map(|b| Cost::holdable(p, page, self.s.model, b)).sum::<u64>() / p.world as u64;
         let allowed = self.s.spec.train.held_state_gib.map_or(u64::MAX, |gib| (gib * f64::from(1 << 30)) as u64);
-        let most = (stay / u64::from(page)).min(allowed / HeldPage::bytes(&p.store, page.into())) as usize;
+        let most = (stay / page).min(allowed / HeldPage::bytes(&p.store, page)) as usize;
         (0..=most).step_by((most / HOLDINGS).max(1)).collect()
     }
 

@@ -9,28 +9,30 @@
 //! A page lies in the memory of the block in which it ends. So whoever finds that block published, which the forward pass
 //! waits for, knows that all that lay there is done with: nobody else needs to be asked.
 
-use super::EnginePlan;
-use ramtorch_device::staged_parameters;
+use ramtorch_device::{Ranks, staged_parameters};
 use ramtorch_store::{Layout, PageId};
 
-/// Pages whose state stays on the device: the first `plan.held_pages` of those that lie in blocks whose weights stay there. The
-/// first, because the next forward pass wants their weights first, and the next backward pass overwrites their gradients last.
-pub(crate) fn held_pages(layout: &Layout, plan: &EnginePlan) -> Vec<PageId> {
+/// Pages whose state stays on the device of a rank: the first `most` of those that lie in its shares of blocks whose weights stay
+/// there, which `resident` says. The first, because the next forward pass wants their weights first, and the next backward pass overwrites
+/// their gradients last. In its shares, because from there the devices gather weights, whoever has published them.
+pub(crate) fn held_pages(layout: &Layout, resident: &[bool], most: usize, ranks: Ranks) -> Vec<PageId> {
     let stays = |page: &PageId| {
         let params = layout.page_range(*page);
         let mut at = params.start;
-        for (block, stays) in layout.blocks().iter().zip(&plan.resident).filter(|(block, _)| block.start + block.len > params.start) {
-            if block.start > at || !stays {
+        for (block, stays) in layout.blocks().iter().zip(resident).filter(|(block, _)| block.start + block.len > params.start) {
+            let own = ranks.own(block.len);
+            let (start, end) = (block.start + own.start, block.start + own.end);
+            if start > at || !stays {
                 return false;
             }
-            at = block.start + block.len;
+            at = end.max(at);
             if at >= params.end {
                 return true;
             }
         }
         false
     };
-    (0..layout.page_count()).filter(stays).take(plan.held_pages).collect()
+    (0..layout.page_count()).filter(stays).take(most).collect()
 }
 
 /// For each block but the last: pages that rank `rank` stages into its activations, which have room for `rooms[block]` parts

@@ -4,6 +4,7 @@ use super::*;
 use crate::api::{DeviceKind, DeviceSpec, PlanRequest, Prepared, Rates};
 use crate::plan::{DeviceUse, device_use, plan};
 use ramtorch_cpu::{CpuDevice, Kept, update_pages_recorded, write_back};
+use ramtorch_data::Dataset;
 use ramtorch_device::{AdamwStep, DecayRun, PageGradients, PageUpdater};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::{TransformerConfig, fill_page, open_weights, parse_config};
@@ -68,6 +69,54 @@ fn by_device(
     layout.page_count().into()
 }
 
+/// A job of four steps in bf16, its data in `dir`, and what is planned for `world` ranks.
+fn planned(dir: &Path, tied: bool, train: &str, world: u32) -> (EnginePlan, Dataset) {
+    let tokens: Vec<u8> = (0..4000u32).flat_map(|i| ((i * i / 7 + i) % VOCABULARY as u32).to_le_bytes()).collect();
+    std::fs::write(dir.join("tokens.bin"), tokens).unwrap();
+    let text = format!(
+        "name = \"t\"\n[model]\nconfig = \"/c\"\n[data]\nformat = \"tokens\"\ntrain = \"tokens.bin\"\nsequence_length = {SEQ}\n[train]\nsteps = 4\nbatch_size = 8\nmicro_batch_size = 2\nprecision = \"bf16\"\nrecompute = \"never\"\n{train}"
+    );
+    let spec = JobSpec::parse(&text, dir, "job.toml").unwrap();
+    let a = architecture(tied);
+    let dataset = ramtorch_data::prepare(&spec.data, None, Some(VOCABULARY), dir, &|_, _, _| {}).unwrap();
+    let memory_bytes = 64 << 20;
+    let request = PlanRequest {
+        spec,
+        prepared: Prepared {
+            architecture: serde_json::to_value(&a).unwrap(),
+            description: a.describe(),
+            weights: None,
+            resume: None,
+            train_sequences: dataset.train_sequences,
+            validation_sequences: 0,
+            sequence_length: SEQ,
+            steps: STEPS,
+            dataset: serde_json::Value::Null,
+            rates: Rates::default(),
+        },
+        devices: (0..world).map(|index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes }).collect(),
+        segment_bytes_available: 1 << 40,
+        ram_bytes_available: 1 << 40,
+    };
+    (EnginePlan::of(&plan(&request).unwrap()).unwrap(), dataset)
+}
+
+/// AdamW of `step`.
+fn adamw(step: u64) -> AdamwStep {
+    AdamwStep {
+        step,
+        beta1: 0.9,
+        beta2: 0.95,
+        one_minus_beta1: 0.1,
+        one_minus_beta2: 0.05,
+        step_size: 1e-2,
+        sqrt_bias2: 0.4,
+        eps: 1e-8,
+        gradient_scale: 0.5,
+        keep: 0.999,
+    }
+}
+
 /// As [`run`], with pages whose state is `held` on the device; with `alone` the device's updater does all pages.
 fn run_on(tag: &str, tied: bool, train: &str, (staged_pages, held): (usize, usize), alone: bool) -> Run {
     run_interrupted(tag, tied, train, (staged_pages, held), alone, None)
@@ -96,35 +145,9 @@ fn run_interrupted(
     early: Option<&dyn Fn(PageId) -> bool>,
 ) -> Run {
     let dir = tempfile::tempdir().unwrap();
-    let tokens: Vec<u8> = (0..4000u32).flat_map(|i| ((i * i / 7 + i) % VOCABULARY as u32).to_le_bytes()).collect();
-    std::fs::write(dir.path().join("tokens.bin"), tokens).unwrap();
-    let text = format!(
-        "name = \"t\"\n[model]\nconfig = \"/c\"\n[data]\nformat = \"tokens\"\ntrain = \"tokens.bin\"\nsequence_length = {SEQ}\n[train]\nsteps = 4\nbatch_size = 8\nmicro_batch_size = 2\nprecision = \"bf16\"\nrecompute = \"never\"\n{train}"
-    );
-    let spec = JobSpec::parse(&text, dir.path(), "job.toml").unwrap();
     let a = architecture(tied);
-    let dataset = ramtorch_data::prepare(&spec.data, None, Some(VOCABULARY), dir.path(), &|_, _, _| {}).unwrap();
+    let (mut p, dataset) = planned(dir.path(), tied, train, 1);
     let data = dataset.open().unwrap();
-    let memory_bytes = 64 << 20;
-    let request = PlanRequest {
-        spec,
-        prepared: Prepared {
-            architecture: serde_json::to_value(&a).unwrap(),
-            description: a.describe(),
-            weights: None,
-            resume: None,
-            train_sequences: dataset.train_sequences,
-            validation_sequences: 0,
-            sequence_length: SEQ,
-            steps: STEPS,
-            dataset: serde_json::Value::Null,
-            rates: Rates::default(),
-        },
-        devices: vec![DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes }],
-        segment_bytes_available: 1 << 40,
-        ram_bytes_available: 1 << 40,
-    };
-    let mut p = EnginePlan::of(&plan(&request).unwrap()).unwrap();
     // As on a GPU: small pages, several in hand, staged pages, squares by the device.
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
     (p.staged_pages, p.squares_on_device) = (vec![staged_pages; p.keep.len() - 1], true);
@@ -186,18 +209,7 @@ fn run_interrupted(
         if step <= STEPS {
             let staged = session.take_staged().unwrap();
             end.staged += staged.len();
-            let k = AdamwStep {
-                step,
-                beta1: 0.9,
-                beta2: 0.95,
-                one_minus_beta1: 0.1,
-                one_minus_beta2: 0.05,
-                step_size: 1e-2,
-                sqrt_bias2: 0.4,
-                eps: 1e-8,
-                gradient_scale: 0.5,
-                keep: 0.999,
-            };
+            let k = adamw(step);
             if let Some(early) = early.filter(|_| step == 2) {
                 let gradients = gradients_by_page(&store);
                 for page in owner.pages().filter(|page| early(*page)) {
@@ -238,14 +250,22 @@ fn run_interrupted(
     }
     drop((updater, reader));
     session.close();
-    use ramtorch_store::Part;
-    for part in [Part::Weight, Part::Moment1, Part::Moment2] {
-        let mut out = vec![0f32; store.layout().span() as usize];
-        store.read_at_step(0, part, STEPS, &mut out).unwrap();
-        end.state.push(out.into_iter().map(f32::to_bits).collect());
-    }
+    end.state = state_of(&store);
     end
 }
+
+/// Weights and moments of all parameters after the last step, as bits.
+fn state_of(store: &Store) -> Vec<Vec<u32>> {
+    use ramtorch_store::Part;
+    let bits = |part| {
+        let mut out = vec![0f32; store.layout().span() as usize];
+        store.read_at_step(0, part, STEPS, &mut out).unwrap();
+        out.into_iter().map(f32::to_bits).collect()
+    };
+    [Part::Weight, Part::Moment1, Part::Moment2].map(bits).into()
+}
+
+mod gang;
 
 fn assert_same(a: &Run, b: &Run, what: &str) {
     assert_eq!(a.losses, b.losses, "{what}: losses");

@@ -1,0 +1,94 @@
+//! Several ranks in one process: each holds pages of its shares, whose weights the others have from its device before they are
+//! published.
+
+use super::*;
+use crate::plan::rank_share;
+use ramtorch_cpu::Channel;
+
+/// Bits of the store and of each rank's losses after four steps on `world` ranks; pages of each that were held.
+fn run(tag: &str, tied: bool, world: usize, (staged_pages, most): (usize, usize)) -> (Vec<Vec<u32>>, Vec<Vec<u64>>, Vec<usize>) {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut p, dataset) = planned(dir.path(), tied, "gather_weights = true\ngroups = 1\n", world as u32);
+    // As on GPUs: small pages, so that some lie in one rank's share.
+    p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
+    (p.staged_pages, p.held_pages) = (vec![staged_pages; p.keep.len() - 1], most);
+    let a = architecture(tied);
+    let name = format!("/ramtorch-gang-{tag}-{tied}-{world}-{}", std::process::id());
+    let store = Arc::new(Store::create(&name, &p.store).unwrap());
+    Store::unlink(&name).unwrap();
+    let weights = open_weights(&a, None, 5).unwrap();
+    for rank in 0..world as u32 {
+        let mut owner = store.claim(rank).unwrap();
+        for page in owner.pages() {
+            fill_page(&mut owner, store.layout(), page, 0, weights.as_ref()).unwrap();
+        }
+    }
+    let model = Model::new(&a, store.layout(), p.dtype).unwrap();
+    p.uses = DeviceUse { optimizer: 0, ..device_use(&model, &p, &|_| Ok(0)).unwrap() };
+    let one = |rank: usize| {
+        let owner = SharedOwner::new(store.claim(rank as u32).unwrap());
+        let comm = Arc::new(Collectives::new(store.clone(), rank, world, 1));
+        let dev = CpuDevice::open(rank as u32, p.dtype, 1, p.uses.allocated()).unwrap();
+        let model = Model::new(&a, store.layout(), p.dtype).unwrap();
+        let mut session = Session::new(Box::new(dev), model, store.clone(), &p, true).unwrap();
+        let mut updater = session.dev.page_updater(&store).unwrap().unwrap();
+        session.join(&comm).unwrap();
+        updater.deliver_to(session.weights.direct());
+        let mut held = session.take_held();
+        let pages = held.len();
+        let data = dataset.open().unwrap();
+        let reader = Reader { data: &data, seq: SEQ, document_mask: false, padding: None };
+        let mine: Vec<u64> = rank_share(8, rank, world).map(|i| [3, 1, 4, 15, 9, 2, 6, 5][i as usize]).collect();
+        let batches = StepBatches::new(&mine, p.micro_batch, p.group_len);
+        let mut losses = Vec::new();
+        let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
+        for step in 1..=STEPS + 1 {
+            std::thread::scope(|scope| {
+                let (owner, updater, held, gang) = (&owner, updater.as_mut(), &mut held, &comm);
+                let pending = due.take().map(|(k, staged)| {
+                    scope.spawn(move || {
+                        update_pages_recorded(owner, &k, Some(&mut *updater), staged, held, None, &Default::default()).unwrap();
+                        // Weights of held pages are gathered from here on, and gradients of the next step wait for what follows.
+                        std::thread::sleep(std::time::Duration::from_millis(2 + rank as u64));
+                        write_back(owner, k.step, updater, held).unwrap();
+                        gang.barrier(Channel::Optimizer).unwrap();
+                    })
+                });
+                if step <= STEPS {
+                    let visits = session.visits(p.groups, true);
+                    session.weights.plan_visits(visits, step - 1);
+                    session.train_step(&reader, &batches, 1.0 / 128.0, p.groups, step - 1, &mut |_, _| Ok(())).unwrap();
+                    session.finish_gradients().unwrap();
+                    losses.push(session.sum_losses(&batches).unwrap().to_bits());
+                }
+                pending.into_iter().for_each(|p| p.join().unwrap());
+                // Gradients of all ranks are whole.
+                comm.barrier(Channel::Step).unwrap();
+            });
+            if step <= STEPS {
+                due = Some((adamw(step), session.take_staged().unwrap()));
+            }
+        }
+        drop(updater);
+        session.close();
+        (losses, pages)
+    };
+    let (losses, pages) = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..world).map(|rank| scope.spawn(move || one(rank))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).unzip()
+    });
+    (state_of(&store), losses, pages)
+}
+
+#[test]
+fn pages_held_by_several_ranks_change_nothing() {
+    for (tied, world) in [(false, 2), (true, 2), (false, 3)] {
+        let plain = run("unheld", tied, world, (0, 0));
+        for (staged, held) in [(0, 3), (2, 40)] {
+            let run = run(&format!("held-{held}-{staged}"), tied, world, (staged, held));
+            assert!(run.2.iter().all(|pages| (3..=held).contains(pages)), "pages held: {:?}", run.2);
+            assert_eq!(run.1, plain.1, "losses; {held} pages held, {staged} staged, tied: {tied}, {world} ranks");
+            assert!(run.0 == plain.0, "the store; {held} pages held, {staged} staged, tied: {tied}, {world} ranks");
+        }
+    }
+}
