@@ -160,6 +160,13 @@ def pull(rig):
     rig.say(bool(a and c) and bits(a) != bits(c) and off(a, c, "loss") < 5e-3, "sums may travel in bf16")
 
 
+def hold(rig):
+    """Optimizer state that stays on the GPUs is that in RAM: the same bits, with room for everything and one order of sums."""
+    base = "micro_batch_size = 1\ngroups = 1\nheld_state_gib = "
+    held, plain = (rig.run(f"held-{gib}", rig.gpus, base + gib) for gib in ("64", "0"))
+    rig.say(bool(held and plain) and bits(held) == bits(plain), "state that stays on the GPUs changes no bit")
+
+
 def nop2p(rig):
     """Without peer access the plan has each rank pull everything, and sums go through the host."""
     off_p2p = {"NCCL_P2P_DISABLE": "1"}
@@ -246,7 +253,7 @@ def killed(rig, name, whole, steps, train="", optimizer=""):
     rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
 
 
-CHECKS = dict(repeat=repeat, parity=parity, kill=kill, early=early, pull=pull, nop2p=nop2p)
+CHECKS = dict(repeat=repeat, parity=parity, kill=kill, early=early, hold=hold, pull=pull, nop2p=nop2p)
 
 
 def main():
