@@ -115,7 +115,9 @@ fn gpus_share_the_loads_out_where_they_reach_one_another() {
             assert_eq!(p.gather_weights, reach == Some(true), "{}", text.text);
             assert!(p.uses.total() <= r.devices[0].memory_bytes);
             println!("{world} GPUs, {reach:?}: {:.2} of one\n{}", alone / text.step_seconds, text.text);
-            assert!(reach != Some(true) || alone / text.step_seconds > 0.85, "{}", text.text);
+            assert!(reach != Some(true) || alone / text.step_seconds > 0.95, "{}", text.text);
+            // What others gather from a device need not be in RAM; where each copies all weights, it has to be.
+            assert_eq!(p.held_pages > 0, reach == Some(true), "{}", text.text);
         }
         r.spec.train.gather_weights = Some(false);
         assert!(!planned(&r).0.gather_weights);
