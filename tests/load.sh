@@ -6,7 +6,7 @@
 #
 # With two processors or more, training has one for itself, and its core where there are others; the daemon shares the others with
 # the load generator. Set RAMTORCH_LOAD_PINNED=0 to leave that to the kernel.
-# Afterwards come 8 turns (RAMTORCH_LOAD_TURNS) of 5 s without load and 5 s under it, and training is judged by their median: a
+# Afterwards come 8 turns (RAMTORCH_LOAD_TURNS) of 8 s without load and 8 s under it, and training is judged by their median: a
 # virtual machine is faster and slower by itself. A step takes 0.2 s or so. RAMTORCH_LOAD_BATCH=64 makes it a tenth of that, and watchers get ten
 # times the events.
 set -eu

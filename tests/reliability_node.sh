@@ -4,7 +4,7 @@
 #   tests/reliability_node.sh FOLDER OUT [PART...]        (on the other, in a checkout of the same version)
 # Parts: service (the daemon as the packaged configuration sets it up: roots, kernel confinement, a job inside them and two outside),
 # chaos (KILLS, 25, of random processes), load (a minute of watchers and submissions beside a job on a CPU device, or on LOAD_DEVICE,
-# and then TURNS, 8, of 5 s with and without them), stall (what a checkpoint of a 3B model costs). DEVICES names the devices, all GPUs unless told otherwise. OUT/summary.txt has all figures.
+# and then TURNS, 8, of 8 s with and without them), stall (what a checkpoint of a 3B model costs). DEVICES names the devices, all GPUs unless told otherwise. OUT/summary.txt has all figures.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/node.sh"
