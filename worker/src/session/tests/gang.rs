@@ -38,7 +38,7 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most): (usize, usize)
         let pages = held.len();
         let data = dataset.open().unwrap();
         let reader = Reader { data: &data, seq: SEQ, document_mask: false, padding: None };
-        let mine: Vec<u64> = rank_share(8, rank, world).map(|i| [3, 1, 4, 15, 9, 2, 6, 5][i as usize]).collect();
+        let mine: Vec<u64> = rank_share(8, rank, world).map(|i| [3, 1, 4, 15, 9, 2, 6, 5][i]).collect();
         let batches = StepBatches::new(&mine, p.micro_batch, p.group_len);
         let mut losses = Vec::new();
         let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
