@@ -267,7 +267,7 @@ def main():
     parser.add_argument("--gpus", type=int, default=1, help="the first so many GPUs; rows have their sequences on each of them")
     parser.add_argument("--one", action="append", default=[], help="tokens a second of one GPU: ROW=NUMBER, or a table.json")
     parser.add_argument("--train", default="", help="a line for [train] of every job, such as deterministic = false")
-    parser.add_argument("--trace", metavar="FIRST..LAST", 
+    parser.add_argument("--trace", metavar="FIRST..LAST",
                         help="a timeline of these steps in each row's folder; where their time went is at the end of its log.txt")
     parser.add_argument("--plan-only", action="store_true", help="ask for plans, run nothing")
     parser.add_argument("--state", help="state folder of the daemons, with the cache of rates; default: OUT/state")

@@ -120,6 +120,10 @@ def tail(folder):
 
 
 
+# Plans may differ in what is updated where, and not in the order of sums.
+ONE_ORDER = "micro_batch_size = 1\ngroups = 1\n"
+
+
 def bits(lines):
     """JSON keeps every bit of a float."""
     return [(x["step"], x["loss"], x["grad_norm"], x["tokens"]) for x in lines]
@@ -162,8 +166,7 @@ def pull(rig):
 
 def hold(rig):
     """Optimizer state that stays on the GPUs is that in RAM: the same bits, with room for everything and one order of sums."""
-    base = "micro_batch_size = 1\ngroups = 1\nheld_state_gib = "
-    held, plain = (rig.run(f"held-{gib}", rig.gpus, base + gib) for gib in ("64", "0"))
+    held, plain = (rig.run(f"held-{gib}", rig.gpus, f"{ONE_ORDER}held_state_gib = {gib}") for gib in ("64", "0"))
     rig.say(bool(held and plain) and bits(held) == bits(plain), "state that stays on the GPUs changes no bit")
 
 
@@ -202,14 +205,13 @@ def kill(rig):
 def early(rig):
     """Without clipping, pages that are updated beside the backward pass are those that wait for its end, deaths or not."""
     steps = 600 if CPU else 60
-    # Plans may differ in what is updated where, and not in the order of sums.
-    train, how = "micro_batch_size = 1\ngroups = 1", "clip_norm = 0\nearly_updates = "
-    late, soon = (rig.run(f"early-updates-{x}", rig.gpus, train, steps=steps, optimizer=how + x) for x in ("false", "true"))
+    how = "clip_norm = 0\nearly_updates = "
+    late, soon = (rig.run(f"early-updates-{x}", rig.gpus, ONE_ORDER, steps=steps, optimizer=how + x) for x in ("false", "true"))
     rig.say(bool(late and soon) and bits(late) == bits(soon), "pages updated early have the bits of those updated late")
     if late and soon:
         wait = [statistics.median(x["optimizer_wait_seconds"] for x in lines[2:]) for lines in (late, soon)]
         print(f"     compute waited for pages {wait[0]:.4f} s a step, with early updates {wait[1]:.4f} s")
-    killed(rig, "killed-early", late, steps, train, how + "true")
+    killed(rig, "killed-early", late, steps, ONE_ORDER, how + "true")
 
 
 def killed(rig, name, whole, steps, train="", optimizer=""):

@@ -307,7 +307,7 @@ fn table(layout: &Layout) -> Table {
         page_count: layout.page_count(),
         world_size: layout.spec().world_size,
         spares_per_rank: layout.spec().spare_pages_per_rank,
-        owners: layout.owners(),
+        owners: layout.owners().clone(),
     }
 }
 

@@ -197,7 +197,7 @@ impl Session {
     pub fn join(&mut self, comm: &Arc<Collectives>) -> Result<(), EngineError> {
         self.weights.join(comm);
         self.ranks = comm.ranks();
-        self.own_pages_of(comm.rank() as u32);
+        self.own_pages();
         if comm.world() == 1 {
             return Ok(());
         }
@@ -368,7 +368,7 @@ impl Session {
     }
 
     /// This rank's pages are those that it may hold, and stage.
-    fn own_pages_of(&mut self, rank: u32) {
+    fn own_pages(&mut self) {
         let layout = self.store.layout();
         let rooms = std::mem::take(&mut self.held_rooms);
         let pages = held_pages(layout, &self.weights.stay(), rooms.len(), self.ranks);
@@ -376,7 +376,7 @@ impl Session {
         let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| staged_rooms(layout, *buf).len()).sum();
         let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
         if let Some(staging) = &mut self.staging {
-            staging.pages = staged_pages(layout, rank, &self.model.places, &rooms, &staging.most);
+            staging.pages = staged_pages(layout, self.ranks.rank as u32, &self.model.places, &rooms, &staging.most);
             for pages in &mut staging.pages {
                 pages.retain(|p| self.held.binary_search_by_key(p, |h| h.page).is_err());
             }

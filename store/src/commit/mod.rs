@@ -34,9 +34,9 @@ mod training_tests;
 
 pub(crate) use cell::Cell;
 
+use crate::layout::Owners;
 use crate::spec::PageId;
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 /// 64-bit words of memory that several processes see. A word is named by its number from the start.
 ///
@@ -132,7 +132,7 @@ pub(crate) struct Table {
     /// Spare pages of each.
     pub spares_per_rank: u32,
     /// By page: the rank that updates it.
-    pub owners: Arc<[u32]>,
+    pub owners: Owners,
 }
 
 impl Table {
@@ -143,7 +143,7 @@ impl Table {
 
     /// Rank that updates a page.
     pub fn owner(&self, page: PageId) -> u32 {
-        self.owners.get(page as usize).copied().unwrap_or(0)
+        self.owners.of(page)
     }
 
     /// Rank that a physical page belongs to, for ever. At first, page p lies in physical page p.
@@ -157,13 +157,7 @@ impl Table {
     /// Physical pages of a rank, ascending.
     pub fn held_by(&self, rank: u32) -> impl Iterator<Item = u32> + use<> {
         let spares = self.page_count + rank * self.spares_per_rank;
-        self.pages_of(rank).chain(spares..spares + self.spares_per_rank)
-    }
-
-    /// Pages of a rank, ascending.
-    fn pages_of(&self, rank: u32) -> impl Iterator<Item = PageId> + use<> {
-        let owners = self.owners.clone();
-        (0..self.page_count).filter(move |p| owners.get(*p as usize) == Some(&rank))
+        self.owners.pages(rank).chain(spares..spares + self.spares_per_rank)
     }
 
     fn word(&self, page: PageId) -> usize {
@@ -265,7 +259,7 @@ impl Spares {
     /// Works out the spare pages of a rank from the page table. Nobody else may be updating the rank's pages.
     pub fn recover(memory: &impl Memory, table: &Table, rank: u32) -> Result<Spares, Refusal> {
         let mut used = std::collections::HashSet::new();
-        for page in table.pages_of(rank) {
+        for page in table.owners.pages(rank) {
             let physical = table.entry(memory, page)?.physical;
             if !used.insert(physical) {
                 return Err(Refusal::Shared { page, physical });

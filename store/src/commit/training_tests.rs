@@ -20,7 +20,13 @@ const KEPT: usize = GRADIENTS + PAGES as usize * WIDTH;
 const DATA: usize = KEPT + PAGES as usize;
 
 fn table() -> Table {
-    Table { first: FIRST, page_count: PAGES, world_size: 2, spares_per_rank: 1, owners: (0..PAGES).map(|p| p % 2).collect() }
+    Table {
+        first: FIRST,
+        page_count: PAGES,
+        world_size: 2,
+        spares_per_rank: 1,
+        owners: (0..PAGES).map(|p| p % 2).collect::<Vec<_>>().into(),
+    }
 }
 
 /// How the trainer updates pages.
@@ -47,7 +53,7 @@ fn start() -> Vec<u64> {
     table().format(&memory);
     for rank in 0..table().world_size {
         let mut spares = Spares::recover(&memory, &table(), rank).unwrap();
-        for page in table().pages_of(rank) {
+        for page in table().owners.pages(rank) {
             let ticket = spares.begin(&memory, page, 0, Expect::Anything).unwrap().unwrap();
             (0..WIDTH).for_each(|i| memory.write(data(ticket.new) + i, initial(page, i)));
             spares.publish(&memory, ticket).unwrap();
@@ -122,7 +128,7 @@ fn train(memory: &Recorder, last: u64, pace: Pace) {
             _ => {
                 for rank in 0..table().world_size {
                     let mut spares = Spares::recover(memory, &table(), rank).unwrap();
-                    for page in table().pages_of(rank) {
+                    for page in table().owners.pages(rank) {
                         update(memory, &mut spares, page, step, false);
                     }
                 }

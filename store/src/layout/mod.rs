@@ -18,12 +18,15 @@
 #[cfg(test)]
 mod tests;
 
+mod owners;
+
+pub(crate) use owners::Owners;
+pub use owners::{SHARE_ALIGN, share_of};
+
 use crate::error::StoreError;
 use crate::spec::{PageId, StoreSpec};
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 /// Sections of the segment and mapped memory are aligned to this, in bytes.
 pub(crate) const SECTION_ALIGN: u64 = 4096;
@@ -106,7 +109,7 @@ pub struct Layout {
     span: u64,
     page_parameters: u32,
     page_count: u32,
-    owners: Arc<[u32]>,
+    owners: Owners,
     sections: Sections,
 }
 
@@ -203,7 +206,7 @@ impl Layout {
             )));
         }
         let none = Sections { manifest: 0..0, page_table: 0..0, control: 0..0, exchange: 0..0, gradients: 0..0, pages: 0..0 };
-        let owners = owners(&blocks, at, page_parameters, spec.world_size);
+        let owners = Owners::new(&blocks, at, page_parameters, spec.world_size);
         Ok(Layout {
             spec: StoreSpec { page_parameters: Some(page_parameters), ..spec.clone() },
             blocks,
@@ -308,17 +311,16 @@ impl Layout {
     /// Rank that owns a page: the one whose share of a block ([`share_of`]) the page lies in. Pages that lie in several go where
     /// fewest are. All ranks work on the same block at once, and what one of them makes of its share is there with it.
     pub fn page_owner(&self, page: PageId) -> u32 {
-        self.owners.get(page as usize).copied().unwrap_or(0)
+        self.owners.of(page)
     }
 
     /// Pages of a rank, ascending.
     pub fn pages_of_rank(&self, rank: u32) -> impl Iterator<Item = PageId> + use<> {
-        let owners = self.owners();
-        (0..self.page_count).filter(move |p| owners.get(*p as usize) == Some(&rank))
+        self.owners.pages(rank)
     }
 
-    pub(crate) fn owners(&self) -> Arc<[u32]> {
-        self.owners.clone()
+    pub(crate) fn owners(&self) -> &Owners {
+        &self.owners
     }
 
     /// Pages that hold any of these parameters; what lies outside the index space is ignored.
@@ -338,43 +340,6 @@ impl Layout {
     pub fn sections(&self) -> &Sections {
         &self.sections
     }
-}
-
-/// Shares are multiples of so many parameters, so that they begin aligned in every format.
-pub const SHARE_ALIGN: u64 = 64;
-
-/// Parameters of each rank's share of a block of `len`: shares follow one another, the last ones may reach past the block's end.
-pub fn share_of(len: u64, world_size: u32) -> u64 {
-    if world_size <= 1 { len } else { len.div_ceil(u64::from(world_size)).next_multiple_of(SHARE_ALIGN) }
-}
-
-/// See [`Layout::page_owner`].
-fn owners(blocks: &[Block], span: u64, page_parameters: u32, world_size: u32) -> Arc<[u32]> {
-    let size = u64::from(page_parameters);
-    let mut count = vec![0u32; world_size as usize];
-    let mut next = 0;
-    let whole = |start: u64, next: &mut usize| -> Option<u32> {
-        let end = (start + size).min(span);
-        while blocks.get(*next).is_some_and(|b| b.start + b.len <= start) {
-            *next += 1;
-        }
-        let block = blocks.get(*next).filter(|b| end <= b.start + b.len)?;
-        let share = share_of(block.len, world_size).max(1);
-        let rank = (start - block.start) / share;
-        ((end - 1 - block.start) / share == rank).then_some(rank as u32)
-    };
-    let mut owners: Vec<Option<u32>> = (0..span).step_by(page_parameters as usize).map(|start| whole(start, &mut next)).collect();
-    for rank in owners.iter().flatten() {
-        count[*rank as usize] += 1;
-    }
-    let mut fewest: BinaryHeap<_> = count.into_iter().zip(0..world_size).map(Reverse).collect();
-    for owner in owners.iter_mut().filter(|o| o.is_none()) {
-        if let Some(mut top) = fewest.peek_mut() {
-            *owner = Some(top.0.1);
-            top.0.0 += 1;
-        }
-    }
-    owners.into_iter().map(|o| o.unwrap_or(0)).collect()
 }
 
 fn refuse(reason: String) -> StoreError {
