@@ -4,7 +4,8 @@
 #   tests/reliability_node.sh FOLDER OUT [PART...]        (on the other, in a checkout of the same version)
 # Parts: service (the daemon as the packaged configuration sets it up: roots, kernel confinement, a job inside them and two outside),
 # chaos (KILLS, 25, of random processes), load (a minute of watchers and submissions beside a job on a CPU device, or on LOAD_DEVICE,
-# and then TURNS, 8, of 8 s with and without them), stall (what a checkpoint of a 3B model costs). DEVICES names the devices, all GPUs unless told otherwise. OUT/summary.txt has all figures.
+# and then TURNS, 8, of 8 s with and without them; LOAD_MODEL names a model of bench/checkpoint_stall.py for that job, 3b with
+# BATCH=8 LOAD_DEVICE=cuda:0 TURNS=0), stall (what a checkpoint of a 3B model costs). DEVICES names the devices, all GPUs unless told otherwise. OUT/summary.txt has all figures.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/node.sh"
@@ -71,6 +72,11 @@ load() {
   ulimit -n "$(ulimit -Hn)"
   local device=${LOAD_DEVICE:-cpu:1} pinned=1
   [ "${device%%:*}" = cpu ] || pinned=0
+  if [ -n "${LOAD_MODEL:-}" ]; then
+    PYTHONPATH=$here/../bench python3 -c 'import sys, inputs, checkpoint_stall
+inputs.write(sys.argv[1], checkpoint_stall.MODELS[sys.argv[2]][0], 2_000_000)' "$out/load-model" "$LOAD_MODEL" || return 1
+    export RAMTORCH_LOAD_MODEL=$out/load-model
+  fi
   RAMTORCH_LOAD_SECONDS=${LOAD_SECONDS:-60} RAMTORCH_LOAD_WATCHERS=1000 RAMTORCH_LOAD_SUBMISSIONS=200 RAMTORCH_LOAD_BATCH=${BATCH:-768} \
     RAMTORCH_LOAD_TURNS=${TURNS:-8} RAMTORCH_LOAD_DEVICES=$device RAMTORCH_LOAD_STRICT=1 RAMTORCH_LOAD_PINNED=$pinned \
     RAMTORCH_LOAD_SUMMARY=$out/load.txt "$bin/load" --nocapture

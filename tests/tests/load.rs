@@ -10,6 +10,8 @@
 //! RAMTORCH_LOAD_TURNS        afterwards so many turns of 8 s without load and 8 s under it, for machines whose own speed changes    0
 //! RAMTORCH_LOAD_STRICT       whether figures are judged: p99 under 50 ms, training slower by less than 2 % (over the turns, if any)
 //! RAMTORCH_LOAD_DEVICES      where the job trains                                           cpu:1
+//! RAMTORCH_LOAD_MODEL        folder with config.json and tokens.bin: the job trains that, 2048 tokens a sequence, with all
+//!                            processors, and not a fixture of some thousand parameters with one
 //! RAMTORCH_LOAD_PINNED       training on processor 0, everything else on processors that share no core with it
 //! RAMTORCH_LOAD_SUMMARY      file for the figures
 //! ```
@@ -266,10 +268,17 @@ fn training_and_calls_go_on_under_load() {
     let phase = Duration::from_secs(seconds);
     let sandbox = Sandbox::new();
     let devices = std::env::var("RAMTORCH_LOAD_DEVICES").unwrap_or_else(|_| "cpu:1".into());
-    let mut daemon = sandbox.start_daemon(&devices, &["--threads", "1"]);
+    let model = std::env::var("RAMTORCH_LOAD_MODEL").ok();
+    let one_thread: &[&str] = &["--threads", "1"];
+    let mut daemon = sandbox.start_daemon(&devices, if model.is_some() { &[] } else { one_thread });
     let daemon_pid = daemon.process().pid();
-    let train =
+    let mut train =
         Fixture::load("llama").job("train").set("train.steps", 1_000_000).set("train.batch_size", setting("RAMTORCH_LOAD_BATCH", 64));
+    if let Some(folder) = &model {
+        train = train.unset("model.path").set("model.config", format!("{folder}/config.json"));
+        train = train.set("data.train", format!("{folder}/tokens.bin")).set("data.sequence_length", 2048);
+        train = train.unset("train.precision").set("optimizer.lr", 1e-5);
+    }
     let id = daemon.submit("train", &train);
     let metrics = sandbox.path("metrics.jsonl");
     let lines = || std::fs::read(&metrics).map_or(0, |b| b.iter().filter(|b| **b == b'\n').count());

@@ -14,6 +14,7 @@ use crate::inference::LoadedModel;
 use crate::model::{Block, Cache, MicroBatch, Model, Shape, Tables, Visit};
 use crate::plan::rounded;
 use crate::prepare::tokenizer_source;
+use crate::sampling;
 use crate::session::rope_table;
 use crate::weights::WeightCache;
 use ramtorch_data::{TextStream, Tokenizer, TokenizerSource};
@@ -98,11 +99,8 @@ fn generate(
     let mut new_tokens = 0u64;
     for step in 0..request.max_new_tokens {
         let mut next = vec![0u32; prompts.len()];
-        for (i, logits) in logits.iter_mut().enumerate() {
-            if ended[i] {
-                continue;
-            }
-            let id = pick(logits, request, i, step)?;
+        for (i, id) in sampling::next_tokens(&logits, &ended, request, step)?.into_iter().enumerate() {
+            let Some(id) = id else { continue };
             if stop(id) {
                 ended[i] = true;
                 continue;
@@ -341,80 +339,5 @@ impl Runner {
         let past: Vec<usize> = prompts.iter().map(|p| p.len() + step).collect();
         let wanted: Vec<u32> = (0..prompts.len() as u32).collect();
         self.sweep(tokens, 1, &past, &wanted)
-    }
-}
-
-/// The next token. The random number is a function of (seed, prompt, step), so that a text does not depend on what is
-/// generated beside it.
-fn pick(logits: &mut [f32], request: &GenerateRequest, prompt: usize, step: usize) -> Result<u32, EngineError> {
-    let best = logits.iter().enumerate().fold((0usize, f32::NEG_INFINITY), |b, (i, x)| if *x > b.1 { (i, *x) } else { b });
-    if !best.1.is_finite() {
-        return Err(EngineError::input("the model's logits are not finite: its weights are damaged or training has diverged"));
-    }
-    if request.temperature <= 0.0 {
-        return Ok(best.0 as u32);
-    }
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    order.sort_unstable_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
-    if request.top_k > 0 {
-        order.truncate(request.top_k);
-    }
-    let weight = |i: &u32| ((logits[*i as usize] - best.1) as f64 / request.temperature).exp();
-    let total: f64 = order.iter().map(weight).sum();
-    if request.top_p > 0.0 && request.top_p < 1.0 {
-        let mut sum = 0.0;
-        let keep = order.iter().take_while(|i| {
-            let before = sum;
-            sum += weight(i) / total;
-            before < request.top_p
-        });
-        let n = keep.count().max(1);
-        order.truncate(n);
-    }
-    let total: f64 = order.iter().map(weight).sum();
-    let mut left = uniform(request.seed, prompt as u64, step as u64) * total;
-    for i in &order {
-        left -= weight(i);
-        if left < 0.0 {
-            return Ok(*i);
-        }
-    }
-    Ok(order.last().copied().unwrap_or(best.0 as u32))
-}
-
-/// A number in [0, 1) from three (SplitMix64's finaliser, twice).
-fn uniform(seed: u64, a: u64, b: u64) -> f64 {
-    let mix = |mut x: u64| {
-        x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        x ^ (x >> 31)
-    };
-    (mix(mix(seed ^ a.rotate_left(32)) ^ b) >> 11) as f64 / (1u64 << 53) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn request(temperature: f64, top_k: usize, top_p: f64) -> GenerateRequest {
-        GenerateRequest { prompts: vec![], max_new_tokens: 1, temperature, top_k, top_p, seed: 1, chat: false, precision: None }
-    }
-
-    #[test]
-    fn sampling_follows_the_distribution_and_its_cuts() {
-        let logits = [1.0f32, 3.0, 2.0, -1.0];
-        assert_eq!(pick(&mut logits.clone(), &request(0.0, 0, 1.0), 0, 0).unwrap(), 1);
-        let mut counts = [0usize; 4];
-        for step in 0..20_000 {
-            counts[pick(&mut logits.clone(), &request(1.0, 0, 1.0), 0, step).unwrap() as usize] += 1;
-        }
-        let total: f64 = logits.iter().map(|x| (*x as f64).exp()).sum();
-        for (c, x) in counts.iter().zip(logits) {
-            assert!((*c as f64 / 2e4 - (x as f64).exp() / total).abs() < 0.015, "{counts:?}");
-        }
-        assert!((0..500).all(|s| [1, 2].contains(&pick(&mut logits.clone(), &request(5.0, 2, 1.0), 0, s).unwrap())));
-        assert!((0..500).all(|s| pick(&mut logits.clone(), &request(1.0, 0, 0.5), 0, s).unwrap() == 1));
-        assert!(pick(&mut [f32::NAN; 3], &request(1.0, 0, 1.0), 0, 0).is_err());
     }
 }

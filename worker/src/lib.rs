@@ -24,6 +24,7 @@ mod plan;
 mod prepare;
 mod rates;
 mod record;
+mod sampling;
 mod session;
 mod tools;
 mod trace;

@@ -573,9 +573,8 @@ struct Run<'a> {
     peers: f64,
     out: f64,
     norm: f64,
-    /// Streamed blocks visited last, and the end of the visits whose slots come free next.
-    recent: VecDeque<usize>,
-    free: VecDeque<f64>,
+    /// Streamed blocks in slots, the one visited last at the back, and the end of each one's visit.
+    slots: VecDeque<(usize, f64)>,
     /// Ends of the copies out of the ring's buffers.
     ring: VecDeque<f64>,
     s: Breakdown,
@@ -621,8 +620,7 @@ impl<'a> Run<'a> {
             peers: 0.0,
             out: 0.0,
             norm: 0.0,
-            recent: VecDeque::new(),
-            free: VecDeque::new(),
+            slots: VecDeque::new(),
             ring: VecDeque::new(),
             s: Breakdown::default(),
         }
@@ -633,7 +631,7 @@ impl<'a> Run<'a> {
         self.copy_in += seconds;
         self.peers += seconds;
         self.out += seconds;
-        self.free.iter_mut().chain(&mut self.ring).for_each(|x| *x += seconds);
+        self.slots.iter_mut().map(|(_, end)| end).chain(&mut self.ring).for_each(|x| *x += seconds);
     }
 
     /// When the weights that a visit needs have come; `first` for the sweep that follows the optimizer.
@@ -641,15 +639,15 @@ impl<'a> Run<'a> {
         let rate = if busy_out || first { self.cost.both[0] } else { self.cost.to_device };
         let (mut ready, mut gate) = (0f64, 0f64);
         for &b in needs {
-            let streamed = !self.p.resident[b];
-            if streamed {
-                let held = self.recent.contains(&b);
-                self.recent.retain(|x| *x != b);
-                self.recent.push_back(b);
-                while self.recent.len() > self.p.slots.max(1) {
-                    self.recent.pop_front();
+            // When there is a slot for it.
+            let mut free = 0.0;
+            if !self.p.resident[b] {
+                let held = self.slots.iter().position(|(block, _)| *block == b).and_then(|i| self.slots.remove(i));
+                if held.is_none() && self.slots.len() >= self.p.slots.max(1) {
+                    free = self.slots.pop_front().map_or(0.0, |(_, end)| end);
                 }
-                if held && !first {
+                self.slots.push_back((b, held.map_or(0.0, |(_, end)| end)));
+                if held.is_some() && !first {
                     continue;
                 }
             } else if !first {
@@ -658,13 +656,10 @@ impl<'a> Run<'a> {
             let bytes = self.model.places[b].1 as f64 * self.p.dtype.size() as f64;
             let n = self.p.loading_ranks().world as f64;
             let (seconds, gather) = (bytes / n / rate, self.between(bytes, n));
-            let mut start = self.copy_in;
+            let mut start = self.copy_in.max(free);
             if first {
                 start = start.max(self.updated[b] + NOTICE);
                 gate = gate.max(self.updated[b] + NOTICE + seconds + gather);
-            }
-            if streamed && self.free.len() >= self.p.slots.max(1) {
-                start = start.max(self.free.pop_front().unwrap_or(0.0));
             }
             self.copy_in = start + seconds;
             self.compute += DRAG[0] * seconds + PEERS_DRAG * gather;
@@ -690,8 +685,8 @@ impl<'a> Run<'a> {
         self.s.wait_optimizer += for_pages;
         self.s.wait_copies += idle - for_pages;
         self.compute = self.compute.max(ready) + seconds;
-        if needs.iter().any(|b| !self.p.resident[*b]) {
-            self.free.push_back(self.compute);
+        for (_, end) in self.slots.iter_mut().filter(|(b, _)| needs.contains(b)) {
+            *end = self.compute;
         }
     }
 

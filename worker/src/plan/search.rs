@@ -100,7 +100,7 @@ fn spread(i: usize, k: usize, n: usize) -> bool {
 
 /// Blocks whose weights stay, when `count` do: first the ends, which are large and take little time, then layers at equal
 /// distances, so that what is streamed between them has time to come.
-fn resident(model: &Model, count: usize) -> Vec<bool> {
+pub(super) fn resident(model: &Model, count: usize) -> Vec<bool> {
     let n = model.len();
     let layer = |b: usize| matches!(model.blocks[b], Block::Layer(_) | Block::Stack(_));
     let ends: Vec<usize> = (0..n).rev().filter(|b| !layer(*b)).collect();
@@ -280,7 +280,7 @@ impl Combination<'_> {
             let step = n.div_ceil(RESIDENT_STEPS);
             for count in (0..n).step_by(step).chain([n]) {
                 let mut p = EnginePlan { resident_gradients, device_gradients, resident: resident(s.model, count), ..base.clone() };
-                let slots: &[usize] = if count == n { &[0] } else { &[few, few + 2] };
+                let slots: &[usize] = if count == n { &[0] } else { &[few, few + 1, few + 2] };
                 for &slots in slots.iter().filter(|x| **x <= n) {
                     p.slots = slots;
                     for held in self.holdings(&p) {
