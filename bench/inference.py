@@ -4,8 +4,9 @@
     python3 bench/inference.py --bin target/release --out DIR [--model 1b|3b|8b] [--device cuda:0] [--memory all,8GiB]
 
 Makes a model folder with random weights in bf16 (8B: 16 GB of disk), which is loaded for each call, as a user's would be; the
-tokenizer is the test fixtures'. Prints Markdown: loading (a call with one token), tokens a second of `generate` for several numbers
-of prompts at once, and of `eval`. Every figure counts the tokens of a call over its seconds without those of loading.
+tokenizer is the test fixtures'. Prints Markdown: seconds of a call for one token of each prompt (loading, preparing, prefill); tokens
+a second of those after the first, the same call with more of them less that one; and what `eval` says of itself, beside the seconds
+of its whole call.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from node import Node
 
 MODELS = {
     "tiny": llama(2048, 64, 128, 2, 4, 2, True),
+    "wide": llama(128256, 64, 128, 2, 4, 2, True),
     "1b": llama(128256, 2048, 8192, 16, 32, 8, True),
     "3b": llama(128256, 3072, 8192, 28, 24, 8, True),
     "8b": llama(128256, 4096, 14336, 32, 32, 8, False),
@@ -87,25 +89,23 @@ def main():
     fixture = os.path.join(os.path.dirname(__file__), "..", "tests", "fixtures", "models", "llama", "tokenizer.json")
     shutil.copy(fixture, folder)
     print(f"{args.model}: {size / 1e9:.2f} GB of weights\n")
-    print("| memory for plans | prompts | loading s | generate, tokens a second | eval, tokens a second |")
+    print("| memory for plans | prompts | first tokens after s | generate, tokens a second | eval, tokens a second (with loading) |")
     print("|---|---|---|---|---|")
     for memory in args.memory.split(","):
         more = [] if memory == "all" else ["--device-memory", memory]
         with open(os.path.join(args.out, "daemon.log"), "a") as log, Node(args.bin, args.device, log, more=more) as node:
-            # The first one reads the files and compiles kernels, too.
-            for _ in range(2):
-                _, loading = timed(node, "generate", folder, "-p", "the", "--max-new-tokens", "1")
-            speed = {}
-            for count in map(int, args.prompts.split(",")):
+            timed(node, "generate", folder, "-p", "the", "--max-new-tokens", "1")  # reads the files and compiles kernels, too
+            rated = ""
+            for i, count in enumerate(map(int, args.prompts.split(","))):
                 prompts = [x for i in range(count) for x in ("-p", "the " * (i % 5 + 1))]
+                _, loading = timed(node, "generate", folder, *prompts, "--max-new-tokens", "1")
                 answer, seconds = timed(node, "generate", folder, *prompts, "--max-new-tokens", str(args.tokens))
-                speed[count] = answer["new_tokens"] / max(seconds - loading, 1e-3), answer
-            answer, seconds = timed(node, "eval", folder, "--data", os.path.join(folder, "tokens.bin"), "--format", "tokens",
-                                    "--sequence-length", str(SEQUENCE), "--max-tokens", str(args.eval_tokens))
-            for i, (count, (rate, said)) in enumerate(speed.items()):
-                rated = f"{answer['tokens'] / max(seconds - loading, 1e-3):.0f} (itself: {answer['tokens'] / answer['seconds']:.0f})" if i == 0 else ""
-                print(f"| {memory} | {count} | {loading:.1f} | {rate:.1f} (itself: {said['new_tokens'] / said['seconds']:.1f}) | {rated} |",
-                      flush=True)
+                rate = (answer["new_tokens"] - count) / max(seconds - loading, 1e-3)
+                if i == 0:
+                    said, seconds = timed(node, "eval", folder, "--data", os.path.join(folder, "tokens.bin"), "--format", "tokens",
+                                          "--sequence-length", str(SEQUENCE), "--max-tokens", str(args.eval_tokens))
+                    rated = f"{said['tokens'] / said['seconds']:.0f} ({said['tokens']} tokens in {seconds:.1f} s)"
+                print(f"| {memory} | {count} | {loading:.1f} | {rate:.1f} | {rated if i == 0 else ''} |", flush=True)
     shutil.rmtree(folder)
 
 

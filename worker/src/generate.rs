@@ -114,7 +114,7 @@ fn generate(
         if ended.iter().all(|e| *e) || step + 1 == request.max_new_tokens {
             break;
         }
-        logits = runner.decode(&next, &prompts, step)?;
+        runner.decode(&next, &prompts, step, &mut logits)?;
     }
     for (i, stream) in streams.iter_mut().enumerate() {
         let rest = stream.finish().map_err(errors::data)?;
@@ -208,22 +208,11 @@ impl Runner {
             + 4 * rounded(rows as u64 * 4)
             + crate::plan::rope_table_bytes(architecture, capacity);
         let size = |b: usize| rounded(model.places[b].1 * dtype.size());
-        let largest = (0..model.len()).map(size).max().unwrap_or(0);
-        let total: u64 = (0..model.len()).map(size).sum();
         let budget = spec.memory_bytes.saturating_sub(crate::plan::library_bytes(spec.kind, true, 1));
-        let mut resident = vec![true; model.len()];
-        let mut slots = 0;
-        let mut need = fixed + total;
-        if need > budget {
-            slots = 3;
-            need += slots as u64 * largest;
-            for b in (0..model.len()).rev() {
-                if need > budget {
-                    resident[b] = false;
-                    need -= size(b);
-                }
-            }
-        }
+        let sizes: Vec<u64> = (0..model.len()).map(size).collect();
+        let layer = |b: usize| matches!(model.blocks[b], Block::Layer(_));
+        let (resident, slots, weights) = resident(&sizes, layer, budget.saturating_sub(fixed));
+        let need = fixed + weights;
         if need > budget {
             return Err(EngineError::new(
                 ErrorKind::Resources,
@@ -271,8 +260,9 @@ impl Runner {
         self.dev.upload(Stream::Compute, dst, &bytes)
     }
 
-    /// One sweep over `new` tokens of every sequence from position `past[b]` on; f32 logits of the rows `wanted`.
-    fn sweep(&mut self, tokens: &[u32], new: usize, past: &[usize], wanted: &[u32]) -> Result<Vec<Vec<f32>>, EngineError> {
+    /// One sweep over `new` tokens of every sequence from position `past[b]` on; f32 logits of the rows `wanted`, each given its
+    /// part of `logits`.
+    fn sweep(&mut self, tokens: &[u32], new: usize, past: &[usize], wanted: &[u32], logits: &mut Vec<u8>) -> Result<(), EngineError> {
         self.put(self.ids, tokens.iter().copied())?;
         self.put(self.positions, past.iter().flat_map(|p| (*p..*p + new).map(|x| x as u32)))?;
         self.put(self.past, past.iter().map(|p| *p as u32))?;
@@ -281,8 +271,9 @@ impl Runner {
         let mb =
             MicroBatch { sequences: self.batch, seq: new, tokens, input: none, targets: none, weights: none, losses: none, starts: None };
         let shape = Shape { sequences: self.batch, seq: self.chunk, head_rows: self.batch };
+        // This sweep, and the one after it: its first weights are on their way while tokens are chosen.
         let visits: Vec<usize> = (0..self.model.len()).flat_map(|b| self.model.forward_needs(b)).collect();
-        self.weights.plan_visits(visits, self.version);
+        self.weights.plan_visits(visits.repeat(2), self.version);
         let mut at = 0;
         for b in 0..self.model.len() {
             let needs = self.model.forward_needs(b);
@@ -305,39 +296,94 @@ impl Runner {
                 Block::Stack(_) => return Err(EngineError::internal("a stack has no tokens")),
             }
             self.weights.release(self.dev.as_ref(), &needs)?;
-            if let Some((logits, vocab)) = out {
-                let mut raw = vec![0u8; wanted.len() * vocab * 4];
-                self.dev.download(Stream::Compute, logits.slice(0, raw.len() as u64), &mut raw)?;
-                return Ok(raw
-                    .chunks_exact(vocab * 4)
-                    .map(|r| r.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect())
-                    .collect());
+            if let Some((rows, vocab)) = out {
+                logits.resize(wanted.len() * vocab * 4, 0);
+                self.dev.download(Stream::Compute, rows.slice(0, logits.len() as u64), logits)?;
             }
         }
-        Ok(Vec::new())
+        Ok(())
     }
 
     /// Runs the prompts; logits after the last token of each.
-    fn prefill(&mut self, prompts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn prefill(&mut self, prompts: &[Vec<u32>]) -> Result<Vec<u8>, EngineError> {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let mut out = vec![Vec::new(); prompts.len()];
+        let (mut some, mut all) = (Vec::new(), Vec::new());
         for first in (0..longest).step_by(self.chunk) {
             let new = self.chunk.min(longest - first);
             let tokens: Vec<u32> = prompts.iter().flat_map(|p| (first..first + new).map(|t| p.get(t).copied().unwrap_or(0))).collect();
             let ends: Vec<usize> = (0..prompts.len()).filter(|b| (first..first + new).contains(&(prompts[*b].len() - 1))).collect();
             let wanted: Vec<u32> = ends.iter().map(|b| (b * new + prompts[*b].len() - 1 - first) as u32).collect();
-            let logits = self.sweep(&tokens, new, &vec![first; prompts.len()], &wanted)?;
-            for (b, l) in ends.into_iter().zip(logits) {
-                out[b] = l;
+            self.sweep(&tokens, new, &vec![first; prompts.len()], &wanted, &mut some)?;
+            if ends.is_empty() {
+                continue;
+            }
+            let row = some.len() / ends.len();
+            all.resize(prompts.len() * row, 0);
+            for (from, b) in ends.into_iter().enumerate() {
+                all[b * row..(b + 1) * row].copy_from_slice(&some[from * row..(from + 1) * row]);
             }
         }
-        Ok(out)
+        Ok(all)
     }
 
     /// Runs token number `step` after each prompt; logits after it.
-    fn decode(&mut self, tokens: &[u32], prompts: &[Vec<u32>], step: usize) -> Result<Vec<Vec<f32>>, EngineError> {
+    fn decode(&mut self, tokens: &[u32], prompts: &[Vec<u32>], step: usize, logits: &mut Vec<u8>) -> Result<(), EngineError> {
         let past: Vec<usize> = prompts.iter().map(|p| p.len() + step).collect();
         let wanted: Vec<u32> = (0..prompts.len() as u32).collect();
-        self.sweep(tokens, 1, &past, &wanted)
+        self.sweep(tokens, 1, &past, &wanted, logits)
+    }
+}
+
+/// Slots for layers that are streamed: one in use, two on their way.
+const SLOTS: usize = 3;
+
+/// Blocks whose weights stay in `room` bytes, the number of slots for the others, and the bytes of both, which are more than `room`
+/// where even one block at a time has none. The ends stay before any layer does: they are the largest, and a slot has room for
+/// the largest of what is streamed. The first layers stay before the last: while they are at work, the others are on their way.
+fn resident(sizes: &[u64], layer: impl Fn(usize) -> bool, room: u64) -> (Vec<bool>, usize, u64) {
+    let mut stay = vec![true; sizes.len()];
+    let mut bytes: u64 = sizes.iter().sum();
+    let mut largest = 0;
+    let order = (0..sizes.len()).rev().filter(|b| layer(*b)).chain((0..sizes.len()).rev().filter(|b| !layer(*b)));
+    for b in order {
+        if bytes + SLOTS as u64 * largest <= room {
+            break;
+        }
+        stay[b] = false;
+        bytes -= sizes[b];
+        largest = largest.max(sizes[b]);
+    }
+    let slots = if largest > 0 { SLOTS } else { 0 };
+    (stay, slots, bytes + slots as u64 * largest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_ends_stay_and_slots_have_the_size_of_a_layer() {
+        let sizes = [800, 100, 100, 100, 100, 100, 100, 1];
+        let layer = |b: usize| (1..7).contains(&b);
+        assert_eq!(resident(&sizes, layer, 1401), (vec![true; 8], 0, 1401));
+        // Three slots take what two layers and a little more left.
+        let (stay, slots, bytes) = resident(&sizes, layer, 1301);
+        assert_eq!((stay, slots, bytes), (vec![true, true, true, false, false, false, false, true], 3, 1301));
+        let (stay, slots, bytes) = resident(&sizes, layer, 1000);
+        assert_eq!((stay.iter().filter(|s| **s).count(), slots, bytes), (0, 3, 2400));
+    }
+
+    proptest! {
+        #[test]
+        fn more_room_keeps_more(sizes in proptest::collection::vec(1u64..1000, 3..20), room in 0u64..20_000, more in 0u64..2000) {
+            let last = sizes.len() - 1;
+            let layer = |b: usize| b > 0 && b < last;
+            let (stay, slots, bytes) = resident(&sizes, layer, room);
+            let count = stay.iter().filter(|s| **s).count();
+            prop_assert!(bytes <= room || count == 0);
+            prop_assert_eq!(slots == 0, count == sizes.len());
+            prop_assert!(resident(&sizes, layer, room + more).0.iter().filter(|s| **s).count() >= count);
+        }
     }
 }

@@ -13,15 +13,17 @@ const BUCKETS_A_UNIT: f64 = 32.0;
 /// What is less likely than e^-32 of the best has one bucket.
 const BUCKETS: usize = 1024;
 
-/// The next token of each text, in the order of `logits`; nothing for those that have `ended`.
-pub(crate) fn next_tokens(
-    logits: &[Vec<f32>],
-    ended: &[bool],
-    request: &GenerateRequest,
-    step: usize,
-) -> Result<Vec<Option<u32>>, EngineError> {
-    let of = |i: usize| if ended[i] { Ok(None) } else { pick(&logits[i], request, i, step).map(Some) };
-    (0..logits.len()).into_par_iter().map(of).collect()
+/// The next token of each text; nothing for those that have `ended`. `logits` are little-endian f32, one row a text.
+pub(crate) fn next_tokens(logits: &[u8], ended: &[bool], request: &GenerateRequest, step: usize) -> Result<Vec<Option<u32>>, EngineError> {
+    let row = (logits.len() / ended.len().max(1)).max(1);
+    let of = |(i, row): (usize, &[u8])| {
+        if ended[i] {
+            return Ok(None);
+        }
+        let logits: Vec<f32> = row.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+        pick(&logits, request, i, step).map(Some)
+    };
+    logits.par_chunks_exact(row).enumerate().map(of).collect()
 }
 
 /// The next token. The random number is a function of (seed, prompt, step), so that a text does not depend on what is
@@ -62,12 +64,15 @@ struct Bucket {
 
 impl<'a> Ranking<'a> {
     fn new(logits: &'a [f32], best: f32, temperature: f64) -> Self {
-        let depth = |x: f32| ((best - x) as f64 / temperature * BUCKETS_A_UNIT).min((BUCKETS - 1) as f64) as usize;
         let mut buckets: Vec<Bucket> = (0..BUCKETS).map(|_| Bucket { start: 0, len: 0, mass: 0.0 }).collect();
+        let mut depths = Vec::with_capacity(logits.len());
         for x in logits {
-            let bucket = &mut buckets[depth(*x)];
+            let below = (best - x) as f64 / temperature;
+            let depth = (below * BUCKETS_A_UNIT).min((BUCKETS - 1) as f64) as u16;
+            depths.push(depth);
+            let bucket = &mut buckets[usize::from(depth)];
             bucket.len += 1;
-            bucket.mass += ((x - best) as f64 / temperature).exp();
+            bucket.mass += (-below).exp();
         }
         let mut ends = Vec::with_capacity(BUCKETS);
         let mut end = 0;
@@ -77,8 +82,8 @@ impl<'a> Ranking<'a> {
             end += bucket.len;
         }
         let mut order = vec![0u32; logits.len()];
-        for (i, x) in logits.iter().enumerate() {
-            let at = &mut ends[depth(*x)];
+        for (i, depth) in depths.into_iter().enumerate() {
+            let at = &mut ends[usize::from(depth)];
             order[*at] = i as u32;
             *at += 1;
         }
@@ -206,11 +211,12 @@ mod tests {
 
     #[test]
     fn each_text_has_its_own_draw_and_ended_ones_have_none() {
-        let logits = vec![vec![0.0f32; 1000]; 4];
+        let logits: Vec<f32> = (0..4000).map(|i| (i % 7) as f32).collect();
         let r = request(1.0, 0, 1.0);
-        let together = next_tokens(&logits, &[false, true, false, false], &r, 3).unwrap();
-        let alone: Vec<Option<u32>> = (0..4).map(|i| (i != 1).then(|| pick(&logits[i], &r, i, 3).unwrap())).collect();
-        assert_eq!(together, alone);
+        let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let together = next_tokens(&bytes, &[false, true, false, false], &r, 3).unwrap();
+        let alone = |i: usize| pick(&logits[i * 1000..][..1000], &r, i, 3).unwrap();
+        assert_eq!(together, (0..4).map(|i| (i != 1).then(|| alone(i))).collect::<Vec<_>>());
         assert!(together[0] != together[2] && together[2] != together[3]);
     }
 
