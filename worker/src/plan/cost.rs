@@ -66,6 +66,12 @@ const DRAG: [f64; 2] = [0.01, 0.08];
 /// Gathers and reductions take multiprocessors from the arithmetic beside them, 8 of 132: by this share of their own time, at
 /// most (nothing could be measured).
 const PEERS_DRAG: f64 = 0.06;
+/// Gradients that are rounded, or added to those in the segment, on their way out go in pieces of so many parameters, and each
+/// piece's kernel waits until products make room for it: 4.1 ms beside products of 32,768 rows. Products of few rows, and so
+/// short ones, make room sooner: within this share of a backward visit.
+const PIECE: f64 = (1u64 << 24) as f64;
+const PIECE_WAIT: f64 = 4e-3;
+const PIECE_WAIT_SHARE: f64 = 0.2;
 /// From a block's publication to the start of its copy; from the last gradient to the optimizer's start. Seconds.
 const NOTICE: f64 = 1e-4;
 const TURN: f64 = 3e-3;
@@ -728,6 +734,10 @@ impl<'a> Run<'a> {
         let mut seconds = bytes / loads;
         if g > 0 && !self.p.resident_gradients {
             seconds += bytes / self.cost.both[0];
+        }
+        if !self.p.packs() && self.p.store.gradients == GradientFormat::Bf16 {
+            let visit = if self.t.backward[b] > 0.0 { self.t.backward[b] } else { self.t.forward[b] };
+            seconds += (elements / n / PIECE).ceil() * PIECE_WAIT.min(visit * PIECE_WAIT_SHARE);
         }
         let mut whole = self.compute;
         if reduce > 0.0 {
