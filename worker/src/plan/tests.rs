@@ -331,6 +331,7 @@ fn with_rates(r: &mut PlanRequest, rates: &Rates, a: &Architecture) -> (EnginePl
 /// time where three streamed blocks in a row share two slots: it waited 2.05 ms for the third of each such run, and 0.28 s in all
 /// with what came unevenly.
 #[test]
+#[allow(clippy::approx_constant)] // 3.14 ms
 fn weights_wait_for_slots_as_they_did() {
     let a = llama_8b();
     let layers = [(2048, [1.34, 3.14, 0.09, 1.02]), (8192, [5.13, 11.55, 0.68, 4.35]), (32_768, [22.29, 46.45, 2.90, 16.76])];
