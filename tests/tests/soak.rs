@@ -180,8 +180,9 @@ fn lives_of_jobs_leave_nothing_behind() {
     // The daemon's runtime ends threads that have nothing to do; a pool that once was larger is no leak.
     assert!(last.threads <= first.0.threads + 4, "threads: {} and {} later", first.0.threads, last.threads);
     assert!(files <= most_files(), "{files} files in the state folder");
-    // What an allocator keeps goes up and down by some; what is kept for each job would be far more in the long run.
-    let room = (8u64 << 20).min(first.0.memory / 4 + jobs * 2048);
+    // What an allocator keeps goes up and down by some, and a daemon of 3 MiB takes its half when jobs end in ways that none had before;
+    // what is kept for each job would be far more in the long run.
+    let room = (first.0.memory / 4 + jobs * 2048).clamp(1 << 20, 8 << 20);
     assert!(last.memory <= first.0.memory + room, "memory: {} and {} later", first.0.memory, last.memory);
     let workers = soak.workers();
     assert!(workers.is_empty(), "workers left: {workers:?}");
