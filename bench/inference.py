@@ -95,17 +95,17 @@ def main():
         more = [] if memory == "all" else ["--device-memory", memory]
         with open(os.path.join(args.out, "daemon.log"), "a") as log, Node(args.bin, args.device, log, more=more) as node:
             timed(node, "generate", folder, "-p", "the", "--max-new-tokens", "1")  # reads the files and compiles kernels, too
-            rated = ""
             for i, count in enumerate(map(int, args.prompts.split(","))):
                 prompts = [x for i in range(count) for x in ("-p", "the " * (i % 5 + 1))]
                 _, loading = timed(node, "generate", folder, *prompts, "--max-new-tokens", "1")
                 answer, seconds = timed(node, "generate", folder, *prompts, "--max-new-tokens", str(args.tokens))
                 rate = (answer["new_tokens"] - count) / max(seconds - loading, 1e-3)
+                rated = ""
                 if i == 0:
                     said, seconds = timed(node, "eval", folder, "--data", os.path.join(folder, "tokens.bin"), "--format", "tokens",
                                           "--sequence-length", str(SEQUENCE), "--max-tokens", str(args.eval_tokens))
                     rated = f"{said['tokens'] / said['seconds']:.0f} ({said['tokens']} tokens in {seconds:.1f} s)"
-                print(f"| {memory} | {count} | {loading:.1f} | {rate:.1f} | {rated if i == 0 else ''} |", flush=True)
+                print(f"| {memory} | {count} | {loading:.1f} | {rate:.1f} | {rated} |", flush=True)
     shutil.rmtree(folder)
 
 
