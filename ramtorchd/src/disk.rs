@@ -1,7 +1,7 @@
 //! The thread that writes jobs to disk, so that a slow disk never holds up the state task.
 //!
-//! What waits to be written is merged: of a record only its newest state, of metrics all lines up to a limit. So the
-//! memory that waiting takes is bounded, however slow the disk. Records of many jobs are made durable together: the file
+//! What waits to be written is merged: of a record only its newest state. So the memory that waiting takes is bounded,
+//! however slow the disk. Records of many jobs are made durable together: the file
 //! system's journal is then committed for all of them at once, which is most of what durability costs. They are gathered
 //! for a moment, unless somebody waits for one of them.
 
@@ -16,8 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines of metrics that may wait, of one job.
-const LINES_MAX: usize = 100_000;
 /// After something was written, what comes is gathered for so long.
 const GATHER: Duration = Duration::from_millis(20);
 /// Records that are written together: as many files are open at once.
@@ -26,7 +24,6 @@ const TOGETHER: usize = 64;
 #[derive(Default)]
 struct Pending {
     records: BTreeMap<String, Vec<u8>>,
-    lines: HashMap<String, Vec<String>>,
     deletions: Vec<String>,
     tidies: HashMap<String, u64>,
     files: Vec<PathBuf>,
@@ -42,7 +39,7 @@ struct Pending {
 
 impl Pending {
     fn is_empty(&self) -> bool {
-        self.records.is_empty() && self.lines.is_empty() && self.deletions.is_empty() && self.tidies.is_empty() && self.files.is_empty()
+        self.records.is_empty() && self.deletions.is_empty() && self.tidies.is_empty() && self.files.is_empty()
     }
 }
 
@@ -80,22 +77,10 @@ impl Disk {
         }
     }
 
-    /// Adds a line to a job's metrics, soon.
-    pub fn append(&self, id: &str, line: String) {
-        self.change(|p| {
-            let lines = p.lines.entry(id.to_string()).or_default();
-            // A disk that hangs for so long costs history, not memory.
-            if lines.len() < LINES_MAX {
-                lines.push(line);
-            }
-        });
-    }
-
     /// Removes a job's folder, soon.
     pub fn delete(&self, id: &str) {
         self.change(|p| {
             p.records.remove(id);
-            p.lines.remove(id);
             p.deletions.push(id.to_string());
         });
     }
@@ -211,14 +196,6 @@ fn work(shared: &Shared) {
 
 fn write(todo: Pending, shared: &Shared) {
     let jobs = &shared.jobs;
-    for (id, lines) in todo.lines {
-        let path = jobs.join(&id).join("metrics.jsonl");
-        let text: String = lines.iter().flat_map(|l| [l.as_str(), "\n"]).collect();
-        let open = OpenOptions::new().create(true).append(true).mode(0o640).open(&path);
-        if let Err(e) = open.and_then(|mut f| f.write_all(text.as_bytes())) {
-            tracing::warn!(job = id, "cannot write {}: {e}", path.display());
-        }
-    }
     let mut records = todo.records.into_iter();
     loop {
         let (ids, files): (Vec<_>, Vec<_>) =
@@ -380,14 +357,15 @@ mod tests {
             std::fs::write(dir.path().join("a/logs").join(name), "").unwrap();
         }
         let disk = Disk::start(dir.path().into()).unwrap();
-        for i in 0..1000 {
-            disk.append("a", format!("line {i}"));
+        let mut newest = record("a");
+        for step in 0..1000 {
+            newest.step = step;
+            disk.save(&newest);
         }
         disk.tidy("a", 5);
         disk.delete("b");
         drop(disk);
-        let text = std::fs::read_to_string(dir.path().join("a/metrics.jsonl")).unwrap();
-        assert!(text.lines().enumerate().all(|(i, l)| l == format!("line {i}")) && text.lines().count() == 1000);
+        assert_eq!(Record::read(&dir.path().join("a")).unwrap().step, 999);
         assert!(!dir.path().join("b").exists());
         let mut left: Vec<_> = std::fs::read_dir(dir.path().join("a/logs")).unwrap().map(|e| e.unwrap().file_name()).collect();
         left.sort();

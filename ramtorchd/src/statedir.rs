@@ -6,7 +6,7 @@
 //! STATE_DIR/segments/               registry of shared-memory segments
 //! STATE_DIR/cache/                  token caches
 //! STATE_DIR/jobs/ID/job.json        the job, replaced atomically
-//! STATE_DIR/jobs/ID/metrics.jsonl   its metrics, appended
+//! STATE_DIR/jobs/ID/metrics.jsonl   its metrics, a line a step, written by its first rank
 //! STATE_DIR/jobs/ID/logs/           output of its workers, a file a rank and generation
 //! STATE_DIR/oneoff/                 logs of one-off work, removed with it
 //! ```

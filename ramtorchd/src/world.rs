@@ -148,10 +148,6 @@ impl Outside for World {
         self.disk.save(record);
     }
 
-    fn append_metrics(&mut self, id: &str, line: String) {
-        self.disk.append(id, line);
-    }
-
     fn delete(&mut self, id: &str) {
         self.disk.delete(id);
     }
@@ -162,6 +158,10 @@ impl Outside for World {
 
     fn log_dir(&self, id: &str) -> PathBuf {
         self.jobs.join(id).join("logs")
+    }
+
+    fn history_file(&self, id: &str) -> PathBuf {
+        self.jobs.join(id).join("metrics.jsonl")
     }
 
     fn one_off_log(&self, id: u64) -> PathBuf {

@@ -40,6 +40,7 @@ groups! {
         "page.published=11*off->kill", "optimizer.updated=1*off->kill", "optimizer.agreed=1*off->kill"]
     deaths_around_the_line: ["step.committed=1*off->kill", "step.reported=2*off->kill", "validation.done=kill",
         "step.committed=4*off->kill", "validation.done=1*off->kill"]
+    deaths_between_the_two_lines: ["step.noted=kill", "step.noted=3*off->kill", "step.noted=6*off->kill"]
     deaths_in_recovery: ["optimizer.begun=2*off->kill,recover.begun=kill", "optimizer.updated=4*off->kill,recover.updated=kill",
         "page.written=20*off->kill,recover.recorded=kill"]
     deaths_in_a_checkpoint: ["checkpoint.begun=kill", "checkpoint.shard=kill", "checkpoint.named=kill", "checkpoint.latest=kill",

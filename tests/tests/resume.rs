@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
+use ramtorch_failpoint::{MARKS_VARIABLE, VARIABLE};
 use ramtorch_tests::{
-    Fixture, JobFile, MetricsLine, Process, Sandbox, Tensor, assert_same_tensors, bits, exit, losses, read_metrics, read_tensors,
+    Binary, Fixture, JobFile, MetricsLine, Process, Sandbox, Tensor, assert_same_tensors, bits, exit, losses, read_metrics, read_tensors,
     worst_relative_difference,
 };
 use std::collections::BTreeMap;
@@ -166,6 +167,40 @@ fn a_checkpoint_of_another_model_is_refused() {
     let sandbox = stopped_at_12(&job(), 1);
     let other = job().set("model.path", Fixture::model_path("qwen3"));
     sandbox.run_job("other", &other, "cpu:1").expect_refusal(exit::INPUT, &["checkpoint"]);
+}
+
+/// A run that goes on with a new metrics file begins it in the middle. The first death of a worker used to empty it, and nobody was
+/// told.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_metrics_file_that_begins_in_the_middle_survives_a_death() {
+    let (whole, weights) = undisturbed(&job(), 2);
+    // The very first line, another one, and between a line and the next.
+    for armed in ["step.committed=kill", "step.noted=kill", "step.committed=3*off->kill", "step.swept=3*off->kill"] {
+        let sandbox = stopped_at_12(&job(), 2);
+        std::fs::remove_file(sandbox.path("metrics.jsonl")).unwrap();
+        let marks = sandbox.path("marks");
+        std::fs::create_dir(&marks).unwrap();
+        let mut command = sandbox.command(Binary::Daemon);
+        command.arg("run").arg(sandbox.write_job("again", &job())).args(["--devices", "cpu:2"]);
+        command.env(VARIABLE, armed).env(MARKS_VARIABLE, &marks);
+        sandbox.start(command).wait(Duration::from_secs(120)).expect_success();
+        assert_eq!(std::fs::read_dir(&marks).unwrap().count(), 1, "{armed}: nobody died");
+        assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&whole)[12..], "{armed}");
+        assert_same_tensors(&read_tensors(&sandbox.path("model")), &weights, armed);
+    }
+}
+
+/// A file with something else in it used to be emptied.
+#[test]
+fn a_metrics_file_that_is_somebody_elses_is_refused_and_not_touched() {
+    let sandbox = Sandbox::new();
+    let content = "step,loss\n1,2.5\n";
+    let path = sandbox.file("metrics.jsonl", content);
+    let refused = sandbox.run_job("foreign", &job(), "cpu:1");
+    refused.expect_refusal(exit::OUTPUT, &["metrics.jsonl", "output.metrics", "step,loss"]);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
+    assert!(!sandbox.path("checkpoints").exists(), "it was refused before training");
 }
 
 fn wait_for_lines(process: &Process, metrics: &Path, count: usize) {

@@ -79,6 +79,8 @@ pub enum Task {
         plan: Box<Plan>,
         /// POSIX shared-memory name of the parameter store.
         segment: String,
+        /// What rank 0 keeps of its steps.
+        history: History,
     },
     /// Sample text. Result: [`Generated`].
     Generate {
@@ -114,6 +116,16 @@ pub enum Task {
         /// How many values of each to show.
         values: usize,
     },
+}
+
+/// The job's own metrics: a line a committed step, whether its user asked for a file or not. Rank 0 writes it, the daemon reads
+/// it when it starts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct History {
+    /// The file.
+    pub path: PathBuf,
+    /// Last step that the daemon knows; later ones are told when the gang starts.
+    pub told: u64,
 }
 
 /// Where weights are read from.

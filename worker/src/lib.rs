@@ -79,7 +79,9 @@ pub fn run(assignment: &Assignment, control: &dyn Control) -> Result<serde_json:
             ramtorch_failpoint::hit(ramtorch_failpoint::Point::Prepared);
             value(prepared)
         }
-        Task::Train { spec, prepared, plan, segment } => value(train::run(assignment, spec, prepared, plan, segment, control)?),
+        Task::Train { spec, prepared, plan, segment, history } => {
+            value(train::run(assignment, spec, prepared, plan, segment, history, control)?)
+        }
         Task::Generate { source, request } => value(generate::run(assignment, source, request, control)?),
         Task::Eval { source, request } => value(evaluate::run(assignment, source, request, control)?),
         Task::Export { source, path, dtype, overwrite } => value(tools::export(source, path, *dtype, *overwrite, control)?),

@@ -62,6 +62,9 @@ pub(crate) fn run(a: &Assignment, spec: &JobSpec, cache_dir: &Path, control: &dy
     }
     control.heartbeat(0, "looking for checkpoints");
     let (resume, skipped) = checkpoint::find(spec, &architecture)?;
+    if let Some(path) = &spec.output.metrics {
+        crate::metrics::check(path, resume.as_ref().map_or(0, |r| r.step))?;
+    }
     for s in &skipped {
         control.event(Level::Warn, s);
     }

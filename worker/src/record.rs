@@ -7,6 +7,8 @@ use ramtorch_store::{StepPhase, StepRecord};
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct StepNumbers {
     pub step: u64,
+    /// It comes from a checkpoint: this job may not have run it.
+    pub loaded: bool,
     pub loss: f64,
     pub grad_norm: f64,
     pub lr: f64,
@@ -36,6 +38,9 @@ pub(crate) struct StepNumbers {
 /// Number of a record's values that is 1 while pages are taken back to a checkpoint.
 const GOES_BACK: usize = 23;
 
+/// Number of a record's values that is 1 for a step that was loaded.
+const LOADED: usize = 22;
+
 /// The record of a store whose pages are to be filled again, from a checkpoint or from the beginning.
 pub(crate) fn going_back() -> StepRecord {
     let mut values = [0f64; 24];
@@ -49,6 +54,14 @@ pub(crate) fn goes_back(r: &StepRecord) -> bool {
 }
 
 impl StepNumbers {
+    /// Those of a step that was loaded, as far as the checkpoint has them.
+    pub fn loaded(step: u64, stored: &[f64]) -> StepNumbers {
+        let nothing = StepNumbers { step, validation_loss: f64::NAN, initial_validation_loss: f64::NAN, ..Default::default() };
+        let mut record = nothing.record(StepPhase::Committed);
+        record.values.iter_mut().zip(stored).for_each(|(value, stored)| *value = *stored);
+        StepNumbers { loaded: true, ..StepNumbers::from_record(&record) }
+    }
+
     /// Those of the step before, as far as those of this one tell: enough to go on from it.
     pub fn before(&self) -> StepNumbers {
         StepNumbers {
@@ -84,6 +97,7 @@ impl StepNumbers {
             self.checkpoint_wait,
         ];
         values[..mine.len()].copy_from_slice(&mine);
+        values[LOADED] = f64::from(u8::from(self.loaded));
         StepRecord { step: self.step, phase, values }
     }
 
@@ -91,6 +105,7 @@ impl StepNumbers {
         let v = &r.values;
         StepNumbers {
             step: r.step,
+            loaded: v[LOADED] == 1.0,
             loss: v[0],
             grad_norm: v[1],
             lr: v[2],
@@ -147,6 +162,7 @@ mod tests {
     fn a_record_carries_every_number() {
         let n = StepNumbers {
             step: 7,
+            loaded: true,
             loss: 1.25,
             grad_norm: 0.1,
             lr: 3e-4,
@@ -168,5 +184,13 @@ mod tests {
             initial_validation_loss: 9.5,
         };
         assert_eq!(StepNumbers::from_record(&n.record(StepPhase::Committed)), n);
+    }
+
+    #[test]
+    fn a_checkpoint_carries_them_too() {
+        let n = StepNumbers { step: 7, loss: 1.25, tokens: 99, tokens_total: 1 << 40, validation_loss: 8.5, ..Default::default() };
+        assert_eq!(StepNumbers::loaded(7, &n.record(StepPhase::Committed).values), StepNumbers { loaded: true, ..n });
+        let unknown = StepNumbers::loaded(7, &[]);
+        assert!(unknown.tokens == 0 && unknown.validation_loss.is_nan() && unknown.loaded);
     }
 }

@@ -168,7 +168,9 @@ impl Jobs for JobsService {
         if let Some(path) = watching.history_file.take() {
             let read = tokio::task::spawn_blocking(move || record::read_history(&path, history));
             let on_disk = read.await.map_err(|e| Status::internal(e.to_string()))?;
-            if on_disk.len() > watching.history.len() {
+            // What was told is in the file, unless it could not be written.
+            let newest = |history: &[pb::Metrics]| (history.last().map_or(0, |m| m.step), history.len());
+            if newest(&on_disk) > newest(&watching.history) {
                 watching.history = on_disk;
             }
         }

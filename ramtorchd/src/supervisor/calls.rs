@@ -123,8 +123,9 @@ impl Supervisor {
         let entry = self.jobs.get_mut(&key).ok_or_else(|| not_found(id))?;
         let skip = entry.history.len().saturating_sub(history);
         let recent: Vec<pb::Metrics> = entry.history.iter().skip(skip).cloned().collect();
-        let on_disk = entry.has_ended() && history > recent.len() && entry.record.step > 0;
-        let history_file = on_disk.then(|| self.out.log_dir(&job.id).with_file_name("metrics.jsonl"));
+        // Older steps, and those that the last gang wrote down and did not live to tell.
+        let on_disk = entry.has_ended() && history > 0;
+        let history_file = on_disk.then(|| self.out.history_file(&job.id));
         self.watched.insert(key);
         let entry = self.jobs.get_mut(&key).ok_or_else(|| not_found(id))?;
         Ok(Watching { job, history: recent, history_file, events: entry.subscribe() })

@@ -4,13 +4,13 @@ use super::Supervisor;
 use super::job::{End, Phase, Rank, Stop};
 use super::message::{Commands, JobKey, Refusal, RefusalKind};
 use super::proc::{Cause, Outcome, Proc, Role, Sign};
-use super::record::{State, WorkerRecord, history_line, push_history};
+use super::record::{State, WorkerRecord, push_history};
 use crate::faults::Verdict;
 use crate::process::{Identity, ProcKey};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::worker_report::Report;
-use ramtorch_worker::{EngineError, ErrorKind, Level, Task, TrainOutcome};
+use ramtorch_worker::{EngineError, ErrorKind, History, Level, Task, TrainOutcome};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,7 @@ impl Supervisor {
             prepared: Box::new(prepared.clone()),
             plan: Box::new(plan.clone()),
             segment: segment.name.clone(),
+            history: History { path: self.out.history_file(&id), told: job.history.back().map_or(0, |m| m.step) },
         };
         job.record.workers.clear();
         job.ranks.clear();
@@ -313,7 +314,7 @@ impl Supervisor {
     fn step_committed(&mut self, key: JobKey, metrics: pb::Metrics) {
         let limit = self.job_limits.metrics_history;
         let Some(job) = self.jobs.get_mut(&key) else { return };
-        // A new gang tells the last step again: its predecessor may have died before it could.
+        // A new gang tells what its predecessor may have died before it could, and that may have come after all.
         if job.history.back() == Some(&metrics) {
             return;
         }
@@ -324,7 +325,6 @@ impl Supervisor {
         }
         job.record.step = metrics.step;
         hit(Point::JobStep);
-        self.out.append_metrics(&job.record.id, history_line(&metrics));
         job.tell(pb::watch_event::Event::Metrics(metrics.clone()));
         push_history(&mut job.history, metrics, limit);
         if matches!(job.phase, Phase::Starting) && job.stop.is_none() {

@@ -108,7 +108,7 @@ pub struct Watching {
     pub job: pb::Job,
     /// Its last metrics, oldest first.
     pub history: Vec<pb::Metrics>,
-    /// Where older metrics of a job that ended a while ago are.
+    /// Where all metrics of a job that has ended are.
     pub history_file: Option<PathBuf>,
     /// What comes; none for a job that has ended.
     pub events: Option<Ear>,

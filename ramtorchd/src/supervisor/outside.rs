@@ -30,14 +30,14 @@ pub trait Outside: Send {
     fn remove_segment(&mut self, job: JobKey, id: &str, name: String);
     /// Makes a record durable, soon.
     fn save(&mut self, record: &Record);
-    /// Adds a line to a job's metrics, soon.
-    fn append_metrics(&mut self, id: &str, line: String);
     /// Removes a forgotten job's folder, soon.
     fn delete(&mut self, id: &str);
     /// Removes log files of generations before `oldest`, soon.
     fn tidy_logs(&mut self, id: &str, oldest: u64);
     /// Folder of a job's logs.
     fn log_dir(&self, id: &str) -> PathBuf;
+    /// Where the gang of a job keeps a line for each step.
+    fn history_file(&self, id: &str) -> PathBuf;
     /// A log file for one-off work; and its removal, soon.
     fn one_off_log(&self, id: u64) -> PathBuf;
     /// Removes that file.

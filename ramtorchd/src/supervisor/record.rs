@@ -116,65 +116,6 @@ pub enum State {
     Cancelled,
 }
 
-/// A line of `metrics.jsonl`: the protocol's metrics, losses that are not finite included.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
-struct HistoryLine {
-    step: u64,
-    #[serde(with = "any_float")]
-    loss: f64,
-    #[serde(with = "any_float")]
-    grad_norm: f64,
-    #[serde(with = "any_float")]
-    lr: f64,
-    tokens: u64,
-    #[serde(with = "any_float")]
-    tokens_per_second: f64,
-    validation_loss: Option<AnyFloat>,
-    initial_validation_loss: Option<AnyFloat>,
-    #[serde(with = "any_float")]
-    step_seconds: f64,
-    tokens_total: u64,
-    #[serde(with = "any_float")]
-    tflops: f64,
-    bytes_to_device: u64,
-    bytes_from_device: u64,
-    #[serde(with = "any_float")]
-    copy_wait_seconds: f64,
-    #[serde(with = "any_float")]
-    optimizer_wait_seconds: f64,
-    #[serde(with = "any_float")]
-    epoch: f64,
-    line: String,
-}
-
-/// JSON has no NaN and no infinity; they are written as strings.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-struct AnyFloat(#[serde(with = "any_float")] f64);
-
-mod any_float {
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Written {
-        Number(f64),
-        Text(String),
-    }
-
-    pub fn serialize<S: Serializer>(value: &f64, s: S) -> Result<S::Ok, S::Error> {
-        if value.is_finite() { s.serialize_f64(*value) } else { s.collect_str(value) }
-    }
-
-    pub fn deserialize<'a, D: Deserializer<'a>>(d: D) -> Result<f64, D::Error> {
-        match Written::deserialize(d)? {
-            Written::Number(value) => Ok(value),
-            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
-    }
-}
-
 /// Why a record cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {detail}", .path.display())]
@@ -274,64 +215,16 @@ pub fn metrics_to_pb(m: &StepMetrics, line: &str) -> pb::Metrics {
     }
 }
 
-/// The line that is kept of a step's metrics.
-pub fn history_line(m: &pb::Metrics) -> String {
-    let line = HistoryLine {
-        step: m.step,
-        loss: m.loss,
-        grad_norm: m.grad_norm,
-        lr: m.lr,
-        tokens: m.tokens,
-        tokens_per_second: m.tokens_per_second,
-        validation_loss: m.validation_loss.map(AnyFloat),
-        initial_validation_loss: m.initial_validation_loss.map(AnyFloat),
-        step_seconds: m.step_seconds,
-        tokens_total: m.tokens_total,
-        tflops: m.tflops,
-        bytes_to_device: m.bytes_to_device,
-        bytes_from_device: m.bytes_from_device,
-        copy_wait_seconds: m.copy_wait_seconds,
-        optimizer_wait_seconds: m.optimizer_wait_seconds,
-        epoch: m.epoch,
-        line: m.json.clone(),
-    };
-    serde_json::to_string(&line).unwrap_or_default()
-}
-
-impl From<HistoryLine> for pb::Metrics {
-    fn from(l: HistoryLine) -> pb::Metrics {
-        pb::Metrics {
-            step: l.step,
-            loss: l.loss,
-            grad_norm: l.grad_norm,
-            lr: l.lr,
-            tokens: l.tokens,
-            tokens_per_second: l.tokens_per_second,
-            validation_loss: l.validation_loss.map(|v| v.0),
-            initial_validation_loss: l.initial_validation_loss.map(|v| v.0),
-            step_seconds: l.step_seconds,
-            tokens_total: l.tokens_total,
-            tflops: l.tflops,
-            bytes_to_device: l.bytes_to_device,
-            bytes_from_device: l.bytes_from_device,
-            copy_wait_seconds: l.copy_wait_seconds,
-            optimizer_wait_seconds: l.optimizer_wait_seconds,
-            epoch: l.epoch,
-            json: l.line,
-        }
-    }
-}
-
-/// Reads the last `limit` steps of a `metrics.jsonl`. A step that was done again replaces what came after it the
-/// first time; lines that are damaged (the last one, after a power cut) are left out.
+/// Reads the last `limit` steps of a `metrics.jsonl`, which the engine wrote. Lines that are damaged (the last one, after a power
+/// cut) are left out.
 pub fn read_history(path: &Path, limit: usize) -> Vec<pb::Metrics> {
     use std::io::BufRead;
     let Ok(file) = std::fs::File::open(path) else { return Vec::new() };
     let mut history = std::collections::VecDeque::new();
     for line in std::io::BufReader::new(file).lines() {
         let Ok(line) = line else { break };
-        if let Ok(entry) = serde_json::from_str::<HistoryLine>(&line) {
-            push_history(&mut history, entry.into(), limit);
+        if let Ok(m) = serde_json::from_str::<StepMetrics>(&line) {
+            push_history(&mut history, metrics_to_pb(&m, &line), limit);
         }
     }
     history.into()
@@ -353,20 +246,24 @@ mod tests {
     use super::*;
 
     fn step(step: u64, loss: f64) -> pb::Metrics {
-        pb::Metrics { step, loss, json: format!("{{\"step\":{step}}}"), ..Default::default() }
+        let rest = "lr tokens tokens_per_second step_seconds tokens_total epoch tflops bytes_to_device bytes_from_device copy_wait_seconds";
+        let rest: String = rest.split(' ').map(|key| format!(",\"{key}\":7")).collect();
+        let validation = if step == 2 { ",\"validation_loss\":0.1" } else { "" };
+        let line = format!("{{\"step\":{step},\"loss\":{loss:?},\"grad_norm\":0.2{rest}{validation}}}");
+        let metrics = metrics_to_pb(&serde_json::from_str(&line).unwrap(), &line);
+        assert!(metrics.loss == loss && metrics.epoch == 7.0 && metrics.validation_loss.is_some() == (step == 2));
+        metrics
     }
 
     #[test]
     fn history_survives_the_disk_and_repeated_steps() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let steps = [step(1, 0.1), step(2, 0.2), step(3, f64::MIN_POSITIVE), step(2, f64::NEG_INFINITY), step(3, 1.0 / 3.0)];
-        let mut text: String = steps.iter().map(|m| history_line(m) + "\n").collect();
+        let steps = [step(1, 0.1), step(2, 0.2), step(3, f64::MIN_POSITIVE), step(2, 1e300), step(3, 1.0 / 3.0)];
+        let mut text: String = steps.iter().map(|m| m.json.clone() + "\n").collect();
         text.push_str("{\"step\":4,\"lo");
         std::fs::write(&path, text).unwrap();
-        assert_eq!(read_history(&path, 100), [step(1, 0.1), step(2, f64::NEG_INFINITY), step(3, 1.0 / 3.0)]);
-        let nan = history_line(&step(4, f64::NAN));
-        assert!(pb::Metrics::from(serde_json::from_str::<HistoryLine>(&nan).unwrap()).loss.is_nan());
+        assert_eq!(read_history(&path, 100), [step(1, 0.1), step(2, 1e300), step(3, 1.0 / 3.0)]);
         assert_eq!(read_history(&path, 1), [step(3, 1.0 / 3.0)]);
         assert!(read_history(&dir.path().join("none"), 9).is_empty());
     }

@@ -69,11 +69,13 @@ impl Outside for Fake {
     fn save(&mut self, record: &Record) {
         self.with(|a| a.saved.push(record.clone()));
     }
-    fn append_metrics(&mut self, _id: &str, _line: String) {}
     fn delete(&mut self, _id: &str) {}
     fn tidy_logs(&mut self, _id: &str, _oldest: u64) {}
     fn log_dir(&self, id: &str) -> PathBuf {
         PathBuf::from("/logs").join(id)
+    }
+    fn history_file(&self, id: &str) -> PathBuf {
+        PathBuf::from("/history").join(id)
     }
     fn one_off_log(&self, id: u64) -> PathBuf {
         format!("/logs/{id}").into()

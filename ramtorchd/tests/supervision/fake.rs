@@ -11,6 +11,7 @@ use ramtorch_worker::{
 use ramtorchd::supervisor::outside::Engine;
 use ramtorchd::worker;
 use serde::{Deserialize, Serialize};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -196,7 +197,9 @@ fn engine(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::
                 rates: Default::default(),
             })
         }
-        Task::Train { spec, prepared, segment, .. } => worker.train(spec.checkpoint.path.as_deref(), prepared.steps, segment),
+        Task::Train { spec, prepared, segment, history, .. } => {
+            worker.train(spec.checkpoint.path.as_deref(), prepared.steps, segment, &history.path)
+        }
         Task::Generate { request, .. } => {
             for word in 0..request.max_new_tokens {
                 for prompt in 0..request.prompts.len() {
@@ -254,7 +257,7 @@ impl Segment {
 impl Worker<'_> {
     /// Ranks go step by step together, as collectives make them: rank 0 commits a step when all have arrived at it, the
     /// others go on when it is committed. A rank that dies leaves the others waiting.
-    fn train(&self, checkpoints: Option<&Path>, steps: u64, segment: &str) -> Result<serde_json::Value, EngineError> {
+    fn train(&self, checkpoints: Option<&Path>, steps: u64, segment: &str, history: &Path) -> Result<serde_json::Value, EngineError> {
         let segment = Segment::open(segment)?;
         let (rank, world) = (self.assignment.rank, self.assignment.world_size);
         self.control.heartbeat(segment.get(0)?, "loading");
@@ -263,7 +266,7 @@ impl Worker<'_> {
         let start = segment.get(0)?;
         self.control.event(Level::Info, &format!("rank {rank} attached at step {start}"));
         if rank == 0 && start > 0 {
-            self.control.metrics(&metrics(start), &format!("{{\"step\":{start}}}"));
+            self.commit(start, history)?;
         }
         let mut newest = None;
         for step in start + 1..=steps {
@@ -298,11 +301,20 @@ impl Worker<'_> {
             }
             if rank == 0 {
                 segment.set(0, step)?;
-                self.control.metrics(&metrics(step), &format!("{{\"step\":{step}}}"));
+                self.commit(step, history)?;
             }
         }
         self.fault(At::Finish)?;
         self.outcome(steps, false, newest)
+    }
+
+    /// The line of a committed step, written and told.
+    fn commit(&self, step: u64, history: &Path) -> Result<(), EngineError> {
+        let line = serde_json::to_string(&metrics(step)).map_err(EngineError::internal)?;
+        let written = std::fs::File::options().create(true).append(true).open(history);
+        written.and_then(|mut f| writeln!(f, "{line}")).map_err(EngineError::internal)?;
+        self.control.metrics(&metrics(step), &line);
+        Ok(())
     }
 
     /// Whether to stop.

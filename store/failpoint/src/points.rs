@@ -176,6 +176,8 @@ points! {
     OptimizerAgreed = "optimizer.agreed", Rank;
     /// The record says that the step is committed; its line is not written.
     StepCommitted = "step.committed", Rank;
+    /// Its line is in the job's own file; not in the user's.
+    StepNoted = "step.noted", Rank;
     /// Its line is.
     StepReported = "step.reported", Rank;
     /// A validation is done; the line is not written.

@@ -11,6 +11,7 @@ pub(crate) use writer::{Checkpoints, Due};
 
 use crate::api::*;
 use crate::errors;
+use crate::record::StepNumbers;
 use ramtorch_job::{JobSpec, Precision};
 use ramtorch_modelio::{Architecture, Dtype, ExportOptions, StoreWeights, WeightSource, export_hf, fill_page, open_weights, resolve};
 use ramtorch_modelio::{Checkpoint, FindOptions, find_sound};
@@ -20,7 +21,7 @@ use std::path::Path;
 /// Where a run's first weights come from.
 pub(crate) struct FirstWeights {
     source: Box<dyn WeightSource + Send + Sync>,
-    tokens_total: u64,
+    numbers: StepNumbers,
 }
 
 impl FirstWeights {
@@ -28,9 +29,9 @@ impl FirstWeights {
         fill_page(owner, layout, page, step, self.source.as_ref()).map_err(errors::model)
     }
 
-    /// Target tokens trained on before.
-    pub fn tokens_total(&self) -> u64 {
-        self.tokens_total
+    /// Those of the step that they are of.
+    pub fn numbers(&self) -> StepNumbers {
+        self.numbers
     }
 }
 
@@ -44,10 +45,11 @@ pub(crate) fn open_source(
     if let Some(point) = resume {
         let checkpoint = Checkpoint::open(&point.path).map_err(errors::model)?;
         let tokens_total = checkpoint.meta().job.get("tokens_total").and_then(|v| v.as_u64()).unwrap_or(0);
-        return Ok(FirstWeights { source: Box::new(checkpoint), tokens_total });
+        let numbers = StepNumbers { tokens_total, ..StepNumbers::loaded(point.step, &checkpoint.meta().values) };
+        return Ok(FirstWeights { source: Box::new(checkpoint), numbers });
     }
     let source = open_weights(architecture, prepared.weights.as_deref(), spec.model.seed).map_err(errors::model)?;
-    Ok(FirstWeights { source, tokens_total: 0 })
+    Ok(FirstWeights { source, numbers: StepNumbers::loaded(0, &[]) })
 }
 
 /// The newest sound checkpoint of this run, and what had to be passed over.

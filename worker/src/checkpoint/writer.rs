@@ -23,6 +23,7 @@ use super::link::{CloseOnDrop, Link};
 use super::stage::{Stage, Staged};
 use crate::api::*;
 use crate::errors;
+use crate::metrics::Durable;
 use crate::record::StepNumbers;
 use ramtorch_cpu::{Channel, Collectives};
 use ramtorch_failpoint::{Point, hit};
@@ -62,6 +63,8 @@ pub(crate) struct Checkpoints<'a> {
     store: &'a Store,
     comm: &'a Collectives,
     control: &'a dyn Control,
+    /// What becomes durable before a checkpoint.
+    lines: Option<&'a Durable>,
     stage: Stage,
     pool: rayon::ThreadPool,
     state: Mutex<State>,
@@ -111,7 +114,13 @@ impl<'a> Checkpoints<'a> {
         let stage = Stage::new(staging, store.layout());
         let (state, changed) = (Mutex::default(), Condvar::new());
         let (given_up, over) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Checkpoints { spec, architecture, steps, store, comm, control, stage, pool, state, changed, given_up, over })
+        let lines = None;
+        Ok(Checkpoints { spec, architecture, steps, store, comm, control, lines, stage, pool, state, changed, given_up, over })
+    }
+
+    /// Whoever finds a checkpoint after a power cut finds the lines of its steps.
+    pub fn with_lines(self, lines: &'a Durable) -> Self {
+        Checkpoints { lines: Some(lines), ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -306,6 +315,9 @@ impl<'a> Checkpoints<'a> {
 
     fn commit(&self, writer: CheckpointWriter, due: &Due) -> Result<Committed, ModelError> {
         let input = resolve(&self.spec.model)?;
+        if let Some(lines) = self.lines {
+            lines.sync(self.control);
+        }
         let meta = CheckpointMeta {
             step: due.step,
             run: self.spec.name.clone(),

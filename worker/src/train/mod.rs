@@ -35,7 +35,7 @@ use crate::api::*;
 use crate::batch::Reader;
 use crate::checkpoint::{self, Checkpoints, Due};
 use crate::early::{Ahead, EarlyPages};
-use crate::metrics::MetricsFile;
+use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::plan::EnginePlan;
 use crate::record::StepNumbers;
@@ -59,6 +59,7 @@ struct Rank<'a> {
     assignment: &'a Assignment,
     spec: &'a JobSpec,
     prepared: &'a Prepared,
+    history: &'a History,
     plan: EnginePlan,
     architecture: Architecture,
     store: Arc<Store>,
@@ -73,6 +74,7 @@ pub(crate) fn run(
     prepared: &Prepared,
     plan: &Plan,
     segment: &str,
+    history: &History,
     control: &dyn Control,
 ) -> Result<TrainOutcome, EngineError> {
     control.heartbeat(0, "attaching");
@@ -90,7 +92,8 @@ pub(crate) fn run(
     let plan = EnginePlan::of(plan)?;
     let architecture: Architecture = serde_json::from_value(prepared.architecture.clone()).map_err(EngineError::internal)?;
     let comm = Arc::new(Collectives::new(store.clone(), assignment.rank, assignment.world_size, assignment.generation));
-    let rank = Rank { assignment, spec, prepared, plan, architecture, store: store.clone(), comm, recorder: Arc::default(), control };
+    let (store_of_rank, recorder) = (store.clone(), Arc::default());
+    let rank = Rank { assignment, spec, prepared, history, plan, architecture, store: store_of_rank, comm, recorder, control };
     let mut owner = store.claim(assignment.rank as u32).map_err(EngineError::internal)?;
     rank.settle(&mut owner)?;
     rank.load(&mut owner)?;
@@ -164,11 +167,11 @@ impl Rank<'_> {
             None => StepNumbers::from_record(&self.store.record()),
         };
         let committed = recorded.step;
-        let (mut metrics, last_line) = if self.leader() {
-            MetricsFile::open(self.spec.output.metrics.as_deref(), committed)?
-        } else {
-            MetricsFile::open(None, committed)?
+        let mut metrics = match self.leader() {
+            true => Metrics::open(self.spec.output.metrics.as_deref(), self.history, committed, self.control)?,
+            false => Metrics::default(),
         };
+        let durable = metrics.durable();
         let threads = self.assignment.device.threads;
         // The step loop enqueues the next forward pass beside the optimizer, and a thread feeds the device with pages: where
         // their cores are taken, arithmetic stands still until the last page is done.
@@ -183,6 +186,7 @@ impl Rank<'_> {
         let share = if self.assignment.device.kind == DeviceKind::Cuda { 2 } else { 4 };
         let copiers = (self.assignment.device.threads / share).clamp(1, 16);
         let checkpoints = Checkpoints::new(self.spec, &self.architecture, steps, &self.store, &self.comm, self.control, copiers, staging)?;
+        let checkpoints = checkpoints.with_lines(&durable);
         let early = self.plan.early_updates.then(|| {
             let parts = (self.store.as_ref(), self.comm.as_ref(), self.recorder.as_ref());
             let by_host = !self.plan.squares();
@@ -211,15 +215,16 @@ impl Rank<'_> {
             pool: &pool,
         };
         // The writer may have died between a commit and its line.
-        let missing = self.leader() && recorded.step > 0 && last_line + 1 == recorded.step && recorded.tokens > 0;
+        let missing = metrics.lacks(&recorded);
         if self.comm.gather(Channel::Step, [f64::from(u8::from(missing)), 0.0, 0.0, 0.0])?[0][0] > 0.0 {
             let mut n = recorded;
             if state.validation_due(n.step) && n.validation_loss.is_nan() {
                 n.validation_loss = state.validate(n.step)?;
             }
-            if self.leader() {
-                self.report(&mut metrics, &n)?;
-            }
+            metrics.add_missing(&n)?;
+        }
+        for (m, line) in metrics.untold(self.history.told, committed) {
+            self.control.metrics(&m, &line);
         }
         let (to_optimizer, jobs) = mpsc::channel::<Job>();
         let (done, from_optimizer) = mpsc::channel::<Result<Answer, EngineError>>();
@@ -279,6 +284,7 @@ impl Rank<'_> {
                 (result, _) => result,
             }
         })?;
+        durable.sync(self.control);
         let Loop { session, committed, .. } = state;
         session.close(); // frees the device for the sample
         let (newest_checkpoint, missing_result) = checkpoints.results();

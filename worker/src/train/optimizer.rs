@@ -3,7 +3,7 @@
 use super::Rank;
 use crate::api::EngineError;
 use crate::early::{EarlyDone, EarlyJob};
-use crate::metrics::MetricsFile;
+use crate::metrics::Metrics;
 use crate::optimizer::{StepScalars, factors};
 use crate::record::StepNumbers;
 use ramtorch_cpu::{Channel, Kept, PagesUpdated, update_pages_recorded, write_back};
@@ -78,7 +78,7 @@ impl Rank<'_> {
         owner: &SharedOwner<'_>,
         tools: &mut Tools,
         mut job: OptimizerJob,
-        metrics: &mut MetricsFile,
+        metrics: &mut Metrics,
     ) -> Result<Committed, EngineError> {
         hit(Point::OptimizerBegun);
         let step = job.numbers.step;
@@ -121,9 +121,9 @@ impl Rank<'_> {
         Ok(Committed { numbers: job.numbers, at })
     }
 
-    pub(super) fn report(&self, metrics: &mut MetricsFile, n: &StepNumbers) -> Result<(), EngineError> {
+    pub(super) fn report(&self, metrics: &mut Metrics, n: &StepNumbers) -> Result<(), EngineError> {
         let m = n.metrics();
-        let line = metrics.write(&m)?;
+        let line = metrics.write(&m, self.control)?;
         hit(Point::StepReported);
         self.control.metrics(&m, &line);
         Ok(())

@@ -105,14 +105,7 @@ impl Rank<'_> {
         hit(Point::LoadFilled);
         self.comm.barrier(Channel::Step)?;
         if self.leader() {
-            let numbers = StepNumbers {
-                step,
-                tokens_total: source.tokens_total(),
-                validation_loss: f64::NAN,
-                initial_validation_loss: f64::NAN,
-                ..Default::default()
-            };
-            self.set_record(&numbers, StepPhase::Committed)?;
+            self.set_record(&source.numbers(), StepPhase::Committed)?;
             if back {
                 let from = resume.map_or("the beginning: there is no checkpoint".into(), |r| format!("checkpoint {}", r.path.display()));
                 self.control.event(Level::Warn, &format!("went back to step {step}, {from}; the steps after it are run again"));

@@ -6,7 +6,7 @@ use crate::api::{Command, EngineError, Level};
 use crate::batch::{Part, Reader};
 use crate::checkpoint::{Checkpoints, Due};
 use crate::early::{Ahead, EarlyDone, EarlyJob, Gate, Watch};
-use crate::metrics::MetricsFile;
+use crate::metrics::Metrics;
 use crate::model::{Block, Model};
 use crate::plan::rank_share;
 use crate::record::StepNumbers;
@@ -133,7 +133,7 @@ impl Loop<'_> {
         &mut self,
         to_optimizer: &mpsc::Sender<Job>,
         from_optimizer: &mpsc::Receiver<Result<Answer, EngineError>>,
-        metrics: &std::sync::Mutex<MetricsFile>,
+        metrics: &std::sync::Mutex<Metrics>,
     ) -> Result<bool, EngineError> {
         let r = self.rank;
         let steps = r.prepared.steps;
