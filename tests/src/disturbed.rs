@@ -2,7 +2,9 @@
 
 use crate::sandbox::Sandbox;
 use crate::{Daemon, Fixture, JobFile, MetricsLine, StepBits, Tensor, assert_same_tensors, bits, read_metrics, read_tensors};
+use serde_json::Value;
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 /// Settings of a daemon that starts a gang again at once, however often.
@@ -17,12 +19,16 @@ settle_seconds = 0.02
 /// Devices of a disturbed run where nothing else is asked for.
 pub const TWO_CPUS: &str = "cpu:2";
 
-/// What a run leaves: every deterministic number of every step, the trained model, the names of its checkpoints.
+/// What a run leaves: every deterministic number of every step, in the user's file and in the daemon's, the trained model, its
+/// checkpoints.
 #[derive(Debug)]
 pub struct Outcome {
     metrics: Vec<StepBits>,
+    /// Of each job in the daemon's state folder; a run by `ramtorchd run` leaves none.
+    histories: Vec<Vec<StepBits>>,
     weights: BTreeMap<String, Tensor>,
-    checkpoints: Vec<String>,
+    /// Contents by name: of each tensor of each checkpoint, and of every other file.
+    checkpoints: BTreeMap<String, String>,
 }
 
 /// A run of a tiny model on two ranks that passes through everything: loading, training with several sequences a step,
@@ -49,7 +55,12 @@ impl Outcome {
     #[track_caller]
     pub fn read(sandbox: &Sandbox) -> Outcome {
         let lines: Vec<MetricsLine> = read_metrics(&sandbox.path("metrics.jsonl"));
-        Outcome { metrics: bits(&lines), weights: read_tensors(&sandbox.path("model")), checkpoints: names(&sandbox.path("checkpoints")) }
+        Outcome {
+            metrics: bits(&lines),
+            histories: histories(&sandbox.path("state")),
+            weights: read_tensors(&sandbox.path("model")),
+            checkpoints: contents(&sandbox.path("checkpoints")),
+        }
     }
 
     /// The same job, undisturbed.
@@ -70,17 +81,83 @@ impl Outcome {
     #[track_caller]
     pub fn assert_same(&self, undisturbed: &Outcome, what: &str) {
         self.assert_same_run(undisturbed, what);
-        assert_eq!(self.checkpoints, undisturbed.checkpoints, "{what}: checkpoints");
+        let names = |o: &Outcome| o.checkpoints.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(self), names(undisturbed), "{what}: checkpoints");
+        let different = self.checkpoints.iter().find(|(name, content)| undisturbed.checkpoints.get(*name) != Some(content));
+        assert_eq!(different, None, "{what}: the first part of a checkpoint that differs");
+    }
+
+    /// Compares the steps with what a daemon that has stopped keeps of its only job.
+    #[track_caller]
+    pub fn assert_same_history(&self, state: &Path) {
+        let histories = histories(state);
+        assert_eq!(histories.len(), 1, "jobs");
+        assert_same_steps(&histories[0], &self.metrics, "in the daemon's state folder");
     }
 
     /// As [`Outcome::assert_same`], but for which steps have checkpoints.
     #[track_caller]
     pub fn assert_same_run(&self, undisturbed: &Outcome, what: &str) {
-        let different = self.metrics.iter().zip(&undisturbed.metrics).find(|(a, b)| a != b);
-        assert_eq!(different, None, "{what}: the first step that differs");
-        assert_eq!(self.metrics.len(), undisturbed.metrics.len(), "{what}: steps");
+        assert_same_steps(&self.metrics, &undisturbed.metrics, what);
+        for history in &self.histories {
+            assert_same_steps(history, &undisturbed.metrics, &format!("{what}, in the daemon's state folder"));
+        }
         assert_same_tensors(&self.weights, &undisturbed.weights, what);
     }
+}
+
+#[track_caller]
+fn assert_same_steps(ours: &[StepBits], undisturbed: &[StepBits], what: &str) {
+    let different = ours.iter().zip(undisturbed).find(|(a, b)| a != b);
+    assert_eq!(different, None, "{what}: the first step that differs");
+    assert_eq!(ours.len(), undisturbed.len(), "{what}: steps");
+}
+
+/// What the daemon with this state folder keeps of the steps of each of its jobs.
+#[track_caller]
+pub fn histories(state: &Path) -> Vec<Vec<StepBits>> {
+    let jobs = state.join("jobs");
+    names(&jobs).iter().map(|id| bits(&read_metrics(&jobs.join(id).join("metrics.jsonl")))).collect()
+}
+
+/// Everything in a folder of checkpoints but who wrote it and when. Hashes, since a test that fails must not print megabytes.
+#[track_caller]
+fn contents(folder: &Path) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    for name in names(folder) {
+        let path = folder.join(&name);
+        if !path.is_dir() {
+            all.insert(name, std::fs::read_to_string(path).expect("a text"));
+            continue;
+        }
+        for (tensor, t) in read_tensors(&path) {
+            all.insert(format!("{name}: {tensor}"), format!("{t:?} {:016x}", hash(&t.bytes)));
+        }
+        for file in names(&path).into_iter().filter(|f| !f.ends_with(".safetensors")) {
+            let bytes = std::fs::read(path.join(&file)).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let content = if file == "checkpoint.json" { facts(&bytes) } else { format!("{:016x}", hash(&bytes)) };
+            all.insert(format!("{name}/{file}"), content);
+        }
+    }
+    all
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What `checkpoint.json` says of the state: no segment, writer, or times of a step.
+#[track_caller]
+fn facts(text: &[u8]) -> String {
+    let all: Value = serde_json::from_slice(text).expect("checkpoint.json is JSON");
+    let job = |key: &str| &all["job"][key];
+    let keys = ["format", "version", "step", "run", "architecture", "parameters", "moments", "piece_elements"];
+    let of_job = ["tokens_total", "batch_size", "sequence_length"];
+    let facts: Vec<&Value> = keys.iter().map(|key| &all[key]).chain(of_job.iter().map(|key| job(key))).collect();
+    assert!(facts.iter().all(|v| !v.is_null()), "something is missing: {all}");
+    serde_json::to_string(&facts).expect("facts")
 }
 
 /// Checks that a daemon that has stopped left nothing unfinished in its state folder, and a job nothing beside its results.

@@ -14,6 +14,9 @@ pub struct MetricsLine {
     pub tokens: u64,
     pub tokens_per_second: f64,
     pub validation_loss: Option<f64>,
+    pub initial_validation_loss: Option<f64>,
+    pub tokens_total: u64,
+    pub epoch: f64,
     #[serde(flatten)]
     pub rest: serde_json::Map<String, serde_json::Value>,
 }
@@ -27,6 +30,9 @@ pub struct StepBits {
     lr: u64,
     tokens: u64,
     validation_loss: Option<u64>,
+    initial_validation_loss: Option<u64>,
+    tokens_total: u64,
+    epoch: u64,
 }
 
 impl MetricsLine {
@@ -38,6 +44,9 @@ impl MetricsLine {
             lr: self.lr.to_bits(),
             tokens: self.tokens,
             validation_loss: self.validation_loss.map(f64::to_bits),
+            initial_validation_loss: self.initial_validation_loss.map(f64::to_bits),
+            tokens_total: self.tokens_total,
+            epoch: self.epoch.to_bits(),
         }
     }
 }

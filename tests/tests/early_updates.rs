@@ -83,7 +83,7 @@ fn survives(what: &str, kind: Kind, entries: &[&str]) -> String {
     assert_eq!(fired.len(), wanted, "{what}: only {fired:?} of {entries:?} were reached");
     assert!(told.contains("the processor updates pages beside the backward pass"), "{what}: the plan");
     assert_eq!(told.contains("are streamed through"), kind == Kind::Streamed, "{what}: the plan");
-    let first = |path: &Path| read_metrics(path)[0].rest["initial_validation_loss"].as_f64().map(f64::to_bits);
+    let first = |path: &Path| read_metrics(path)[0].initial_validation_loss.map(f64::to_bits);
     assert!(first(&sandbox.path("metrics.jsonl")).is_some(), "{what}: the validation before the first step");
     Outcome::read(&sandbox).assert_same(undisturbed(kind), &what);
     told

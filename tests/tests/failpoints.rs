@@ -209,6 +209,33 @@ fn an_interrupted_checkpoint_is_written_by_the_next_gang() {
     }
 }
 
+/// What the daemon shows of a job, to a watcher too, used to lack the steps that a worker had in hand when it died; without
+/// `output.metrics` nothing else had them.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn the_daemon_knows_every_step_of_a_job_without_a_metrics_file() {
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let entries = ["step.committed=1*off->kill", "step.noted=2*off->kill", "step.reported=2*off->kill", "step.swept=3*off->kill"];
+    let (armed, marks_path) = (entries.join(";"), marks.to_str().unwrap());
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks_path)]);
+    let id = daemon.submit(&everything(STEPS).unset("output.metrics"));
+    let watcher = daemon.alive().start_client(["--output", "json", "watch", &id]);
+    let job = daemon.wait(&id, LIMIT, |_| {});
+    assert_eq!((job["state"].as_str(), names(&marks).len()), (Some("succeeded"), entries.len()), "{job:#}");
+    let seen = watcher.wait(LIMIT).expect_success();
+    let again = daemon.alive().client(["--output", "json", "watch", &id]);
+    let lives = daemon.lives;
+    daemon.stop();
+    for (who, text) in [("the watcher", seen.stdout), ("one who came late", again.stdout)] {
+        let events = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let steps: Vec<u64> = events.filter_map(|e| e["metrics"]["step"].as_u64()).collect();
+        assert_eq!(steps, (1..=STEPS as u64).collect::<Vec<_>>(), "{who}, of {lives} daemon(s)");
+    }
+    undisturbed().assert_same_history(&sandbox.path("state"));
+}
+
 /// A folder that a submission left that was never answered used to stay for ever, and to be warned of at each start.
 #[test]
 #[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
