@@ -311,7 +311,8 @@ def hang(rig):
     with open(config, "w") as f:
         f.write(f"[supervision]\nheartbeat_timeout_seconds = {heartbeat}\n")
     whole = rig.run("undisturbed", rig.gpus, steps=steps)
-    killed(rig, "hung", whole, steps, options=("--config", config), blows=((15, -1),), sign=signal.SIGSTOP, limit=heartbeat + GONE)
+    # Who is stopped does not hear SIGTERM either, and gets SIGKILL 2 s after it.
+    killed(rig, "hung", whole, steps, options=("--config", config), blows=((15, -1),), sign=signal.SIGSTOP, limit=heartbeat + 2 + GONE)
 
 
 # Seconds in which all workers of a gang are to be gone after one of them.
@@ -322,6 +323,7 @@ def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, 
            limit=GONE):
     """A run of which a worker is killed twice, against the `whole` one. `blows`: steps and ranks; `sign`: what they get."""
     folder, path = rig.job(name, train, steps, optimizer=optimizer, more=more)
+    segments = set(os.listdir("/dev/shm"))
     gpus, what = gpus or rig.gpus, "kill" if sign == signal.SIGKILL else "hang"
     process = rig.start(folder, path, gpus, options=options)
     end = time.time() + 200
@@ -363,7 +365,7 @@ def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, 
             process.kill()
     same = bool(whole) and bits(read(folder)) == bits(whole)
     rig.say(code == 0 and same, f"{name}: exit {code}, {'the same bits' if same else 'other numbers'}")
-    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl"))]
+    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl")) and n not in segments]
     rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
 
 
