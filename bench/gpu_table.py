@@ -283,7 +283,7 @@ def write_table(args, results):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(table_line(name, r) + (several_columns(r) if args.gpus > 1 else [])) + " |" for name, r in results.items()]
     lines += [f"\n{name}: {r['refused']}" for name, r in results.items() if r.get("refused")]
-    lines += [f"\n{name} FAILED: {', '.join(r['failures'])}" for name, r in results.items() if r.get("failures")]
+    lines += [f"\n{name} FAILED: {', '.join(r['failures'])}" for name, r in results.items() if r.get("failures") and not r.get("refused")]
     text = "\n".join(lines) + "\n"
     with open(os.path.join(args.out, "table.md"), "w") as f:
         f.write(text)
