@@ -7,6 +7,9 @@
 Models are made from their configuration alone (seeded weights), data are random tokens. For every row the plan is asked
 first, by a daemon of its own (which measures the GPU), then the job runs with `ramtorchd run`. Writes table.json, table.md,
 and for each row its job file, plan, metrics and log. Needs nothing but Python, the two binaries and nvidia-smi.
+
+Ends with 1 where a row was refused, crashed, ran out of time, or took more of the GPU's memory than its plan. A prediction that is
+off by more than 15 % is marked with (!), and no failure: it says something of the plan, and not that anything is wrong.
 """
 
 import argparse
@@ -19,9 +22,12 @@ import threading
 import time
 
 import inputs
+import machine
 from node import Node, stop
 
 WARM_UP_STEPS = 2
+# Predictions are within this share of what is measured, or marked.
+CLOSE = 0.15
 TOKENS = 4_000_000
 
 
@@ -200,6 +206,33 @@ HEAD = ["row", "limit tok/s", "goal", "predicted s", "measured s", "measured / p
 HEAD_SEVERAL = ["GPUs", "segment GiB", "shared memory GiB", "tok/s of one", "scaling"]
 
 
+def missed(r):
+    """The prediction was not close."""
+    predicted, measured = (r.get("plan") or {}).get("step_seconds"), (r.get("measured") or {}).get("step_seconds")
+    return bool(predicted and measured) and abs(measured / predicted - 1) > CLOSE
+
+
+def failures(r, steps):
+    """What is wrong with a row, in words."""
+    if "refused" in r:
+        return ["refused"]
+    m = r.get("measured")
+    if m is None:
+        return []  # nothing was to run
+    wrong = []
+    if m["timed_out"]:
+        wrong.append("out of time")
+    elif m["exit_code"] != 0:
+        wrong.append(f"exit code {m['exit_code']}")
+    if m["steps"] < steps:
+        wrong.append(f"{m['steps']} of {steps} steps")
+    # nvidia-smi counts whole MiB, and what others had before.
+    peak = m["gpu_peak_mib"] - m["gpu_before_mib"] - 1
+    if peak > r["plan_device_gib"] * 1024:
+        wrong.append(f"{peak / 1024:.2f} GiB of the GPU's memory, {r['plan_device_gib']:.2f} planned")
+    return wrong
+
+
 def table_line(name, r):
     m, p = r.get("measured") or {}, r.get("plan") or {}
     if r.get("refused"):
@@ -208,7 +241,7 @@ def table_line(name, r):
     speed = m.get("tokens_per_second")
     peak = f"{number(m.get('gpu_peak_mib', 0) / 1024, '.2f')} / {number(r.get('plan_device_gib'), '.2f')}"
     return [name, str(r["limit"]), str(r["goal"]), number(predicted, ".3f"), number(measured, ".3f"),
-            number(measured / predicted if measured and predicted else None, ".2f"), number(speed, ".0f"),
+            number(measured / predicted if measured and predicted else None, ".2f") + (" (!)" if missed(r) else ""), number(speed, ".0f"),
             number(speed / r["limit"] if speed else None, ".0%"), number(m.get("tflops"), ".0f"), number(m.get("copy_wait_share"), ".1%"),
             number(m.get("optimizer_wait_seconds"), ".3f"), peak, number(r.get("segment_bytes_per_parameter"), ".2f"),
             number(m.get("start_up_seconds"), ".1f")]
@@ -250,6 +283,7 @@ def write_table(args, results):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(table_line(name, r) + (several_columns(r) if args.gpus > 1 else [])) + " |" for name, r in results.items()]
     lines += [f"\n{name}: {r['refused']}" for name, r in results.items() if r.get("refused")]
+    lines += [f"\n{name} FAILED: {', '.join(r['failures'])}" for name, r in results.items() if r.get("failures") and not r.get("refused")]
     text = "\n".join(lines) + "\n"
     with open(os.path.join(args.out, "table.md"), "w") as f:
         f.write(text)
@@ -270,6 +304,9 @@ def main():
     parser.add_argument("--trace", metavar="FIRST..LAST",
                         help="a timeline of these steps in each row's folder; where their time went is at the end of its log.txt")
     parser.add_argument("--plan-only", action="store_true", help="ask for plans, run nothing")
+    parser.add_argument("--touch", type=float, metavar="GIB",
+                        help="first fill and free so much memory, on virtual machines whose memory grows on demand")
+    parser.add_argument("--shm", type=float, metavar="GIB", help="first remount /dev/shm with at least so much (as root)")
     parser.add_argument("--state", help="state folder of the daemons, with the cache of rates; default: OUT/state")
     args = parser.parse_args()
     if args.gpus > 1:
@@ -284,6 +321,11 @@ def main():
     args.out, args.bin = os.path.abspath(args.out), os.path.abspath(args.bin)
     args.state = os.path.abspath(args.state or os.path.join(args.out, "state"))
     os.makedirs(args.out, exist_ok=True)
+    if args.touch and not machine.touch(args.touch):
+        parser.error(f"--touch: this machine does not have {args.touch:g} GiB to give")
+    refused = machine.enlarge_shm(args.shm) if args.shm else None
+    if refused:
+        parser.error(f"--shm: {refused}")
     results = {}
     for name in names:
         config, length, batch, goal, limit, more = ROWS[name]
@@ -305,9 +347,10 @@ def main():
                 r["segment_gib"] = int(plan["segment_bytes"]) / 2**30
                 if not args.plan_only:
                     r["measured"] = run_job(args, folder, job, log)
+        r["failures"] = failures(r, args.steps)
         os.remove(os.path.join(folder, "tokens.bin"))
         print(write_table(args, results), flush=True)
-    return 0 if all("refused" not in r for r in results.values()) else 1
+    return int(any(r["failures"] for r in results.values()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,11 @@ export RAMTORCHD=$bin/ramtorchd
 if [ "${TESTS:-1}" != 0 ]; then
   BENCH_SECONDS=0 part operations "$here/worker/cuda/run_tests.sh" "$bin/ops" "$out/operations"
   part parity "$here/tests/gpu.sh" "$out/parity"
-  [ "$gpus" -gt 1 ] && part gpus "$here/tests/gpus.sh" "$out/gpus" "$gpus"
+  if [ "$gpus" -gt 1 ]; then
+    part gpus "$here/tests/gpus.sh" "$out/gpus" "$gpus"
+  else
+    part gpus "$here/tests/gpus.sh" "$out/gpus" 1 repeat kill early hold stream place
+  fi
 fi
 if [ "${TABLE:-1}" != 0 ]; then
   part table python3 "$here/bench/gpu_table.py" --bin "$bin" --out "$out/table" "$@"

@@ -1,10 +1,13 @@
-"""Several GPUs against one, against themselves, with a worker killed, and without peer access. See gpus.sh.
+"""Several GPUs against one, against themselves, with workers killed and stopped, with little memory, and without peer access. See
+gpus.sh.
 
 With DEVICES=cpu in the environment it goes through the same with CPU devices and a tiny model, to test itself."""
 import array
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -40,8 +43,9 @@ class Rig:
         with open(os.path.join(self.out, "tokens.bin"), "wb") as f:
             array.array("I", (v % top for v in values)).tofile(f)
 
-    def job(self, name, train="", steps=STEPS, batch=4, optimizer=""):
-        """Sequences of a step: not a multiple of the number of GPUs, so that shares differ."""
+    def job(self, name, train="", steps=STEPS, batch=4, optimizer="", more="", fresh=True):
+        """Sequences of a step: not a multiple of the number of GPUs, so that shares differ. Checkpoints and metrics of an earlier
+        job of this name go, unless it is to go on (`fresh`)."""
         folder = os.path.join(self.out, name)
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "job.toml")
@@ -62,20 +66,23 @@ lr = 3e-4
 {optimizer}
 [output]
 metrics = "metrics.jsonl"
+{more}
 """)
-        for old in ("metrics.jsonl", "log.txt"):
+        if fresh:
+            shutil.rmtree(os.path.join(folder, "checkpoints"), ignore_errors=True)
+        for old in ("metrics.jsonl", "log.txt") if fresh else ("log.txt",):
             if os.path.exists(os.path.join(folder, old)):
                 os.remove(os.path.join(folder, old))
         return folder, path
 
-    def start(self, folder, path, gpus, env=None):
+    def start(self, folder, path, gpus, env=None, options=()):
         devices = f"cpu:{gpus}" if CPU else ",".join(f"cuda:{i}" for i in range(gpus))
-        command = [self.binary, "run", path, "--state-dir", os.path.join(self.out, "state"), "--devices", devices]
+        command = [self.binary, "run", path, "--state-dir", os.path.join(self.out, "state"), "--devices", devices, *options]
         log = open(os.path.join(folder, "log.txt"), "w")
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(env or {})})
 
-    def run(self, name, gpus, train="", steps=STEPS, env=None, limit=150, optimizer=""):
-        folder, path = self.job(name, train, steps, optimizer=optimizer)
+    def run(self, name, gpus, train="", steps=STEPS, env=None, limit=150, optimizer="", more="", fresh=True):
+        folder, path = self.job(name, train, steps, optimizer=optimizer, more=more, fresh=fresh)
         begin = time.time()
         process = self.start(folder, path, gpus, env)
         try:
@@ -144,7 +151,7 @@ def parity(rig):
             rig.say(False, f"parity {precision}: a run failed")
             continue
         noise, loss, norm = off(one, other, "loss"), off(one, many, "loss"), off(one, many, "grad_norm")
-        limit = max(5 * noise, 1e-5 if precision == "fp32" else 5e-4)
+        limit = max(5 * noise, 1e-5 if precision == "fp32" else 5e-5)
         rig.say(loss <= limit, f"parity {precision}: loss within {loss:.1e} of one GPU's, norm within {norm:.1e}; "
                                f"another order of summation on one GPU changes the loss by {noise:.1e}")
 
@@ -178,6 +185,89 @@ def nop2p(rig):
     c = rig.run("peer-access", rig.gpus)
     if a and c:
         rig.say(off(a, c, "loss") < 5e-3, f"without peer access: loss within {off(a, c, 'loss'):.1e} of that with it")
+
+
+def least_memory(rig, name, more=""):
+    """The least device memory with which a plan is made for a job, as the refusal of one with less tells it."""
+    least = 1 << 10
+    for _ in range(4):
+        folder, path = rig.job(name, ONE_ORDER, more=f"[device]\nmemory_bytes = {least}\n{more}")
+        process = rig.start(folder, path, rig.gpus)
+        end = time.time() + 60
+        while process.poll() is None and not read(folder) and time.time() < end:
+            time.sleep(0.05)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            return least  # it trains
+        with open(os.path.join(folder, "log.txt")) as f:
+            said = f.read()
+        found = re.search(r"needs at least (\d+) bytes on each device", said)
+        if not found or int(found.group(1)) <= least:
+            return least if process.returncode == 0 else None
+        least = int(found.group(1))
+    return least
+
+
+def stream(rig):
+    """Nothing stays on the GPUs that could come again: the bits of a job with room for everything, in one order of sums."""
+    roomy = rig.run("roomy", rig.gpus, ONE_ORDER)
+    least = least_memory(rig, "streamed")
+    if least is None:
+        rig.say(False, f"stream: no refusal names the least memory\n{tail(os.path.join(rig.out, 'streamed'))}")
+        return
+    tight = rig.run("streamed", rig.gpus, ONE_ORDER, more=f"[device]\nmemory_bytes = {least}\n")
+    same = bool(roomy and tight) and bits(roomy) == bits(tight)
+    rig.say(same, f"with the least device memory, {least} bytes: {'the same bits' if same else 'other numbers'}")
+    if roomy and tight:
+        moved = [statistics.median(x["bytes_to_device"] for x in lines) for lines in (roomy, tight)]
+        rig.say(CPU or moved[1] > moved[0], f"{moved[1] / 1e6:.0f} MB a step went to each device, with room for all {moved[0] / 1e6:.0f}")
+
+
+def place(rig):
+    """Gradients that stay on one GPU are those in the segment; a death goes back to a checkpoint, and nobody sees it either."""
+    segment, device = (rig.run(f"gradients-in-{where}", 1, f'{ONE_ORDER}gradients_in = "{where}"\n') for where in ("segment", "device"))
+    same = bool(segment and device) and [x["loss"] for x in segment] == [x["loss"] for x in device]
+    # The device may add up squares in another order, in fp64.
+    norm = off(segment, device, "grad_norm") if same else float("inf")
+    rig.say(same and norm < 1e-12, f"gradients on the device: {'the same losses, bit by bit' if same else 'other losses'}, norm within {norm:.0e}")
+    steps, train = 600 if CPU else 60, ONE_ORDER + 'gradients_in = "device"\n'
+    more = '[checkpoint]\npath = "checkpoints"\nevery_steps = 10\nkeep = 2\n'
+    whole = rig.run("gradients-on-device", 1, train, steps=steps, more=more)
+    killed(rig, "killed-on-device", whole, steps, train, more=more, gpus=1)
+
+
+def resize(rig):
+    """A checkpoint of all GPUs, gone on with on half of them: no farther off than the order of sums makes it."""
+    if rig.gpus < 2:
+        print("     resize: skipped, for several GPUs")
+        return
+    half, fewer = STEPS // 2, max(1, rig.gpus // 2)
+    more = '[checkpoint]\npath = "checkpoints"\nat_end = true\n'
+    whole, small = rig.run("whole", rig.gpus), rig.run("whole-fewer", fewer)
+    first = rig.run("resized", rig.gpus, steps=half, more=more)
+    if first:
+        # The job that goes on counts steps as the first did, and reads its metrics file again.
+        folder, path = rig.job("resized", more=more, fresh=False)
+        code = rig.start(folder, path, fewer).wait(150)
+        second = [x for x in read(folder) if x["step"] > half]
+    if not (whole and small and first) or code != 0 or len(second) != STEPS - half:
+        rig.say(False, f"resize: a run failed\n{tail(os.path.join(rig.out, 'resized'))}")
+        return
+    noise, loss = off(small, whole, "loss"), off(second, whole[half:], "loss")
+    limit = max(5 * noise, 5e-5)
+    rig.say(bits(first) == bits(whole[:half]), "the first half has the bits of the whole")
+    rig.say(loss <= limit, f"{half} steps on {rig.gpus} GPUs and {half} on {fewer}: loss within {loss:.1e} of that on {rig.gpus} all the time; "
+                           f"all the time on {fewer} it is within {noise:.1e}")
+
+
+def on_gpus():
+    """Processes that have memory of a GPU, as nvidia-smi tells it; empty where it does not."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return {int(x) for x in done.stdout.split() if x.isdigit()} if done.returncode == 0 else set()
 
 
 def workers(pid):
@@ -214,20 +304,38 @@ def early(rig):
     killed(rig, "killed-early", late, steps, ONE_ORDER, how + "true")
 
 
-def killed(rig, name, whole, steps, train="", optimizer=""):
-    """A run of which a worker is killed twice, against the `whole` one."""
-    folder, path = rig.job(name, train, steps, optimizer=optimizer)
-    process = rig.start(folder, path, rig.gpus)
+def hang(rig):
+    """A worker that is stopped sends no heartbeat: the gang goes on without it, from the segment, with the same bits."""
+    steps, heartbeat = 600 if CPU else 60, 3
+    config = os.path.join(rig.out, "impatient.toml")
+    with open(config, "w") as f:
+        f.write(f"[supervision]\nheartbeat_timeout_seconds = {heartbeat}\n")
+    whole = rig.run("undisturbed", rig.gpus, steps=steps)
+    # Who is stopped does not hear SIGTERM either, and gets SIGKILL 2 s after it.
+    killed(rig, "hung", whole, steps, options=("--config", config), blows=((15, -1),), sign=signal.SIGSTOP, limit=heartbeat + 2 + GONE)
+
+
+# Seconds in which all workers of a gang are to be gone after one of them.
+GONE = 3
+
+
+def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, options=(), blows=((15, -1), (35, 0)), sign=signal.SIGKILL,
+           limit=GONE):
+    """A run of which a worker is killed twice, against the `whole` one. `blows`: steps and ranks; `sign`: what they get."""
+    folder, path = rig.job(name, train, steps, optimizer=optimizer, more=more)
+    segments = set(os.listdir("/dev/shm"))
+    gpus, what = gpus or rig.gpus, "kill" if sign == signal.SIGKILL else "hang"
+    process = rig.start(folder, path, gpus, options=options)
     end = time.time() + 200
-    for at, rank in ((15, -1), (35, 0)):
+    for at, rank in blows:
         while len(read(folder)) < at and process.poll() is None and time.time() < end:
             time.sleep(0.01)
         gang = workers(process.pid)
-        if len(gang) < rig.gpus:
-            rig.say(False, f"kill: {len(gang)} workers at step {at}\n{tail(folder)}")
+        if len(gang) < gpus:
+            rig.say(False, f"{what}: {len(gang)} workers at step {at}\n{tail(folder)}")
             break
         before, begin = len(read(folder)), time.time()
-        os.kill(gang[rank], signal.SIGKILL)
+        os.kill(gang[rank], sign)
         gone = None
         # Steps of the old gang may still be written within a moment.
         while process.poll() is None and time.time() < end:
@@ -237,9 +345,15 @@ def killed(rig, name, whole, steps, train="", optimizer=""):
                 break
             time.sleep(0.01)
         if gone is None:
-            rig.say(False, f"kill at step {at}: the other workers were not gone in time\n{tail(folder)}")
+            rig.say(False, f"{what} at step {at}: the other workers were not gone in time\n{tail(folder)}")
             break
-        rig.say(gone < 15, f"kill at step {at}: all workers gone after {gone:.2f} s, first new step after {time.time() - begin:.2f} s")
+        rig.say(gone < limit, f"{what} at step {at}: all workers gone after {gone:.2f} s, first new step after {time.time() - begin:.2f} s")
+        # In some containers nvidia-smi tells of no process, or calls them by other numbers.
+        here, old = on_gpus(), set(gang)
+        if here & set(workers(process.pid)):
+            rig.say(not here & old, f"{what} at step {at}: {len(here & old)} of the old workers have memory of a GPU")
+        elif not CPU:
+            print("     nvidia-smi does not tell who has memory of the GPUs")
     try:
         code = process.wait(max(1, end - time.time()))
     except subprocess.TimeoutExpired:
@@ -250,12 +364,13 @@ def killed(rig, name, whole, steps, train="", optimizer=""):
         except subprocess.TimeoutExpired:
             process.kill()
     same = bool(whole) and bits(read(folder)) == bits(whole)
-    rig.say(code == 0 and same, f"killed twice: exit {code}, {'the same bits' if same else 'other numbers'}")
-    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl"))]
+    rig.say(code == 0 and same, f"{name}: exit {code}, {'the same bits' if same else 'other numbers'}")
+    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl")) and n not in segments]
     rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
 
 
-CHECKS = dict(repeat=repeat, parity=parity, kill=kill, early=early, hold=hold, pull=pull, nop2p=nop2p)
+CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, stream=stream, place=place, resize=resize, pull=pull,
+              nop2p=nop2p)
 
 
 def main():

@@ -111,8 +111,10 @@ fn bench() -> &'static Bench {
     static BENCH: OnceLock<Bench> = OnceLock::new();
     BENCH.get_or_init(|| {
         let dir = folder();
-        let device =
-            Device { spec: DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: 1 << 30 }, model: "CPU".into() };
+        let device = Device {
+            spec: DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: 1 << 30, bus_id: None },
+            model: "CPU".into(),
+        };
         let mut service = Service::default();
         service.limits.calls_per_second = 1e9;
         let settings = Settings {

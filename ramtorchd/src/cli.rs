@@ -149,7 +149,7 @@ impl Common {
     fn resolve(self, file: ConfigFile, socket: Option<PathBuf>) -> Result<Settings, (u8, String)> {
         let devices = DeviceRequest { devices: self.devices, gpus: self.gpus, memory_bytes: self.device_memory, threads: self.threads };
         let flags = Overrides { socket, state_dir: self.state_dir, devices };
-        file.resolve(flags, &Host::probe(), gpus::memory_bytes).map_err(|e| (e.exit_code(), e.to_string()))
+        file.resolve(flags, &Host::probe(), gpus::seen).map_err(|e| (e.exit_code(), e.to_string()))
     }
 }
 

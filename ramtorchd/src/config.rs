@@ -3,6 +3,7 @@
 use crate::access::config::{AccessConfig, LimitsConfig, MetricsConfig, PathsConfig, TcpConfig};
 use crate::devices::{self, Device, DeviceError, DeviceRequest, Host};
 use nix::unistd::{AccessFlags, access, geteuid};
+use ramtorch_worker::GpuSeen;
 use serde::Deserialize;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -283,7 +284,7 @@ impl ConfigFile {
         self,
         flags: Overrides,
         host: &Host,
-        ask_gpus: impl FnOnce() -> Result<Vec<u64>, String>,
+        ask_gpus: impl FnOnce() -> Result<Vec<GpuSeen>, String>,
     ) -> Result<Settings, ConfigError> {
         let chosen_by_flag = flags.devices.devices.is_some() || flags.devices.gpus.is_some();
         let request = DeviceRequest {

@@ -4,7 +4,7 @@
 //! hold GPU memory, or hang in the driver together with a worker.
 
 use crate::node;
-use ramtorch_worker::{DeviceKind, DeviceSpec};
+use ramtorch_worker::{DeviceKind, DeviceSpec, GpuSeen};
 use std::path::Path;
 
 /// What the user asked for.
@@ -148,7 +148,11 @@ fn gpus(proc: &Path, dev: &Path) -> Vec<String> {
 ///
 /// # Errors
 /// A request that is malformed or that this machine cannot meet.
-pub fn choose(request: &DeviceRequest, host: &Host, ask_gpus: impl FnOnce() -> Result<Vec<u64>, String>) -> Result<Inventory, DeviceError> {
+pub fn choose(
+    request: &DeviceRequest,
+    host: &Host,
+    ask_gpus: impl FnOnce() -> Result<Vec<GpuSeen>, String>,
+) -> Result<Inventory, DeviceError> {
     if request.devices.is_some() && request.gpus.is_some_and(|n| n > 0) {
         return Err(DeviceError::Both);
     }
@@ -169,7 +173,7 @@ pub fn choose(request: &DeviceRequest, host: &Host, ask_gpus: impl FnOnce() -> R
             let each = (threads / count as usize).max(1);
             let memory = request.memory_bytes.unwrap_or(host.memory_available / 2 / u64::from(count));
             let device = |index| Device {
-                spec: DeviceSpec { kind: DeviceKind::Cpu, index, threads: each, memory_bytes: memory },
+                spec: DeviceSpec { kind: DeviceKind::Cpu, index, threads: each, memory_bytes: memory, bus_id: None },
                 model: format!("CPU, {each} thread(s)"),
             };
             let note = format!("{why}{count} CPU device(s), {each} thread(s) and {} each", node::human_bytes(memory));
@@ -180,13 +184,14 @@ pub fn choose(request: &DeviceRequest, host: &Host, ask_gpus: impl FnOnce() -> R
                 return Err(DeviceError::NoSuchGpu { index, found });
             }
             let each = (threads / list.len().max(1)).max(1);
-            let memory = ask_gpus();
+            let seen = ask_gpus();
             let device = |&index: &u32| -> Result<Device, DeviceError> {
                 let unusable = |reason: &str| DeviceError::GpuUnusable { index, reason: reason.to_string() };
-                let total = memory.as_ref().map_err(|e| unusable(e))?.get(index as usize).copied();
-                let most = usable(total.ok_or_else(|| unusable("CUDA does not show it"))?);
+                let gpu = seen.as_ref().map_err(|e| unusable(e))?.iter().find(|g| g.index == index);
+                let gpu = gpu.ok_or_else(|| unusable("CUDA does not show it, or it is too old"))?;
+                let most = usable(gpu.memory_bytes);
                 let memory_bytes = request.memory_bytes.map_or(most, |wanted| wanted.min(most));
-                let spec = DeviceSpec { kind: DeviceKind::Cuda, index, threads: each, memory_bytes };
+                let spec = DeviceSpec { kind: DeviceKind::Cuda, index, threads: each, memory_bytes, bus_id: Some(gpu.bus_id.clone()) };
                 Ok(Device { spec, model: host.gpus[index as usize].clone() })
             };
             let devices = list.iter().map(device).collect::<Result<Vec<_>, _>>()?;
@@ -260,7 +265,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn choose(request: &DeviceRequest, host: &Host) -> Result<Inventory, DeviceError> {
-        super::choose(request, host, || Ok(vec![80 << 30; host.gpus.len()]))
+        super::choose(request, host, || Ok((0..host.gpus.len() as u32).map(gpu).collect()))
+    }
+
+    /// Addresses that are not in the order of ordinals.
+    fn gpu(index: u32) -> GpuSeen {
+        GpuSeen { index, memory_bytes: 80 << 30, bus_id: format!("0000:{:02x}:00.0", 0x90 - index) }
     }
 
     fn host(gpus: usize) -> Host {
@@ -275,7 +285,7 @@ mod tests {
     fn without_gpus_and_flags_there_is_one_cpu_device_and_it_says_so() {
         let i = choose(&DeviceRequest::default(), &host(0)).unwrap();
         assert_eq!(i.devices.len(), 1);
-        assert_eq!(i.devices[0].spec, DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 8, memory_bytes: 32 << 30 });
+        assert_eq!(i.devices[0].spec, DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 8, memory_bytes: 32 << 30, bus_id: None });
         assert!(i.note.starts_with("no GPU found"), "{}", i.note);
     }
 
@@ -319,8 +329,11 @@ mod tests {
         assert_eq!(choose(&DeviceRequest { gpus: Some(1), ..ask("cpu") }, &host(8)), Err(DeviceError::Both));
         let e = super::choose(&ask("cuda:0"), &host(1), || Err("libcuda.so.1 cannot be opened".into())).unwrap_err();
         assert!(e.is_shortage() && e.to_string().contains("libcuda.so.1"), "{e}");
-        let e = super::choose(&ask("cuda:1"), &host(2), || Ok(vec![80 << 30])).unwrap_err();
+        let e = super::choose(&ask("cuda:1"), &host(2), || Ok(vec![gpu(0)])).unwrap_err();
         assert!(e.to_string().contains("cuda:1: CUDA does not show it"), "{e}");
+        // One that CUDA shows and this program cannot use does not shift the others.
+        let i = super::choose(&ask("cuda:1"), &host(2), || Ok(vec![gpu(1)])).unwrap();
+        assert_eq!(i.devices[0].spec.bus_id.as_deref(), Some("0000:8f:00.0"));
         // Nobody loads CUDA for the CPU.
         super::choose(&ask("cpu:2"), &host(2), || unreachable!()).unwrap();
     }

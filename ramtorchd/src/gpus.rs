@@ -1,9 +1,10 @@
-//! Asks CUDA what the daemon must not ask itself: how much memory each GPU has.
+//! Asks CUDA what the daemon must not ask itself: how much memory each GPU has, and where it is on the bus.
 //!
 //! A short-lived process of this program loads CUDA and prints the answer. It may hang in the driver, so that it has a
 //! time limit, and nobody waits for it after that.
 
 use crate::process::PARENT_VARIABLE;
+use ramtorch_worker::GpuSeen;
 use std::io::Read;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -12,11 +13,11 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Bytes of memory of each GPU.
+/// The GPUs that CUDA shows.
 ///
 /// # Errors
 /// Text for the user: what CUDA said, or that it said nothing in time.
-pub fn memory_bytes() -> Result<Vec<u64>, String> {
+pub fn seen() -> Result<Vec<GpuSeen>, String> {
     let mut command = Command::new("/proc/self/exe");
     command.arg("gpus").env(PARENT_VARIABLE, std::process::id().to_string()).env("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -34,7 +35,7 @@ pub fn memory_bytes() -> Result<Vec<u64>, String> {
     if let Some(out) = child.stdout.take() {
         out.take(1 << 20).read_to_string(&mut text).map_err(|e| e.to_string())?;
     }
-    serde_json::from_str::<Result<Vec<u64>, String>>(&text).map_err(|_| "the process that asks CUDA has crashed".to_string())?
+    serde_json::from_str::<Result<Vec<GpuSeen>, String>>(&text).map_err(|_| "the process that asks CUDA has crashed".to_string())?
 }
 
 /// The process that is asked.
@@ -45,10 +46,10 @@ pub fn main() -> ExitCode {
     if let Err(text) = crate::worker::die_with_parent() {
         return answer(&Err(text));
     }
-    answer(&ramtorch_worker::gpu_memory_bytes().map_err(|e| e.message))
+    answer(&ramtorch_worker::gpus().map_err(|e| e.message))
 }
 
-fn answer(result: &Result<Vec<u64>, String>) -> ExitCode {
+fn answer(result: &Result<Vec<GpuSeen>, String>) -> ExitCode {
     match serde_json::to_string(result) {
         Ok(text) => {
             println!("{text}");

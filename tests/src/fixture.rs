@@ -27,6 +27,11 @@ pub struct Fixture {
     pub batch_size: usize,
     #[serde(default)]
     pub sequence_length: usize,
+    /// Of a model whose weights are not stored but made.
+    pub seed: Option<u64>,
+    /// Attention stays inside documents.
+    #[serde(default)]
+    pub document_mask: bool,
     optimizer: Optimizer,
     schedule: Schedule,
     pub loss: Vec<f64>,
@@ -35,8 +40,10 @@ pub struct Fixture {
     pub lr: Vec<f64>,
     /// Loss of the trained model over `held-out.bin`; absent for a plain stack.
     pub final_eval_loss: Option<f64>,
-    #[serde(rename = "final")]
+    #[serde(rename = "final", default)]
     pub last: BTreeMap<String, FinalTensor>,
+    /// How far PyTorch's losses in bf16 are off, as a root mean square; of wide runs alone.
+    pub bf16_rms: Option<f64>,
 }
 
 /// A tensor after the run.
@@ -89,6 +96,21 @@ impl Fixture {
         read(&fixture_path(&format!("expected/{name}.json")))
     }
 
+    /// The runs of models whose sizes are those that GPUs have fast kernels for, by name.
+    ///
+    /// # Panics
+    /// The file is not one of such runs.
+    pub fn wide() -> BTreeMap<String, Fixture> {
+        let mut all: serde_json::Value = read(&fixture_path("expected/wide.json"));
+        let runs: BTreeMap<String, serde_json::Value> = serde_json::from_value(all["runs"].take()).expect("runs by name");
+        let whole = |run: serde_json::Value| {
+            let mut fixture = all.clone();
+            fixture.as_object_mut().expect("an object").extend(run.as_object().expect("an object").clone());
+            serde_json::from_value(fixture).expect("a run")
+        };
+        runs.into_iter().map(|(name, run)| (name, whole(run))).collect()
+    }
+
     /// Folder of a model.
     pub fn model_path(model: &str) -> PathBuf {
         fixture_path("models").join(model)
@@ -114,12 +136,17 @@ impl Fixture {
             job = job.set("schedule.decay_steps", n);
         }
         match (&self.model, &self.layers, &self.activation, &self.loss_kind) {
-            (Some(model), ..) => job
-                .set("model.path", Self::model_path(model))
-                .set("train.precision", "fp32")
-                .set("data.format", "tokens")
-                .set("data.train", fixture_path("tokens.bin"))
-                .set("data.sequence_length", self.sequence_length),
+            (Some(model), ..) => match self.seed {
+                Some(seed) => job
+                    .set("model.config", Self::model_path(model).join("config.json"))
+                    .set("model.seed", seed)
+                    .set("data.train", fixture_path("wide-tokens.bin")),
+                None => job.set("model.path", Self::model_path(model)).set("data.train", fixture_path("tokens.bin")),
+            }
+            .set("train.precision", "fp32")
+            .set("data.format", "tokens")
+            .set("data.document_mask", self.document_mask)
+            .set("data.sequence_length", self.sequence_length),
             (None, Some(layers), Some(activation), Some(loss)) => job
                 .set("model.layers", layers.clone())
                 .set("model.activation", activation.as_str())
@@ -152,7 +179,7 @@ mod tests {
         let mut runs = 0;
         for entry in std::fs::read_dir(fixture_path("expected")).unwrap().flatten() {
             let name = entry.path().file_stem().unwrap().to_str().unwrap().to_owned();
-            if name == "inference" || name == "bf16" {
+            if ["inference", "bf16", "wide"].contains(&name.as_str()) {
                 continue;
             }
             let f = Fixture::load(&name);
@@ -161,6 +188,8 @@ mod tests {
             runs += 1;
         }
         assert_eq!(runs, 15);
+        let wide = Fixture::wide();
+        assert!(wide.len() == 3 && wide.values().all(|f| f.loss.len() == f.steps && f.grad_norm.len() == f.steps && f.seed.is_some()));
         assert_eq!(inference().len(), 7);
     }
 }

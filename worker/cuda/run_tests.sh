@@ -6,6 +6,8 @@
 #
 # Writes tests.log and bench.log. Each test has a process of its own, so a fault on the device ends one test and not all.
 # TEST_SECONDS and BENCH_SECONDS limit the two parts; 0 leaves a part out.
+# SANITIZER=memcheck|racecheck|initcheck|synccheck runs each test under that tool of compute-sanitizer besides (which comes with the
+# CUDA toolkit); what it finds is in sanitizer.log. SANITIZER_SECONDS (600) limits each test.
 set -u
 binary=$(readlink -f "$1"); shift
 results=${1:-cuda-test-results}; [ $# -gt 0 ] && shift
@@ -17,6 +19,29 @@ if [ "${TEST_SECONDS:-300}" != 0 ]; then
   status=$?
   grep -E '^(ok|FAILED)|tests (passed|skipped)' "$results/tests.log"
   grep -E -B2 -A6 "panicked at" "$results/tests.log" | grep -vE '^ok|RUST_BACKTRACE' | cut -c1-400 | head -80
+fi
+if [ -n "${SANITIZER:-}" ]; then
+  sanitizer=$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
+  if [ -z "$sanitizer" ]; then
+    echo "$SANITIZER skipped: no compute-sanitizer on this machine"
+  else
+    : >"$results/sanitizer.log"
+    clean=0 all=0
+    # "NAME: test" for each, of those that the filters leave.
+    while read -r name; do
+      all=$((all + 1))
+      echo "== $name" >>"$results/sanitizer.log"
+      if timeout -k 5 "${SANITIZER_SECONDS:-600}" "$sanitizer" --tool "$SANITIZER" --error-exitcode 97 --target-processes all \
+        "$binary" --exact "$name" >>"$results/sanitizer.log" 2>&1 </dev/null; then
+        clean=$((clean + 1))
+      else
+        echo "FAILED $SANITIZER $name: exit $?"
+        status=1
+      fi
+    done < <("$binary" --list "$@" 2>/dev/null | sed -n 's/: test$//p')
+    echo "$SANITIZER: $clean of $all tests passed clean"
+    [ "$all" -gt 0 ] || status=1
+  fi
 fi
 if [ "${BENCH_SECONDS:-120}" != 0 ]; then
   timeout -k 5 "${BENCH_SECONDS:-120}" "$binary" --bench "$@" >"$results/bench.log" 2>&1

@@ -18,6 +18,21 @@ pub struct DeviceSpec {
     pub threads: usize,
     /// Bytes of device memory that a plan may use.
     pub memory_bytes: u64,
+    /// Address on the bus, as CUDA tells it (`0000:1b:00.0`): in a container, or with CUDA_VISIBLE_DEVICES, the ordinal says nothing
+    /// of where a GPU is. `None` for CPU devices.
+    #[serde(default)]
+    pub bus_id: Option<String>,
+}
+
+/// A GPU, as CUDA shows it to a process of this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuSeen {
+    /// Its ordinal.
+    pub index: u32,
+    /// All of its memory.
+    pub memory_bytes: u64,
+    /// Address on the bus.
+    pub bus_id: String,
 }
 
 /// Kind of device.
@@ -68,6 +83,12 @@ pub enum Task {
         spec: JobSpec,
         /// Folder for token caches.
         cache_dir: PathBuf,
+        /// Ordinals of the GPUs that the job is to have; whether they reach one another's memory is asked.
+        #[serde(default)]
+        gpus: Vec<u32>,
+        /// Nobody else works on any of them: how fast they reach one another may be measured.
+        #[serde(default)]
+        gpus_free: bool,
     },
     /// Train. Result: [`TrainOutcome`].
     Train {
@@ -247,8 +268,10 @@ pub struct Rates {
     pub norm_parameters: f64,
     /// The GPU's, where the job runs on one.
     pub gpu: Option<GpuRates>,
-    /// Every GPU of the node can reach every other's memory; nothing where there is only one, or nobody asked.
+    /// Every GPU of the job can reach every other's memory; nothing where there is only one, or nobody asked.
     pub peer_access: Option<bool>,
+    /// Bytes a second that each GPU of the job receives from another's memory while it sends as much, all at once.
+    pub peer_bytes: f64,
 }
 
 /// What a GPU does with this job's layers.

@@ -42,7 +42,7 @@ use ramtorch_store::Store;
 /// Too little memory (with the bytes wanted and free), or the name is taken.
 pub fn create_segment(name: &str, plan: &Plan) -> Result<(), EngineError> {
     let engine = plan::EnginePlan::of(plan)?;
-    let nodes = numa::nodes_of(&engine.devices).unwrap_or_default();
+    let nodes = numa::nodes_of(&engine.bus_ids).unwrap_or_default();
     Store::create_near(name, &engine.store, &nodes).map_err(errors::store).map(drop)
 }
 
@@ -56,12 +56,13 @@ pub fn prepare_process() -> Result<(), EngineError> {
     if driver { ramtorch_cuda::ensure_libraries() } else { Ok(()) }
 }
 
-/// Bytes of memory of each GPU of this machine. Loads CUDA: not for the daemon's own process.
+/// The usable GPUs of this machine. Loads CUDA: not for the daemon's own process.
 ///
 /// # Errors
 /// A library is missing or too old (with where it was looked for), or there is no usable GPU.
-pub fn gpu_memory_bytes() -> Result<Vec<u64>, EngineError> {
-    Ok(ramtorch_cuda::available()?.iter().map(|g| g.memory_bytes).collect())
+pub fn gpus() -> Result<Vec<GpuSeen>, EngineError> {
+    let seen = |g: ramtorch_cuda::GpuInfo| GpuSeen { index: g.ordinal, memory_bytes: g.memory_bytes, bus_id: g.bus_id };
+    Ok(ramtorch_cuda::available()?.into_iter().map(seen).collect())
 }
 
 /// Does what `assignment` says, in this process, until it is done or told to stop. The value is role-specific:
@@ -74,8 +75,9 @@ pub fn run(assignment: &Assignment, control: &dyn Control) -> Result<serde_json:
         serde_json::to_value(x).map_err(EngineError::internal)
     }
     match &assignment.task {
-        Task::Prepare { spec, cache_dir } => {
-            let prepared = prepare::run(assignment, spec, cache_dir, control)?;
+        Task::Prepare { spec, cache_dir, gpus, gpus_free } => {
+            let gpus = rates::Gpus { all: gpus, free: *gpus_free };
+            let prepared = prepare::run(assignment, spec, cache_dir, gpus, control)?;
             ramtorch_failpoint::hit(ramtorch_failpoint::Point::Prepared);
             value(prepared)
         }

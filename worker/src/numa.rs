@@ -1,14 +1,13 @@
 //! Which processors and which memory are near a GPU, on machines whose memory has several nodes.
 //!
 //! ```text
-//!   /proc/driver/nvidia/gpus/<address>           GPUs by address on the bus, the order in which they are numbered
-//!   /sys/bus/pci/devices/<address>/numa_node     the node that a GPU hangs on
+//!   /sys/bus/pci/devices/<address>/numa_node     the node that a GPU hangs on, by its address on the bus (CUDA tells it)
 //!   /sys/devices/system/node/node<n>/cpulist     processors of a node
 //! ```
 //! Everything here is a wish: where a file is missing or says nothing, nobody is pinned and memory comes from wherever the
 //! kernel takes it. On machines with one node nothing is done at all.
 
-use crate::api::{DeviceKind, DeviceSpec};
+use crate::api::DeviceSpec;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use std::path::Path;
@@ -44,33 +43,37 @@ fn nodes(root: &Path) -> Vec<usize> {
     text.and_then(|t| list(&t)).unwrap_or_default()
 }
 
-/// The node that GPU `index` hangs on.
-fn node_of_gpu(root: &Path, index: u32) -> Option<usize> {
-    let entries = std::fs::read_dir(root.join("proc/driver/nvidia/gpus")).ok()?;
-    let mut addresses: Vec<String> = entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect();
-    addresses.sort();
-    let address = addresses.get(index as usize)?.to_ascii_lowercase();
+/// The node of what has this address on the bus.
+fn node_of(root: &Path, bus_id: &str) -> Option<usize> {
+    // CUDA writes the domain with four digits or eight, sysfs with four; digits as it likes, sysfs in lower case.
+    let address = bus_id.to_ascii_lowercase();
+    let (domain, rest) = address.split_once(':')?;
+    let domain = domain.get(domain.len().checked_sub(4)?..)?;
+    let known = |c: char| c.is_ascii_hexdigit() || c == ':' || c == '.';
+    if !domain.chars().chain(rest.chars()).all(known) {
+        return None;
+    }
     // -1: the firmware does not say.
-    read(&root.join("sys/bus/pci/devices").join(address).join("numa_node"))?.trim().parse().ok()
+    read(&root.join(format!("sys/bus/pci/devices/{domain}:{rest}/numa_node")))?.trim().parse().ok()
 }
 
-fn nodes_in(root: &Path, devices: &[(DeviceKind, u32)]) -> Option<Vec<u32>> {
+fn nodes_in(root: &Path, bus_ids: &[Option<String>]) -> Option<Vec<u32>> {
     let all = nodes(root);
     if all.len() < 2 {
         return None;
     }
-    let near = |d: &(DeviceKind, u32)| if d.0 == DeviceKind::Cuda { node_of_gpu(root, d.1).filter(|n| all.contains(n)) } else { None };
-    devices.iter().map(|d| near(d).and_then(|n| u32::try_from(n).ok())).collect()
+    let near = |id: &Option<String>| node_of(root, id.as_deref()?).filter(|n| all.contains(n));
+    bus_ids.iter().map(|id| near(id).and_then(|n| u32::try_from(n).ok())).collect()
 }
 
-/// The node of each of these devices, where the machine has several and all of them are known.
-pub(crate) fn nodes_of(devices: &[(DeviceKind, u32)]) -> Option<Vec<u32>> {
-    nodes_in(Path::new(ROOT), devices)
+/// The nodes of devices with these addresses on the bus, where the machine has several and all of them are known.
+pub(crate) fn nodes_of(bus_ids: &[Option<String>]) -> Option<Vec<u32>> {
+    nodes_in(Path::new(ROOT), bus_ids)
 }
 
 /// Processors for a rank on `device`, out of those it may use; nothing where it had better not be pinned.
 fn processors(root: &Path, device: &DeviceSpec, allowed: &[usize]) -> Option<Vec<usize>> {
-    let node = *nodes_in(root, &[(device.kind, device.index)])?.first()?;
+    let node = *nodes_in(root, std::slice::from_ref(&device.bus_id))?.first()?;
     let near = list(&read(&root.join(format!("sys/devices/system/node/node{node}/cpulist")))?)?;
     let both: Vec<usize> = near.into_iter().filter(|p| allowed.contains(p)).collect();
     (!both.is_empty() && both.len() * LEAST_PART >= device.threads && both.len() < allowed.len()).then_some(both)
@@ -95,6 +98,7 @@ pub(crate) fn pin(device: &DeviceSpec) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::DeviceKind;
 
     /// A machine with two nodes of four processors, and GPUs on nodes 0, 1 and nowhere.
     fn machine() -> tempfile::TempDir {
@@ -107,15 +111,14 @@ mod tests {
         write("sys/devices/system/node/online", "0-1\n");
         write("sys/devices/system/node/node0/cpulist", "0-1,4-5\n");
         write("sys/devices/system/node/node1/cpulist", "2-3,6-7\n");
-        for (address, node) in [("0000:1B:00.0", "0"), ("0000:9a:00.0", "1"), ("0000:bb:00.0", "-1")] {
-            write(&format!("proc/driver/nvidia/gpus/{address}/information"), "");
-            write(&format!("sys/bus/pci/devices/{}/numa_node", address.to_ascii_lowercase()), &format!("{node}\n"));
+        for (address, node) in [("0000:1b:00.0", "0"), ("0000:9a:00.0", "1"), ("0000:bb:00.0", "-1")] {
+            write(&format!("sys/bus/pci/devices/{address}/numa_node"), &format!("{node}\n"));
         }
         root
     }
 
-    fn gpu(index: u32, threads: usize) -> DeviceSpec {
-        DeviceSpec { kind: DeviceKind::Cuda, index, threads, memory_bytes: 1 }
+    fn gpu(bus_id: &str, threads: usize) -> DeviceSpec {
+        DeviceSpec { kind: DeviceKind::Cuda, index: 0, threads, memory_bytes: 1, bus_id: Some(bus_id.into()) }
     }
 
     #[test]
@@ -123,16 +126,21 @@ mod tests {
         let root = machine();
         let root = root.path();
         let all: Vec<usize> = (0..8).collect();
-        let cuda = |list: &[u32]| list.iter().map(|i| (DeviceKind::Cuda, *i)).collect::<Vec<_>>();
-        assert_eq!(nodes_in(root, &cuda(&[1, 0])), Some(vec![1, 0]));
-        assert_eq!(nodes_in(root, &cuda(&[0, 2])), None, "the third GPU is nowhere");
-        assert_eq!(nodes_in(root, &cuda(&[3])), None, "there is no fourth one");
-        assert_eq!(nodes_in(root, &[(DeviceKind::Cpu, 0)]), None);
-        assert_eq!(processors(root, &gpu(0, 4), &all), Some(vec![0, 1, 4, 5]));
-        assert_eq!(processors(root, &gpu(1, 4), &[0, 1, 2, 3]), Some(vec![2, 3]), "what the process may use");
-        assert_eq!(processors(root, &gpu(1, 4), &[0, 1, 4, 5]), None, "nothing near is allowed");
-        assert_eq!(processors(root, &gpu(1, 4), &[2, 3, 6, 7]), None, "it is near already");
-        assert_eq!(processors(root, &gpu(0, 9), &all), None, "too few for its threads");
+        let cuda = |list: &[&str]| list.iter().map(|id| Some((*id).to_string())).collect::<Vec<_>>();
+        // Whatever the ordinals are: a container's first GPU may be the machine's last.
+        assert_eq!(nodes_in(root, &cuda(&["0000:9a:00.0", "0000:1b:00.0"])), Some(vec![1, 0]));
+        assert_eq!(nodes_in(root, &cuda(&["00000000:9A:00.0", "0000:1B:00.0"])), Some(vec![1, 0]), "as other drivers write it");
+        assert_eq!(nodes_in(root, &cuda(&["0000:1b:00.0", "0000:bb:00.0"])), None, "one GPU is nowhere");
+        assert_eq!(nodes_in(root, &cuda(&["0000:cc:00.0"])), None, "there is no such GPU");
+        for odd in ["", "1b", "0:1b:00.0", "0000:../../node", "é000:1b:00.0"] {
+            assert_eq!(nodes_in(root, &cuda(&[odd])), None, "{odd:?}");
+        }
+        assert_eq!(nodes_in(root, &[None]), None, "a CPU device");
+        assert_eq!(processors(root, &gpu("0000:1b:00.0", 4), &all), Some(vec![0, 1, 4, 5]));
+        assert_eq!(processors(root, &gpu("0000:9a:00.0", 4), &[0, 1, 2, 3]), Some(vec![2, 3]), "what the process may use");
+        assert_eq!(processors(root, &gpu("0000:9a:00.0", 4), &[0, 1, 4, 5]), None, "nothing near is allowed");
+        assert_eq!(processors(root, &gpu("0000:9a:00.0", 4), &[2, 3, 6, 7]), None, "it is near already");
+        assert_eq!(processors(root, &gpu("0000:1b:00.0", 9), &all), None, "too few for its threads");
     }
 
     #[test]
@@ -140,11 +148,11 @@ mod tests {
         let root = machine();
         for online in ["0\n", "", "x-y\n", "3-1\n", "0-99999999999\n"] {
             std::fs::write(root.path().join("sys/devices/system/node/online"), online).unwrap();
-            assert_eq!(nodes_in(root.path(), &[(DeviceKind::Cuda, 0)]), None, "{online:?}");
+            assert_eq!(nodes_in(root.path(), &[Some("0000:1b:00.0".into())]), None, "{online:?}");
         }
         assert_eq!(list("0-2,5\n"), Some(vec![0, 1, 2, 5]));
-        assert_eq!(nodes_in(&root.path().join("none"), &[(DeviceKind::Cuda, 0)]), None);
+        assert_eq!(nodes_in(&root.path().join("none"), &[Some("0000:1b:00.0".into())]), None);
         // This machine, whatever it is: nothing fails.
-        pin(&gpu(0, 1));
+        pin(&gpu("0000:1b:00.0", 1));
     }
 }

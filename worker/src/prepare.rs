@@ -17,7 +17,13 @@ pub(crate) fn tokenizer_source(spec: &ramtorch_job::ModelSpec) -> Option<Tokeniz
     }
 }
 
-pub(crate) fn run(a: &Assignment, spec: &JobSpec, cache_dir: &Path, control: &dyn Control) -> Result<Prepared, EngineError> {
+pub(crate) fn run(
+    a: &Assignment,
+    spec: &JobSpec,
+    cache_dir: &Path,
+    gpus: rates::Gpus,
+    control: &dyn Control,
+) -> Result<Prepared, EngineError> {
     control.heartbeat(0, "reading the model");
     let input = resolve(&spec.model).map_err(errors::model)?;
     for w in &input.warnings {
@@ -88,7 +94,7 @@ pub(crate) fn run(a: &Assignment, spec: &JobSpec, cache_dir: &Path, control: &dy
     }
     control.heartbeat(0, "measuring");
     let sequence_length = if spec.data.format == DataFormat::Tensors { 1 } else { dataset.sequence_length };
-    let rates = rates::for_job(a, spec, &architecture, sequence_length, cache_dir);
+    let rates = rates::for_job(a, spec, &architecture, sequence_length, cache_dir, gpus);
     Ok(Prepared {
         description: architecture.describe(),
         architecture: serde_json::to_value(&architecture).map_err(EngineError::internal)?,

@@ -5,7 +5,7 @@ use crate::supervisor::oneoff::OneOffEvent;
 use crate::supervisor::{Message, Refusal};
 use crate::world::guard;
 use ramtorch_job::JobSpec;
-use ramtorch_worker::{EngineError, Plan, PlanRequest, Prepared, Task};
+use ramtorch_worker::{DeviceKind, EngineError, Plan, PlanRequest, Prepared, Task};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
@@ -35,7 +35,8 @@ pub fn decode<T: DeserializeOwned>(result: Result<String, EngineError>) -> Resul
 pub async fn plan(context: &Context, spec: JobSpec) -> Result<(Prepared, Plan), Refusal> {
     let (ranks, memory_bytes) = (spec.device.ranks, spec.device.memory_bytes);
     let place = context.handle.ask(|reply| Message::PlanContext { ranks, memory_bytes, reply }).await?;
-    let task = Task::Prepare { spec: spec.clone(), cache_dir: context.cache.clone() };
+    let gpus = place.devices.iter().filter(|d| d.kind == DeviceKind::Cuda).map(|d| d.index).collect();
+    let task = Task::Prepare { spec: spec.clone(), cache_dir: context.cache.clone(), gpus, gpus_free: false };
     let prepared: Prepared = result(context, task, false).await?;
     let request = PlanRequest {
         spec,

@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     fn pool(n: u32) -> DevicePool {
-        let spec = |index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes: 100 };
+        let spec = |index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes: 100, bus_id: None };
         DevicePool::new((0..n).map(|i| Device { spec: spec(i), model: "CPU".into() }).collect())
     }
 

@@ -61,7 +61,7 @@ impl Supervisor {
             },
             (DeviceKind::Cuda, false) => {
                 let memory_bytes = self.out.memory().available / 2;
-                (DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: node::cores(), memory_bytes }, None)
+                (DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: node::cores(), memory_bytes, bus_id: None }, None)
             }
             (DeviceKind::Cuda, true) => {
                 let free = self.pool.free().ok_or_else(|| busy("every GPU is held by a job; try again when one is free".into()))?;

@@ -9,7 +9,7 @@ use super::outside::NewSegment;
 use super::proc::{Outcome, Role};
 use super::record::{SegmentRecord, State};
 use ramtorch_failpoint::{Point, hit};
-use ramtorch_worker::{DeviceSpec, EngineError, ErrorKind, Plan, PlanRequest, Prepared, Task};
+use ramtorch_worker::{DeviceKind, DeviceSpec, EngineError, ErrorKind, Plan, PlanRequest, Prepared, Task};
 use std::time::Instant;
 
 impl Supervisor {
@@ -122,7 +122,8 @@ impl Supervisor {
         // That of the gang to come.
         let generation = job.record.generation + 1;
         let id = job.record.id.clone();
-        let task = Task::Prepare { spec: job.spec.clone(), cache_dir: self.out.cache_dir() };
+        let gpus = devices.iter().filter(|d| d.kind == DeviceKind::Cuda).map(|d| d.index).collect();
+        let task = Task::Prepare { spec: job.spec.clone(), cache_dir: self.out.cache_dir(), gpus, gpus_free: true };
         let (world, at) = (devices.len(), job.leases.first().copied());
         let log = self.out.log_dir(&id).join(format!("prepare.g{generation}.log"));
         let assignment = ramtorch_worker::Assignment { job_id: id.clone(), generation, rank: 0, world_size: world, device, task };

@@ -110,8 +110,10 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new(devices: u32) -> Bench {
-        let device =
-            |index| Device { spec: DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes: 1 << 30 }, model: "CPU".into() };
+        let device = |index| Device {
+            spec: DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes: 1 << 30, bus_id: None },
+            model: "CPU".into(),
+        };
         let pool = DevicePool::new((0..devices).map(device).collect());
         let fake = Fake::default();
         let supervisor = Supervisor::new(Supervision::default(), JobLimits::default(), pool, Box::new(fake.clone()));

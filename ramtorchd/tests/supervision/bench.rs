@@ -29,8 +29,10 @@ pub struct Bench {
 
 /// Settings of a daemon whose state is in `dir`, impatient enough for tests.
 pub fn settings(dir: &Path, devices: u32) -> Settings {
-    let device =
-        |index| Device { spec: DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes: 1 << 30 }, model: "CPU".into() };
+    let device = |index| Device {
+        spec: DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes: 1 << 30, bus_id: None },
+        model: "CPU".into(),
+    };
     Settings {
         socket: dir.join("d.sock"),
         state_dir: dir.join("state"),

@@ -60,6 +60,11 @@ impl Context {
         Ok(c)
     }
 
+    /// For functions that take a context; alive as long as this.
+    pub(crate) fn raw(&self) -> sys::CUcontext {
+        self.context
+    }
+
     /// Makes the context current on this thread.
     pub(crate) fn enter(&self) -> Result<(), EngineError> {
         cu!("cuda", cuCtxSetCurrent(self.context))

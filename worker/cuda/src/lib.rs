@@ -18,6 +18,7 @@ mod library;
 mod memory;
 mod nvrtc;
 mod ops;
+mod peer_rate;
 mod peers;
 mod reader;
 mod staging;
@@ -26,6 +27,7 @@ mod updater;
 
 pub use device::CudaDevice;
 pub use library::{ensure_libraries, library_path_environment};
+pub use peer_rate::peer_bytes_per_second;
 
 use cudarc::driver::sys;
 use driver::cu;
@@ -83,24 +85,24 @@ pub fn available() -> Result<Vec<GpuInfo>, EngineError> {
     Ok(found)
 }
 
-/// Whether every GPU of this machine can reach every other's memory; `None` where there is only one. `NCCL_P2P_DISABLE=1` in
+/// Whether each of these GPUs, by ordinal, can reach every other's memory; `None` where there is only one. `NCCL_P2P_DISABLE=1` in
 /// the environment counts as "no".
 ///
 /// # Errors
 /// As [`available`].
-pub fn peer_access() -> Result<Option<bool>, EngineError> {
-    let all = available()?;
-    if all.len() < 2 {
+pub fn peer_access(gpus: &[u32]) -> Result<Option<bool>, EngineError> {
+    if gpus.len() < 2 {
         return Ok(None);
     }
+    available()?; // makes the driver ready, or says what it lacks
     if std::env::var_os("NCCL_P2P_DISABLE").is_some_and(|v| v == "1") {
         return Ok(Some(false));
     }
-    for a in &all {
-        for b in all.iter().filter(|b| b.ordinal != a.ordinal) {
+    for a in gpus {
+        for b in gpus.iter().filter(|b| *b != a) {
             let (mut from, mut to, mut can) = (0, 0, 0);
-            cu!("peer access", cuDeviceGet(&mut from, a.ordinal as i32))?;
-            cu!("peer access", cuDeviceGet(&mut to, b.ordinal as i32))?;
+            cu!("peer access", cuDeviceGet(&mut from, *a as i32))?;
+            cu!("peer access", cuDeviceGet(&mut to, *b as i32))?;
             cu!("peer access", cuDeviceCanAccessPeer(&mut can, from, to))?;
             if can == 0 {
                 return Ok(Some(false));

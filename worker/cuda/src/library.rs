@@ -33,6 +33,8 @@ struct Library {
     present: fn() -> bool,
     /// (found, least) as major · 1000 + minor · 10, when it can be asked without a GPU.
     version: fn() -> Option<(u64, u64)>,
+    /// Major version of CUDA that it is made for. The driver's own is no limit to itself.
+    made_for: fn() -> Option<u64>,
 }
 
 fn present_cuda() -> bool {
@@ -76,6 +78,17 @@ fn cudnn_version() -> Option<(u64, u64)> {
     let v = unsafe { cudarc::cudnn::sys::cudnnGetVersion() } as u64;
     Some((v / 10000 * 1000 + v / 100 % 100 * 10, 9000))
 }
+fn nvrtc_made_for() -> Option<u64> {
+    nvrtc_version().map(|v| v.0 / 1000)
+}
+fn cublaslt_made_for() -> Option<u64> {
+    cublaslt_version().map(|v| v.0 / 1000)
+}
+fn cudnn_made_for() -> Option<u64> {
+    // SAFETY: the library is present (asked first). Answers major · 1000 + minor · 10 of the CUDA run time inside of it.
+    let v = unsafe { cudarc::cudnn::sys::cudnnGetCudartVersion() } as u64;
+    (v >= 1000).then_some(v / 1000)
+}
 
 const LIBRARIES: [Library; 4] = [
     Library {
@@ -84,6 +97,7 @@ const LIBRARIES: [Library; 4] = [
         required: true,
         present: present_cuda,
         version: driver_version,
+        made_for: || None,
     },
     Library {
         file: "libnvrtc.so",
@@ -91,6 +105,7 @@ const LIBRARIES: [Library; 4] = [
         required: true,
         present: present_nvrtc,
         version: nvrtc_version,
+        made_for: nvrtc_made_for,
     },
     Library {
         file: "libcublasLt.so",
@@ -98,6 +113,7 @@ const LIBRARIES: [Library; 4] = [
         required: true,
         present: present_cublaslt,
         version: cublaslt_version,
+        made_for: cublaslt_made_for,
     },
     Library {
         file: "libcudnn.so",
@@ -105,6 +121,7 @@ const LIBRARIES: [Library; 4] = [
         required: false,
         present: present_cudnn,
         version: cudnn_version,
+        made_for: cudnn_made_for,
     },
 ];
 
@@ -223,12 +240,30 @@ pub fn ensure_libraries() -> Result<(), EngineError> {
     Err(EngineError::internal(format!("cannot start this program again with the folders of the CUDA libraries: {failure}")))
 }
 
-/// Checks that the libraries can be opened and are new enough.
+/// What is wrong with a library for one major version of CUDA under a driver for another. A driver runs what was made for it and
+/// for all versions before it; what is newer fails only later, in its first kernel, with an error that does not say why.
+fn too_new(file: &str, place: Option<&Path>, made_for: u64, driver: u64) -> Option<String> {
+    (made_for > driver).then(|| {
+        let place = place.map_or_else(String::new, |p| format!(" ({})", p.display()));
+        format!(
+            "{file}{place} is made for CUDA {made_for}, and the driver supports CUDA {driver}: install the one for CUDA {driver}, whose folder {CHOICE} can name, or a driver for CUDA {made_for}"
+        )
+    })
+}
+
+/// Where a library was opened from, out of a process's memory map.
+fn opened_from(maps: &str, file: &str) -> Option<PathBuf> {
+    let path = |line: &str| line.find('/').map(|at| PathBuf::from(line[at..].trim_end()));
+    maps.lines().filter_map(path).find(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(file)))
+}
+
+/// Checks that the libraries can be opened, are new enough, and not too new for the driver.
 ///
 /// # Errors
-/// One message that names each library that is missing or too old, and the folders that were searched.
+/// One message that names each library that is missing, too old or too new, and the folders that were searched.
 pub(crate) fn check() -> Result<(), EngineError> {
     let mut problems = Vec::new();
+    let driver = if present_cuda() { driver_version().map(|v| v.0 / 1000) } else { None };
     for l in LIBRARIES.iter() {
         if !(l.present)() {
             if l.required {
@@ -237,6 +272,9 @@ pub(crate) fn check() -> Result<(), EngineError> {
         } else if let Some((found, least)) = (l.version)().filter(|(found, least)| found < least) {
             let show = |v: u64| format!("{}.{}", v / 1000, v % 1000 / 10);
             problems.push(format!("{} has version {}, {} or later is needed: {}", l.file, show(found), show(least), l.help));
+        } else if let (Some(made_for), Some(driver)) = ((l.made_for)(), driver) {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+            problems.extend(too_new(l.file, opened_from(&maps, l.file).as_deref(), made_for, driver));
         }
     }
     if problems.is_empty() {
@@ -274,6 +312,30 @@ mod tests {
         assert!(holds_library(&root.join("cuda-13.0/lib64")));
         assert!(!holds_library(&root.join("cuda-12.4/lib64")));
         std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn libraries_may_be_as_new_as_the_driver() {
+        for (made_for, driver, good) in [(12, 12, true), (12, 13, true), (13, 13, true), (13, 12, false), (14, 12, false)] {
+            assert_eq!(too_new("libnvrtc.so", None, made_for, driver).is_none(), good, "CUDA {made_for} under {driver}");
+        }
+        let place = Path::new("/opt/v/nvidia/cu13/lib/libcublasLt.so.13");
+        let text = too_new("libcublasLt.so", Some(place), 13, 12).unwrap();
+        for part in ["libcublasLt.so (/opt/v/nvidia/cu13/lib/libcublasLt.so.13)", "made for CUDA 13", "install the one for CUDA 12", CHOICE]
+        {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
+    }
+
+    #[test]
+    fn the_memory_map_tells_where_a_library_is() {
+        let maps = "55d0-55d1 r-xp 00000000 08:01 11   /usr/bin/x\n\
+                    7f00-7f01 rw-p 00000000 00:00 0 \n\
+                    7f02-7f03 r--p 00000000 08:01 12                         /opt/my libs/libnvrtc-builtins.so.13.0\n\
+                    7f04-7f05 r--p 00000000 08:01 13                         /opt/my libs/libnvrtc.so.13\n";
+        assert_eq!(opened_from(maps, "libnvrtc.so"), Some(PathBuf::from("/opt/my libs/libnvrtc.so.13")));
+        assert_eq!(opened_from(maps, "libcudnn.so"), None);
+        assert_eq!(opened_from("", "libcudnn.so"), None);
     }
 
     #[test]

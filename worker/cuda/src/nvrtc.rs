@@ -9,7 +9,7 @@ use cudarc::nvrtc::sys as nv;
 use ramtorch_device::{EngineError, ErrorKind};
 use std::ffi::{CStr, CString};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A kernel file of `worker/kernels`.
 pub(crate) struct Source {
@@ -25,6 +25,10 @@ const COMMON: Source = Source { name: "common.cuh", text: include_str!("../../ke
 /// # Errors
 /// When the compiler refuses the source or does not know the device; the message carries its log.
 pub(crate) fn cubin(source: &Source, capability: (i32, i32), defines: &[String]) -> Result<Vec<u8>, EngineError> {
+    cubin_kept_in(cache_folder().as_deref(), source, capability, defines)
+}
+
+fn cubin_kept_in(folder: Option<&Path>, source: &Source, capability: (i32, i32), defines: &[String]) -> Result<Vec<u8>, EngineError> {
     let architecture = architecture(capability)?;
     let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned()];
     options.extend(defines.iter().map(|d| format!("-D{d}")));
@@ -33,7 +37,7 @@ pub(crate) fn cubin(source: &Source, capability: (i32, i32), defines: &[String])
     for part in [COMMON.text, source.name, source.text, &options.join("\n"), &version.to_string()] {
         key.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
     }
-    let path = cache_folder().map(|f| f.join(format!("{}.cubin", key.finalize().to_hex())));
+    let path = folder.map(|f| f.join(format!("{}.cubin", key.finalize().to_hex())));
     if let Some(code) = path.as_ref().and_then(|p| std::fs::read(p).ok()).and_then(unseal) {
         return Ok(code);
     }
@@ -54,12 +58,16 @@ fn unseal(mut file: Vec<u8>) -> Option<Vec<u8>> {
     (file == *blake3::hash(&code).as_bytes()).then_some(code)
 }
 
-fn write_aside(path: &std::path::Path, code: &[u8]) -> std::io::Result<()> {
+fn write_aside(path: &Path, code: &[u8]) -> std::io::Result<()> {
     let aside = path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()).replace(['(', ')'], ""));
+    std::fs::write(&aside, sealed(code))?;
+    std::fs::rename(&aside, path)
+}
+
+fn sealed(code: &[u8]) -> Vec<u8> {
     let mut file = blake3::hash(code).as_bytes().to_vec();
     file.extend_from_slice(code);
-    std::fs::write(&aside, file)?;
-    std::fs::rename(&aside, path)
+    file
 }
 
 fn cache_folder() -> Option<PathBuf> {
@@ -149,14 +157,54 @@ fn log(program: nv::nvrtcProgram) -> String {
     CStr::from_bytes_until_nul(&buffer).map(|s| s.to_string_lossy().chars().take(2000).collect()).unwrap_or_default()
 }
 
+/// Whether tests can compile. `RAMTORCH_REQUIRE_NVRTC` is set where the library was installed for them, so that they are not
+/// skipped unseen.
+#[cfg(test)]
+pub(crate) fn to_test_with() -> bool {
+    // SAFETY: opens and closes a library by name.
+    let present = unsafe { nv::is_culib_present() };
+    assert!(present || std::env::var_os("RAMTORCH_REQUIRE_NVRTC").is_none(), "libnvrtc is not on the library path");
+    if !present {
+        eprintln!("1 NVRTC test skipped: libnvrtc is not on the library path");
+    }
+    present
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// What was compiled once is read, and not compiled again; another source, other options and damage make it again.
+    #[test]
+    fn a_source_is_compiled_once() {
+        if !to_test_with() {
+            return;
+        }
+        let folder = std::env::temp_dir().join(format!("ramtorch-cubins-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let source = Source { name: "once.cu", text: "extern \"C\" __global__ void once(int *x) { *x = STEP; }" };
+        let step = |n: i32| vec![format!("STEP={n}")];
+        let cubin = |source, defines: &[String]| cubin_kept_in(Some(&folder), source, (9, 0), defines).unwrap();
+        let files = || std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
+        let code = cubin(&source, &step(1));
+        assert!(code.starts_with(b"\x7fELF"));
+        let [file] = files().try_into().unwrap();
+        // Nobody but the cache gives this.
+        std::fs::write(&file, sealed(b"not the compiler's")).unwrap();
+        assert_eq!(cubin(&source, &step(1)), b"not the compiler's");
+        assert_ne!(cubin(&source, &step(2)), b"not the compiler's", "other options");
+        let other = Source { name: "once.cu", text: "extern \"C\" __global__ void once(int *x) { *x = -STEP; }" };
+        assert_ne!(cubin(&other, &step(1)), b"not the compiler's", "another source");
+        assert_eq!(files().len(), 3);
+        std::fs::write(&file, b"damaged").unwrap();
+        assert_eq!(cubin(&source, &step(1)), code);
+        assert_eq!(std::fs::read(&file).unwrap(), sealed(&code), "and kept again");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
     #[test]
     fn damaged_files_are_not_used() {
-        let mut file = blake3::hash(b"code").as_bytes().to_vec();
-        file.extend_from_slice(b"code");
+        let mut file = sealed(b"code");
         assert_eq!(unseal(file.clone()).as_deref(), Some(&b"code"[..]));
         *file.last_mut().unwrap() ^= 1;
         assert_eq!(unseal(file), None);

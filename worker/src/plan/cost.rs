@@ -40,7 +40,7 @@ mod typical {
     pub const NODE: [f64; 2] = [1.65e11, 1.31e11];
     pub const NODE_BOTH: [f64; 2] = [8.4e10, 1.0e11];
     /// Bytes a second that a rank receives, and sends, in a gather or a reduction of 8 thread blocks beside products: two GPUs
-    /// with NVLink.
+    /// with NVLink. The most that is assumed, whatever copies between GPUs get.
     pub const PEERS: f64 = 9.5e10;
 }
 
@@ -211,8 +211,9 @@ impl Cost {
             shared(or(g.both[1], typical::BOTH[1]), typical::NODE_BOTH[1]),
         ];
         let to_device = shared(or(g.to_device, typical::TO_DEVICE), typical::NODE[0]);
-        // Not measured: preparing a job has one GPU, and the others may be at work for somebody else.
-        let peers = typical::PEERS;
+        // Measured are copies, for which NVLink has more than collectives with few thread blocks take; slower links have what
+        // copies get.
+        let peers = or(rates.peer_bytes, typical::PEERS).min(typical::PEERS);
         // A block's share over the own link and the others' from their devices, or all of it over the own link.
         let gathers = world > 1 && rates.peer_access.unwrap_or(false) && 1.0 / n / to_device + (n - 1.0) / n / peers < 1.0 / to_device;
         let moments = 2.0 * moment as f64;

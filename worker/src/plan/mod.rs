@@ -76,9 +76,9 @@ pub(crate) struct EnginePlan {
     /// Each rank copies its share of a block, and the devices gather the shares; otherwise each rank copies all of it.
     #[serde(default)]
     pub gather_weights: bool,
-    /// Devices by rank, for the place of their pages.
+    /// Addresses of devices on the bus, by rank, for the place of their pages.
     #[serde(default)]
-    pub devices: Vec<(DeviceKind, u32)>,
+    pub bus_ids: Vec<Option<String>>,
     /// For each block but the last (or empty: none): pages whose state is brought to the device during the backward pass, into memory of activations that
     /// are done with.
     #[serde(default)]
@@ -517,7 +517,7 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     let of_rank = |rank| held_pages(&layout, &p.resident, p.held_pages, Ranks { rank, world }).len();
     found.plan.held_pages = (0..world).map(of_rank).max().unwrap_or(0);
     found.plan.uses = device_use(&model, &found.plan, &workspace)?;
-    found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
+    found.plan.bus_ids = devices.iter().map(|d| d.bus_id.clone()).collect();
     let device = found.plan.uses.total();
     let host = if first.kind == DeviceKind::Cpu { device * world as u64 } else { 0 };
     let ahead = found.plan.device_gradients.map_or(0, |f| ramtorch_device::gradient_reader_bytes(f, u64::from(layout.page_parameters())));
@@ -583,7 +583,7 @@ pub(crate) fn inference(
         device_gradients: None,
         optimizer_split: false,
         gather_weights: false,
-        devices: Vec::new(),
+        bus_ids: Vec::new(),
         staged_pages: Vec::new(),
         held_pages: 0,
         squares_on_device: false,

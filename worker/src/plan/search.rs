@@ -226,7 +226,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             device_gradients: s.device_gradients,
             optimizer_split: s.optimizer_split,
             gather_weights: s.world > 1 && s.spec.train.gather_weights.unwrap_or(s.cost.gathers),
-            devices: Vec::new(),
+            bus_ids: Vec::new(),
             staged_pages: Vec::new(),
             held_pages: 0,
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,

@@ -37,7 +37,9 @@ fn request(architecture: &Architecture, world: usize, batch: usize, memory_bytes
             dataset: serde_json::Value::Null,
             rates: Rates::default(),
         },
-        devices: (0..world as u32).map(|index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes }).collect(),
+        devices: (0..world as u32)
+            .map(|index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes, bus_id: None })
+            .collect(),
         segment_bytes_available: 1 << 40,
         ram_bytes_available: 1 << 40,
     }
@@ -119,6 +121,14 @@ fn gpus_share_the_loads_out_where_they_reach_one_another() {
             // What others gather from a device need not be in RAM; where each copies all weights, it has to be.
             assert_eq!(p.held_pages > 0, reach == Some(true), "{}", text.text);
         }
+        let fast = planned(&r).1.step_seconds;
+        // What was measured decides: over a slow link each had better copy everything; a faster one than typical promises nothing.
+        r.prepared.rates.peer_bytes = 1.5e10;
+        let (p, text) = planned(&r);
+        assert!(!p.gather_weights && text.text.contains("15.0 GB/s"), "{}", text.text);
+        r.prepared.rates.peer_bytes = 4e11;
+        let (p, text) = planned(&r);
+        assert!(p.gather_weights && text.step_seconds == fast, "{}", text.text);
         r.spec.train.gather_weights = Some(false);
         assert!(!planned(&r).0.gather_weights);
     }
@@ -130,7 +140,7 @@ fn opened(a: &Architecture, p: &EnginePlan, name: &str) -> u64 {
     let store = Arc::new(Store::create(&name, &p.store).unwrap());
     Store::unlink(&name).unwrap();
     let model = Model::new(a, store.layout(), p.dtype).unwrap();
-    let spec = DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: p.uses.total() };
+    let spec = DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: p.uses.total(), bus_id: None };
     let dev = crate::device::open(&spec, p.dtype, p.uses.total(), true).unwrap();
     Session::new(dev, model, store, p, true).unwrap().dev.allocated()
 }

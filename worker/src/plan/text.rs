@@ -216,6 +216,9 @@ fn time(t: &mut String, found: &Found, kind: DeviceKind, prepared: &Prepared, co
             x.tail + x.wait_norm
         );
     }
+    if prepared.rates.peer_bytes > 0.0 {
+        let _ = writeln!(t, "peers        {:.1} GB/s from one GPU to the next, all at once", prepared.rates.peer_bytes / 1e9);
+    }
     if let Some(g) = gpu {
         let _ = writeln!(
             t,

@@ -494,7 +494,7 @@ mod tests {
     fn visits_are_timed_at_every_size_and_cached_rates_come_back() {
         for tied in [false, true] {
             let model = model(tied);
-            let device = DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: 1 << 30 };
+            let device = DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes: 1 << 30, bus_id: None };
             let q = Question {
                 device: &device,
                 model: &model,

@@ -1,6 +1,7 @@
 //! A short measurement of what this machine does, for the plan's estimate of time.
 
 mod gpu;
+mod peers;
 
 use crate::api::{Assignment, DeviceKind, EngineError, Rates};
 use crate::model::Model;
@@ -11,8 +12,17 @@ use ramtorch_modelio::Architecture;
 use std::path::Path;
 use std::time::Instant;
 
+/// The GPUs of a job.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gpus<'a> {
+    /// Their ordinals.
+    pub all: &'a [u32],
+    /// Nobody else works on any of them.
+    pub free: bool,
+}
+
 /// Rates of this machine and, for a job on a GPU, of the GPU with this job's layers; zeros where they could not be taken.
-pub(crate) fn for_job(a: &Assignment, spec: &JobSpec, architecture: &Architecture, seq: usize, cache: &Path) -> Rates {
+pub(crate) fn for_job(a: &Assignment, spec: &JobSpec, architecture: &Architecture, seq: usize, cache: &Path, gpus: Gpus) -> Rates {
     let mut rates = measure();
     if a.device.kind == DeviceKind::Cuda && architecture.transformer().is_some() {
         if let Err(e) = on_gpu(a, spec, architecture, seq, cache, &mut rates) {
@@ -20,8 +30,13 @@ pub(crate) fn for_job(a: &Assignment, spec: &JobSpec, architecture: &Architectur
         }
     }
     if a.device.kind == DeviceKind::Cuda {
-        // What devices do to one another is not measured here: the others may be at work for somebody else.
-        rates.peer_access = ramtorch_cuda::peer_access().unwrap_or_default();
+        rates.peer_access = ramtorch_cuda::peer_access(gpus.all).unwrap_or_default();
+        if rates.peer_access == Some(true) {
+            rates.peer_bytes = peers::bytes_per_second(gpus.all, gpus.free, cache).unwrap_or_else(|e| {
+                tracing::warn!("how fast GPUs reach one another could not be measured, the plan uses a typical figure: {e}");
+                0.0
+            });
+        }
     }
     rates
 }

@@ -94,7 +94,7 @@ fn planned(dir: &Path, tied: bool, train: &str, world: u32) -> (EnginePlan, Data
             dataset: serde_json::Value::Null,
             rates: Rates::default(),
         },
-        devices: (0..world).map(|index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes }).collect(),
+        devices: (0..world).map(|index| DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes, bus_id: None }).collect(),
         segment_bytes_available: 1 << 40,
         ram_bytes_available: 1 << 40,
     };

@@ -53,8 +53,9 @@ fn gang<T: Send>(tag: &str, world: usize, f: impl Fn(&Arc<Collectives>, CudaDevi
 
 /// How many GPUs a gang can have here.
 fn most() -> usize {
-    let n = ramtorch_cuda::available().unwrap().len();
-    println!("{n} GPU(s), peer access {:?}", ramtorch_cuda::peer_access());
+    let all: Vec<u32> = ramtorch_cuda::available().unwrap().iter().map(|g| g.ordinal).collect();
+    let n = all.len();
+    println!("{n} GPU(s), peer access {:?}", ramtorch_cuda::peer_access(&all));
     if n < 2 {
         println!("skipped: a gang needs two");
     }
