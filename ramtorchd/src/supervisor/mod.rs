@@ -185,6 +185,7 @@ impl Supervisor {
     pub fn handle(&mut self, message: Message, now: Instant) {
         match message {
             Message::Submit { .. }
+            | Message::Vacant { .. }
             | Message::Resolve { .. }
             | Message::Telemetry { .. }
             | Message::Get { .. }
