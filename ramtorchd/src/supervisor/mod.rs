@@ -50,7 +50,8 @@ mod actor;
 pub mod admission;
 mod calls;
 pub mod devices;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(not(fuzzing), allow(dead_code))]
 pub(crate) mod fuzz;
 mod gang;
 mod gpus;
