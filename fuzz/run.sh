@@ -4,6 +4,7 @@
 #
 #   fuzz/run.sh SECONDS_PER_TARGET [TARGET...]      prints executions, coverage and crashes of each
 #   fuzz/run.sh build                               builds only
+#   fuzz/run.sh check                               checks that they compile, without instrumentation
 #
 # Seeds come from the targets themselves; what a run finds stays in fuzz/corpus and is where the next run begins. An input
 # that crashes a target, takes it more than 10 s or more than 1 GiB of memory is left in fuzz/artifacts/TARGET:
@@ -31,6 +32,10 @@ all=$(sed -n 's/^name = "\([a-z_]*\)"$/\1/p' Cargo.toml)
 
 case ${1:-} in
 build) build --bins; exit ;;
+check)
+    # Locked: what is checked is what was last fuzzed.
+    RUSTFLAGS="--cfg fuzzing -D warnings" exec cargo check --quiet --locked --bins --target "$host" --target-dir "$target_dir/fuzz"
+    ;;
 repeat) build --bin "$2"; exec "$bin/$2" -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb=1024 "$3" ;;
 '' | *[!0-9]*) sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2 ;;
 esac

@@ -63,7 +63,9 @@ pub fn joined(parts: &[&[u8]]) -> Vec<u8> {
 /// # Panics
 /// There is none.
 pub fn fixture(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
+    // This file is part of tests elsewhere in the repository, too.
+    let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|d| d.join("tests/fixtures").join(name));
+    let path = folders.find(|p| p.exists()).unwrap_or_else(|| panic!("no fixture {name}"));
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 

@@ -3,6 +3,7 @@
 use crate::access::Policy;
 use crate::access::config::TcpConfig;
 use crate::access::gate::Gate;
+use crate::access::outputs::Ledger;
 use crate::access::paths::Roots;
 use crate::access::sandbox::{self, Sandbox};
 use crate::access::serve::{self, Running};
@@ -179,6 +180,8 @@ impl Daemon {
             supervisor.quarantine_survivor(&device, identity.pid);
             tokio::spawn(await_survivor(identity, boot_id.clone(), answers.clone()));
         }
+        let made = found.jobs.iter().map(|(r, ..)| (&r.outputs[..], r.uid, r.created_unix_ms));
+        let ledger = Arc::new(Ledger::open(state.outputs(), made));
         for (record, spec, history) in found.jobs {
             supervisor.adopt(record, spec, history);
         }
@@ -192,6 +195,7 @@ impl Daemon {
             started_unix_ms: node::unix_ms(),
             request_bytes: service.limits.request_bytes,
             roots,
+            ledger,
         };
         let counters = Arc::new(telemetry::rpc::RpcCounters::default());
         let most = service.limits.connections;

@@ -7,6 +7,7 @@
 //!    them. All others in the registry are unlinked.
 //! 4. An unfinished job without its segment is prepared again, and goes on from its newest checkpoint.
 
+use crate::access::outputs;
 use crate::process::{EndError, Identity};
 use crate::supervisor::record::{Record, State, read_history};
 use ramtorch_failpoint::{Point, hit};
@@ -48,7 +49,7 @@ pub fn recover(jobs: &Path, registry: &Registry, boot_id: &str, history: usize) 
             // A submission that was never answered: there was nothing else in its folder.
             continue;
         }
-        let record = match Record::read(&dir) {
+        let mut record = match Record::read(&dir) {
             Ok(record) => record,
             Err(e) => {
                 tracing::warn!("a job is left alone: {e}");
@@ -62,6 +63,10 @@ pub fn recover(jobs: &Path, registry: &Registry, boot_id: &str, history: usize) 
                 continue;
             }
         };
+        if record.outputs.is_empty() {
+            // Of a version that did not note them. No link is followed here: a file system that hangs must not stop the start.
+            record.outputs = outputs::of_job(&spec).into_iter().map(|o| o.path).collect();
+        }
         found.jobs.push((record, spec, Vec::new()));
     }
     found.jobs.sort_by(|a, b| (a.0.created_unix_ms, &a.0.id).cmp(&(b.0.created_unix_ms, &b.0.id)));

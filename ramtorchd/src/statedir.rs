@@ -8,6 +8,7 @@
 //! STATE_DIR/jobs/ID/job.json        the job, replaced atomically
 //! STATE_DIR/jobs/ID/metrics.jsonl   its metrics, a line a step, written by its first rank
 //! STATE_DIR/jobs/ID/logs/           output of its workers, a file a rank and generation
+//! STATE_DIR/outputs.jsonl           which user's job made what, appended
 //! STATE_DIR/oneoff/                 logs of one-off work, removed with it
 //! ```
 
@@ -94,6 +95,11 @@ impl StateDir {
     /// Folder of all jobs.
     pub fn jobs(&self) -> PathBuf {
         self.dir.join("jobs")
+    }
+
+    /// Which user's job made what.
+    pub fn outputs(&self) -> PathBuf {
+        self.dir.join("outputs.jsonl")
     }
 
     /// Logs of one-off work; emptied here, since nothing in it outlives a daemon.

@@ -35,6 +35,18 @@ pub use process::{Finished, Process};
 pub use sandbox::Sandbox;
 pub use tensors::{Tensor, assert_same_tensors, read_tensors, write_tensors};
 
+/// Whether this runs in CI, where what a test needs has to be there.
+pub fn in_ci() -> bool {
+    std::env::var("CI").is_ok_and(|v| v == "true")
+}
+
+/// Tells something that must be seen although the test succeeds: the test harness keeps what tests print to themselves.
+pub fn tell(text: &str) {
+    use std::io::Write;
+    // Not `eprintln!`, which is captured. Nothing can be done about a standard error that is closed.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 /// Exit codes that users rely on.
 pub mod exit {
     /// Done.

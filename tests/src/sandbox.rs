@@ -127,6 +127,30 @@ impl Sandbox {
         Daemon::start(self, devices, more)
     }
 
+    /// `sh -ec SCRIPT` in a namespace of its own, in which it may mount file systems.
+    pub fn namespace(&self, script: &str) -> Command {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-ec", script]);
+        self.prepare(command)
+    }
+
+    /// Whether `mount` succeeds in a namespace of its own. Where it does not, a test that needs it is skipped, and this says so.
+    ///
+    /// # Panics
+    /// It does not although this is root, in CI: there the test would be skipped for ever, and nobody would notice.
+    pub fn can_mount(&self, mount: &str) -> bool {
+        let tried = self.namespace(mount).output();
+        let why = match tried {
+            Ok(o) if o.status.success() => return true,
+            Ok(o) => String::from_utf8_lossy(&o.stderr).trim().to_owned(),
+            Err(e) => format!("unshare: {e}"),
+        };
+        let text = format!("SKIPPED: this user may not mount a file system in a namespace: {why}");
+        assert!(!(crate::in_ci() && nix::unistd::geteuid().is_root()), "{text}");
+        crate::tell(&text);
+        false
+    }
+
     /// Processes of this sandbox that run now: pid and command line.
     pub fn processes(&self) -> Vec<(i32, String)> {
         leaks::processes(self.root())

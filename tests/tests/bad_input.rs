@@ -5,7 +5,6 @@
 use ramtorch_tests::{Binary, Finished, Fixture, JobFile, Sandbox, Tensor, exit, fixture_path, read_tensors, write_tensors};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Command;
 
 fn llama() -> JobFile {
     Fixture::load("llama").job("bad").set("train.steps", 3).set("schedule.warmup_steps", 0).set("output.path", "model")
@@ -299,19 +298,13 @@ fn a_full_disk() {
     let path = sandbox.path("small");
     std::fs::create_dir(&path).unwrap();
     let mount = "mount -t tmpfs -o size=128k none small";
-    let namespace = |script: String| {
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]).arg(script);
-        sandbox.prepare(command)
-    };
-    if !namespace(mount.into()).output().is_ok_and(|o| o.status.success()) {
-        println!("skipped: this user may not mount a file system in a namespace");
+    if !sandbox.can_mount(mount) {
         return;
     }
     let run = |job: JobFile| {
         let file = sandbox.write_job("full", &job);
         let daemon = ramtorch_tests::binary(Binary::Daemon);
-        let command = namespace(format!("{mount}; {} run {} --devices cpu:2", daemon.display(), file.display()));
+        let command = sandbox.namespace(&format!("{mount}; {} run {} --devices cpu:2", daemon.display(), file.display()));
         let finished = sandbox.start(command).wait(std::time::Duration::from_secs(120));
         sandbox.assert_clean();
         finished

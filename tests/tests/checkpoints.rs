@@ -85,19 +85,13 @@ fn a_disk_with_room_for_one_keeps_the_one() {
     let bytes: u64 = std::fs::read_dir(folder).unwrap().flatten().map(|e| e.metadata().unwrap().len().next_multiple_of(4096)).sum();
     std::fs::create_dir(sandbox.path("small")).unwrap();
     let mount = format!("mount -t tmpfs -o size={} none small", bytes * 3 / 2);
-    let namespace = |script: String| {
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]).arg(script);
-        sandbox.prepare(command)
-    };
-    if !namespace(mount.clone()).output().is_ok_and(|o| o.status.success()) {
-        println!("skipped: this user may not mount a file system in a namespace");
+    if !sandbox.can_mount(&mount) {
         return;
     }
     let file = sandbox.write_job("full", &job);
     let daemon = ramtorch_tests::binary(Binary::Daemon);
     let script = format!("{mount}; {} run {} --devices cpu:2; ls small/c; cat small/c/latest", daemon.display(), file.display());
-    let finished = sandbox.start(namespace(script)).wait(LIMIT).expect_success();
+    let finished = sandbox.start(sandbox.namespace(&script)).wait(LIMIT).expect_success();
     sandbox.assert_clean();
     let said = finished.text();
     assert!(said.contains("checkpoint of step 6 failed, training goes on") && said.contains("free"), "{said}");

@@ -7,10 +7,12 @@
 //!                                       PERMISSION_DENIED       RESOURCE_EXHAUSTED
 //! ```
 //! A job belongs to the user who submitted it. Others see in lists that it is there and what it holds; only its owner and
-//! administrators read it, watch it, or end it. The paths that a call names are checked in `paths`.
+//! administrators read it, watch it, or end it. The paths that a call names are checked in `paths`,
+//! and that what it would write over is the caller's, in `outputs`.
 
 pub mod config;
 pub mod gate;
+pub mod outputs;
 pub mod paths;
 pub mod sandbox;
 pub mod serve;

@@ -186,7 +186,7 @@ fn has_pattern(part: &OsStr) -> bool {
 ///
 /// # Errors
 /// Text: not absolute, a link to nowhere, `..` after what does not exist, no permission to look.
-fn follow(path: &Path) -> Result<PathBuf, String> {
+pub(super) fn follow(path: &Path) -> Result<PathBuf, String> {
     let mut at = PathBuf::from("/");
     let mut parts = path.components();
     if parts.next() != Some(Component::RootDir) {

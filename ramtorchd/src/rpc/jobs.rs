@@ -1,8 +1,8 @@
 //! `ramtorch.v1.Jobs`
 
-use super::{Context as Services, MAX_JOB_FILE_BYTES, caller, convert, invalid, oneoff};
-use crate::access::Caller;
+use super::{Context as Services, MAX_JOB_FILE_BYTES, caller, convert, invalid, oneoff, peer_gid};
 use crate::access::paths::Use;
+use crate::access::{Caller, outputs};
 use crate::disk;
 use crate::logs::LogReader;
 use crate::node;
@@ -15,6 +15,7 @@ use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::jobs_server::Jobs;
 use ramtorch_worker::{EngineError, ErrorKind, EvalResult, Exported, Generated, Inspected, Task};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -40,13 +41,14 @@ impl JobsService {
         JobsService { context }
     }
 
-    async fn create(&self, spec: JobSpec, uid: u32) -> Result<pb::Job, Refusal> {
+    async fn create(&self, spec: JobSpec, caller: &Caller, outputs: Vec<PathBuf>) -> Result<pb::Job, Refusal> {
         // Durable before it is accepted: a job that was answered for is not forgotten.
         let jobs = self.context.jobs.clone();
-        let made = spec.clone();
+        let (made, places, uid) = (spec.clone(), outputs.clone(), caller.uid);
         let write = tokio::task::spawn_blocking(move || -> std::io::Result<Record> {
             loop {
-                let record = Record::new(new_id()?, &made, uid, node::unix_ms());
+                let mut record = Record::new(new_id()?, &made, uid, node::unix_ms());
+                record.outputs.clone_from(&places);
                 let dir = jobs.join(&record.id);
                 match std::fs::create_dir(&dir) {
                     Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => continue,
@@ -62,10 +64,11 @@ impl JobsService {
         let cannot = |e: String| EngineError::new(ErrorKind::Output, format!("cannot keep the job in the state folder: {e}"));
         let record = write.await.map_err(|e| cannot(e.to_string()))?.map_err(|e| cannot(e.to_string()))?;
         let dir = self.context.jobs.join(&record.id);
-        let (record, spec) = (Box::new(record), Box::new(spec));
-        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, reply }).await;
-        if answer.is_err() {
-            let _ = tokio::fs::remove_dir_all(dir).await;
+        let (record, spec, admin) = (Box::new(record), Box::new(spec), caller.admin);
+        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, admin, reply }).await;
+        match answer {
+            Ok(_) => self.context.claim(caller, outputs).await,
+            Err(_) => drop(tokio::fs::remove_dir_all(dir).await),
         }
         answer
     }
@@ -120,10 +123,11 @@ fn new_id() -> std::io::Result<String> {
 #[tonic::async_trait]
 impl Jobs for JobsService {
     async fn submit(&self, request: Request<pb::SubmitRequest>) -> Result<Response<pb::Job>, Status> {
-        let Caller { uid, .. } = caller(&request)?;
+        let (caller, process_gid) = (caller(&request)?, peer_gid(&request));
         let request = request.into_inner();
         let spec = parse(&request)?;
         check_paths(&self.context, &spec).await?;
+        let outputs = self.context.writable(&caller, process_gid, outputs::of_job(&spec)).await?;
         if request.dry_run {
             let name = spec.name.clone();
             let spec_toml = spec.to_toml();
@@ -131,7 +135,7 @@ impl Jobs for JobsService {
             return Ok(Response::new(pb::Job {
                 name,
                 spec_toml,
-                uid,
+                uid: caller.uid,
                 steps: prepared.steps,
                 model: prepared.description,
                 world_size: u32::try_from(plan.device_bytes.len()).unwrap_or(u32::MAX),
@@ -141,7 +145,7 @@ impl Jobs for JobsService {
                 ..Default::default()
             }));
         }
-        Ok(Response::new(self.create(spec, uid).await?))
+        Ok(Response::new(self.create(spec, &caller, outputs).await?))
     }
 
     async fn get(&self, request: Request<pb::GetJobRequest>) -> Result<Response<pb::Job>, Status> {
@@ -248,12 +252,16 @@ impl Jobs for JobsService {
     }
 
     async fn export(&self, request: Request<pb::ExportRequest>) -> Result<Response<pb::ExportResponse>, Status> {
-        let caller = caller(&request)?;
+        let (caller, process_gid) = (caller(&request)?, peer_gid(&request));
         let request = request.into_inner();
         let (path, dtype) = (convert::absolute("path", &request.path)?, convert::precision(&request.dtype)?);
         let source = convert::source(&self.context, &caller, request.model).await?;
         let target = path.clone();
         self.context.allowed(move |roots| roots.check("the model folder", &target, Use::Write)).await?;
+        let outputs = self.context.writable(&caller, process_gid, outputs::of_export(path.clone())).await?;
+        let (places, asks) = (outputs.clone(), caller.clone());
+        self.context.handle.ask(|reply| Message::Vacant { outputs: places, caller: asks, reply }).await?;
+        self.context.claim(&caller, outputs).await;
         let task = Task::Export { source, path, dtype, overwrite: request.overwrite };
         let r: Exported = oneoff::result(&self.context, task, false).await?;
         Ok(Response::new(pb::ExportResponse { path: r.path.to_string_lossy().into_owned(), step: r.step, bytes: r.bytes }))

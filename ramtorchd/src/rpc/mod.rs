@@ -12,6 +12,7 @@ pub use node::NodeService;
 pub use worker::WorkerService;
 
 use crate::access::Caller;
+use crate::access::outputs::{self, Ledger, Output, Writer};
 use crate::access::paths::{PathError, Roots};
 use crate::supervisor::Message;
 use crate::supervisor::outside::Engine;
@@ -45,6 +46,8 @@ pub struct Context {
     pub request_bytes: usize,
     /// Folders below which is read and written.
     pub roots: Arc<Roots>,
+    /// Whose job made what.
+    pub ledger: Arc<Ledger>,
 }
 
 impl Context {
@@ -63,6 +66,29 @@ impl Context {
         let checked = tokio::task::spawn_blocking(move || check(&roots)).await;
         let checked = checked.map_err(|e| Refusal::new(RefusalKind::Denied, format!("cannot check paths: {e}")))?;
         checked.map_err(|e| Refusal::new(RefusalKind::Denied, e.to_string()))
+    }
+
+    /// Checks that what is there of these is the caller's to write, which touches the file system. Returns where they are.
+    async fn writable(&self, caller: &Caller, process_gid: Option<u32>, outputs: Vec<Output>) -> Result<Vec<PathBuf>, Refusal> {
+        let (caller, ledger) = (caller.clone(), self.ledger.clone());
+        let denied = |e: String| Refusal::new(RefusalKind::Denied, e);
+        let checked = tokio::task::spawn_blocking(move || {
+            if !caller.admin && !outputs.is_empty() {
+                ledger.check(&outputs, &Writer::look_up(caller.uid, process_gid))?;
+            }
+            Ok(outputs::places(&outputs))
+        });
+        let checked: Result<_, outputs::OutputError> = checked.await.map_err(|e| denied(format!("cannot check outputs: {e}")))?;
+        checked.map_err(|e| denied(e.to_string()))
+    }
+
+    /// Notes whose these are from now on.
+    async fn claim(&self, caller: &Caller, places: Vec<PathBuf>) {
+        let (caller, ledger) = (caller.clone(), self.ledger.clone());
+        let noted = tokio::task::spawn_blocking(move || ledger.claim(&places, caller.uid, caller.admin, crate::node::unix_ms()));
+        if let Err(e) = noted.await {
+            tracing::error!("whose outputs these are was not noted: {e}");
+        }
     }
 }
 
@@ -107,6 +133,11 @@ fn invalid(message: impl Into<String>) -> Refusal {
 /// Which process calls, as the kernel says.
 fn peer_pid<T>(request: &Request<T>) -> Option<i32> {
     request.extensions().get::<UdsConnectInfo>().and_then(|i| i.peer_cred).and_then(|c| c.pid())
+}
+
+/// Group of the process that calls, as the kernel says.
+fn peer_gid<T>(request: &Request<T>) -> Option<u32> {
+    request.extensions().get::<UdsConnectInfo>().and_then(|i| i.peer_cred).map(|c| c.gid())
 }
 
 #[cfg(test)]

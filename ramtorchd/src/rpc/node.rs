@@ -1,6 +1,7 @@
 //! `ramtorch.v1.Node`
 
-use super::{Context, caller, jobs, oneoff};
+use super::{Context, caller, jobs, oneoff, peer_gid};
+use crate::access::outputs;
 use crate::node;
 use crate::supervisor::record::plan_to_pb;
 use crate::supervisor::{Message, Refusal, RefusalKind};
@@ -42,8 +43,11 @@ impl Node for NodeService {
     }
 
     async fn plan(&self, request: Request<pb::SubmitRequest>) -> Result<Response<pb::Plan>, Status> {
+        let (caller, process_gid) = (caller(&request)?, peer_gid(&request));
         let spec = jobs::parse(&request.into_inner())?;
         jobs::check_paths(&self.context, &spec).await?;
+        // Its preparation looks at where it would write.
+        self.context.writable(&caller, process_gid, outputs::of_job(&spec)).await?;
         let (_, plan) = oneoff::plan(&self.context, spec).await?;
         Ok(Response::new(plan_to_pb(&plan)))
     }

@@ -193,3 +193,20 @@ pub(crate) fn adopt(jobs: Vec<(Record, JobSpec, Vec<pb::Metrics>)>) {
     }
     bench.advance(Duration::from_secs(2));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What fuzzers came upon that leads to different places, and where they began: `fuzz/seeds.sh` keeps them.
+    #[test]
+    fn conversations_that_fuzzers_found_end_well() {
+        conversations().iter().for_each(|c| converse(c));
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus-seeds/worker_reports");
+        let files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect();
+        assert!(files.len() >= 10, "{} inputs in {}", files.len(), folder.display());
+        for file in files {
+            converse(&std::fs::read(file).unwrap());
+        }
+    }
+}

@@ -5,6 +5,7 @@ use super::job::{Job, Phase};
 use super::message::JobKey;
 use std::collections::btree_map;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 
 /// Jobs by their place in the order of submission.
 #[derive(Debug, Default)]
@@ -12,6 +13,8 @@ pub struct Jobs {
     all: BTreeMap<JobKey, Job>,
     by_id: HashMap<String, JobKey>,
     active: BTreeSet<JobKey>,
+    /// Where those write.
+    writers: HashMap<PathBuf, BTreeSet<JobKey>>,
     /// By the time of their end.
     ended: BTreeSet<(i64, JobKey)>,
     /// Those of them whose metrics are in memory.
@@ -27,6 +30,9 @@ impl Jobs {
             self.note_end(key, job.record.ended_unix_ms);
         } else {
             self.active.insert(key);
+            for output in &job.record.outputs {
+                self.writers.entry(output.clone()).or_default().insert(key);
+            }
         }
         self.all.insert(key, job);
     }
@@ -36,6 +42,14 @@ impl Jobs {
         let Some(job) = self.all.get_mut(&key) else { return };
         job.phase = Phase::Ended;
         let at = job.record.ended_unix_ms;
+        for output in &job.record.outputs {
+            if let Some(keys) = self.writers.get_mut(output) {
+                keys.remove(&key);
+                if keys.is_empty() {
+                    self.writers.remove(output);
+                }
+            }
+        }
         self.active.remove(&key);
         self.note_end(key, at);
     }
@@ -79,6 +93,14 @@ impl Jobs {
         self.by_id.get(id).and_then(|key| self.all.get(key))
     }
 
+    /// A job that has not ended and writes to this path, or is another user's and writes to a folder above it.
+    pub fn writer(&self, path: &Path, uid: u32) -> Option<&Job> {
+        path.ancestors().enumerate().find_map(|(above, path)| {
+            let mut jobs = self.writers.get(path)?.iter().filter_map(|key| self.all.get(key));
+            jobs.find(|job| above == 0 || job.record.uid != uid)
+        })
+    }
+
     /// One job.
     pub fn get(&self, key: &JobKey) -> Option<&Job> {
         self.all.get(key)
@@ -115,6 +137,10 @@ impl Jobs {
         let ended: BTreeSet<_> = self.all.values().filter(|j| j.has_ended()).map(|j| (j.record.ended_unix_ms, j.key)).collect();
         let active: BTreeSet<_> = self.all.values().filter(|j| !j.has_ended()).map(|j| j.key).collect();
         assert_eq!((&ended, &active), (&self.ended, &self.active));
+        let writes = |key: &JobKey| self.all[key].record.outputs.iter().map(move |o| (o, *key)).collect::<Vec<_>>();
+        let wanted: BTreeSet<_> = active.iter().flat_map(writes).collect();
+        let listed: BTreeSet<_> = self.writers.iter().flat_map(|(o, keys)| keys.iter().map(move |k| (o, *k))).collect();
+        assert_eq!((wanted, self.writers.values().any(BTreeSet::is_empty)), (listed, false));
         assert!(self.with_metrics.is_subset(&self.ended));
         assert_eq!(self.by_id.len(), self.all.len());
         assert!(self.all.iter().all(|(key, job)| job.key == *key && self.by_id.get(&job.record.id) == Some(key)));
@@ -142,8 +168,22 @@ mod tests {
             "name = \"a\"\n[model]\npath = \"/m\"\n[data]\nformat = \"tokens\"\ntrain = \"/t\"\n[train]\nsteps = 3\nbatch_size = 2\n";
         let spec = JobSpec::parse(text, std::path::Path::new("/"), "j").unwrap();
         let mut job = Job::new(JobKey(number), Record::new(format!("id{number}"), &spec, 0, 0), spec);
+        job.record.outputs = vec!["/shared/metrics".into(), format!("/own/{number}").into()];
         job.history.extend((0..3).map(|step| pb::Metrics { step, ..Default::default() }));
         job
+    }
+
+    #[test]
+    fn who_writes_where_is_known_until_the_end() {
+        let mut jobs = Jobs::default();
+        jobs.insert(job(1));
+        let writer = |jobs: &Jobs, path: &str, uid| jobs.writer(Path::new(path), uid).map(|j| j.key.0);
+        assert_eq!((writer(&jobs, "/own/1", 0), writer(&jobs, "/own/1", 7)), (Some(1), Some(1)), "of any user");
+        assert_eq!((writer(&jobs, "/own/1/x/y", 0), writer(&jobs, "/own/1/x/y", 7)), (None, Some(1)), "inside, another user's");
+        assert_eq!((writer(&jobs, "/own", 7), writer(&jobs, "/own/11", 7)), (None, None));
+        jobs.end(JobKey(1));
+        assert_eq!(writer(&jobs, "/own/1", 7), None);
+        jobs.check();
     }
 
     proptest! {

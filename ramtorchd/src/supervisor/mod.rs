@@ -50,7 +50,8 @@ mod actor;
 pub mod admission;
 mod calls;
 pub mod devices;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(not(fuzzing), allow(dead_code))]
 pub(crate) mod fuzz;
 mod gang;
 mod gpus;
@@ -185,6 +186,7 @@ impl Supervisor {
     pub fn handle(&mut self, message: Message, now: Instant) {
         match message {
             Message::Submit { .. }
+            | Message::Vacant { .. }
             | Message::Resolve { .. }
             | Message::Telemetry { .. }
             | Message::Get { .. }

@@ -59,6 +59,9 @@ pub struct Record {
     /// Its metrics file, where one was asked for.
     #[serde(default)]
     pub metrics_path: Option<PathBuf>,
+    /// Where it writes for its user, links followed at its submission.
+    #[serde(default)]
+    pub outputs: Vec<PathBuf>,
     /// What preparation found; dropped when the job ends.
     #[serde(default)]
     pub prepared: Option<Prepared>,
@@ -148,6 +151,7 @@ impl Record {
             steps: spec.train.steps.unwrap_or(0),
             model: String::new(),
             metrics_path: spec.output.metrics.clone(),
+            outputs: Vec::new(),
             prepared: None,
             plan: None,
             segment: None,

@@ -64,6 +64,75 @@ async fn call(socket: &str, theirs: &str, job_toml: &str, base_dir: &str) -> Val
     all
 }
 
+/// `submitter SOCKET TOML BASE WHAT`: submits, plans (`plan`) or exports to the path TOML (`export`); JSON of the job's id or of the refusal.
+pub fn submitter_main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let said = runtime.block_on(async {
+        let mut c = Client::connect(Endpoint::unix(&arguments[2])).await.map_err(|e| e.to_string())?;
+        let (text, base_dir) = (arguments[3].clone(), arguments[4].clone());
+        let request = v1::SubmitRequest { job_toml: text.clone(), base_dir, ..Default::default() };
+        match arguments[5].as_str() {
+            "plan" => c.plan(request).await.map(|_| "planned".into()),
+            "export" => {
+                let model = Some(v1::ModelSource { source: Some(Source::Path("/m".into())) });
+                c.export(v1::ExportRequest { model, path: text, overwrite: true, ..Default::default() }).await.map(|_| "exported".into())
+            }
+            _ => c.submit(request).await.map(|job| job.id),
+        }
+        .map_err(|e| e.to_string())
+    });
+    println!(
+        "{}",
+        match said {
+            Ok(id) => json!({ "ok": id }),
+            Err(e) => json!({ "refused": e }),
+        }
+    );
+    ExitCode::SUCCESS
+}
+
+/// Two users who submit to one daemon. `None` where these tests may not become others.
+struct Users {
+    socket: std::path::PathBuf,
+    base: String,
+}
+
+impl Users {
+    fn of(bench: &mut Bench) -> Option<Users> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: only root can call as another user");
+            return None;
+        }
+        open_to_others(bench);
+        bench.settings.service.access.users = vec![UserRef::Uid(NOBODY), UserRef::Uid(DAEMON)];
+        Some(Users { socket: bench.settings.socket.clone(), base: bench.dir.path().to_str().unwrap().into() })
+    }
+
+    /// The id of the job, or why not.
+    async fn ask(&self, uid: u32, text: &str, what: &str) -> Result<String, String> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("submitter").arg(&self.socket).args([text, &self.base, what]);
+        command.uid(uid).gid(NOBODY).current_dir("/").stdin(Stdio::null()).stderr(Stdio::inherit());
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+        match said["ok"].as_str() {
+            Some(id) => Ok(id.into()),
+            None => Err(said["refused"].as_str().unwrap().into()),
+        }
+    }
+}
+
+/// Makes what a worker would have made: the daemon's, and nobody else's to write.
+fn as_the_daemon(path: &Path, folder: bool) {
+    if folder {
+        std::fs::create_dir_all(path).unwrap();
+    } else {
+        std::fs::write(path, "results").unwrap();
+    }
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o750)).unwrap();
+}
+
 /// What `call` says as another user; `None` where these tests may not become one.
 async fn as_user(uid: u32, socket: &Path, job: &str, own: &v1::SubmitRequest) -> Option<Value> {
     if !nix::unistd::geteuid().is_root() {
@@ -163,6 +232,108 @@ pub fn trials() -> Vec<Trial> {
             assert!(refused(client.eval(eval).await).1.contains("data file"));
             let generate = v1::GenerateRequest { model: model("/m"), prompts: vec!["a".into()], max_new_tokens: 1, ..Default::default() };
             assert!(refused(client.generate(generate).await.map(|_| ())).1.contains("/m"));
+            bench.end().await;
+        }),
+        trial("another_users_results_are_not_written_over", || async {
+            let mut bench = Bench::new(2, Script::endless());
+            let Some(users) = Users::of(&mut bench) else { return };
+            let (alice, bob) = (NOBODY, DAEMON);
+            bench.settings.jobs.ended_max = 1;
+            let mut root = bench.up().await;
+            let dir = bench.dir.path().to_path_buf();
+            let at = |p: &str| dir.join(p);
+            let toml = |more: &str| bench.job("same", 100_000, more).job_toml;
+            let outputs = toml(
+                "[output]\nmetrics = \"metrics\"\npath = \"model\"\n[checkpoint]\npath = \"checkpoints\"\nkeep = 1\nevery_steps = 5\n",
+            );
+            let hers = users.ask(alice, &outputs, "submit").await.unwrap();
+            let others = [
+                ("output.metrics", "metrics", toml("[output]\nmetrics = \"metrics\"\n")),
+                ("output.path", "model", toml("[output]\npath = \"model\"\n")),
+                ("checkpoint.path", "checkpoints", toml("[checkpoint]\npath = \"checkpoints\"\nkeep = 1\nevery_steps = 5\n")),
+            ];
+            // While her job runs nobody writes there, not even she; it does not matter whether anything is there yet.
+            for (_, path, text) in &others {
+                for uid in [alice, bob] {
+                    let why = users.ask(uid, text, "submit").await.unwrap_err();
+                    assert!(why.contains(&hers) && why.contains(at(path).to_str().unwrap()), "{uid} {path}: {why}");
+                }
+            }
+            let inside = toml("[output]\nmetrics = \"checkpoints/step-9/m\"\n");
+            assert!(users.ask(bob, &inside, "submit").await.unwrap_err().contains(&hers));
+            let why = users.ask(bob, at("model").to_str().unwrap(), "export").await.unwrap_err();
+            assert!(why.contains(&hers), "{why}");
+            as_the_daemon(&at("metrics"), false);
+            as_the_daemon(&at("model"), true);
+            as_the_daemon(&at("checkpoints"), true);
+            root.cancel(&hers).await.unwrap();
+            wait_state(&mut root, &hers, JobState::Cancelled).await;
+            // What it made stays hers, for a daemon that has forgotten the job, too: the second round.
+            for round in 0..2 {
+                for (what, path, text) in &others {
+                    for call in ["submit", "plan"] {
+                        let why = users.ask(bob, text, call).await.unwrap_err();
+                        let named = why.contains(what) && why.contains(at(path).to_str().unwrap());
+                        assert!(named && why.contains(&format!("user {alice}, whose job made it")), "{round} {path}: {why}");
+                    }
+                }
+                assert!(users.ask(bob, &inside, "submit").await.unwrap_err().contains("whose job made it"));
+                assert!(users.ask(bob, at("model").to_str().unwrap(), "export").await.unwrap_err().contains("whose job made it"));
+                if round == 0 {
+                    let short = root.submit(bench.job("short", 1, "")).await.unwrap().id;
+                    wait_state(&mut root, &short, JobState::Succeeded).await;
+                    bench.down().await;
+                    root = bench.up().await;
+                    assert!(root.get(&hers).await.is_err(), "it is forgotten");
+                }
+            }
+            let again = users.ask(alice, &outputs, "submit").await.unwrap();
+            root.cancel(&again).await.unwrap();
+            wait_state(&mut root, &again, JobState::Cancelled).await;
+            // Root may, and twice at once.
+            let ids = [
+                root.submit(bench.job("a", 100_000, "[output]\nmetrics = \"metrics\"\n")).await.unwrap().id,
+                root.submit(bench.job("b", 100_000, "[output]\nmetrics = \"metrics\"\n")).await.unwrap().id,
+            ];
+            for id in ids {
+                root.cancel(&id).await.unwrap();
+            }
+            bench.end().await;
+        }),
+        trial("what_is_there_is_written_over_by_those_who_could_do_so_themselves", || async {
+            let mut bench = Bench::new(1, Script::quick());
+            let Some(users) = Users::of(&mut bench) else { return };
+            let mut root = bench.up().await;
+            let own = |p: &str, uid: u32, gid: u32, mode: u32| {
+                let path = bench.dir.path().join(p);
+                std::fs::write(&path, "").unwrap();
+                std::os::unix::fs::chown(&path, Some(uid), Some(gid)).unwrap();
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            };
+            own("his", DAEMON, 0, 0o600);
+            own("groups", NOBODY, NOBODY, 0o664);
+            own("everybodys", NOBODY, 0, 0o666);
+            own("hers", NOBODY, 0, 0o664);
+            own("the-daemons", 0, 0, 0o644);
+            own("other-groups", 0, 12_345, 0o664);
+            std::os::unix::fs::symlink("hers", bench.dir.path().join("link")).unwrap();
+            for (path, allowed) in [
+                ("his", true),
+                ("groups", true),
+                ("everybodys", true),
+                ("new", true),
+                ("/dev/null", true),
+                ("hers", false),
+                ("the-daemons", false),
+                ("other-groups", false),
+                ("link", false),
+            ] {
+                let said = users.ask(DAEMON, &bench.job("one", 2, &format!("[output]\nmetrics = \"{path}\"\n")).job_toml, "submit").await;
+                assert_eq!(said.is_ok(), allowed, "{path}: {said:?}");
+                if let Ok(id) = said {
+                    wait_state(&mut root, &id, JobState::Succeeded).await;
+                }
+            }
             bench.end().await;
         }),
         trial("one_who_runs_wild_is_slowed_down", || async {

@@ -1,7 +1,7 @@
 //! The supervisor against real processes that misbehave on demand: crash, hang, lie, linger.
 //!
-//! This program is four: the tests, a daemon for tests that kill one (`daemon`), a client of another user (`caller`), and the
-//! worker that daemons start (`worker`), as `ramtorchd` itself is daemon and worker. The worker speaks the real protocol through the real link and
+//! This program is four: the tests, a daemon for tests that kill one (`daemon`), a client of another user (`caller`, `submitter`),
+//! and the worker that daemons start (`worker`), as `ramtorchd` itself is daemon and worker. The worker speaks the real protocol through the real link and
 //! does what a script says; planning and segments are stood in for by `fake::FakeEngine`. Everything else is the
 //! product.
 #![forbid(unsafe_code)]
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         Some("worker") => fake::worker_main(),
         Some("daemon") => bench::daemon_main(),
         Some("caller") => access::caller_main(),
+        Some("submitter") => access::submitter_main(),
         _ => {
             let trials = [life::trials(), failures::trials(), stop::trials(), calls::trials(), recovery::trials()];
             let trials = trials.into_iter().chain([access::trials(), tls::trials(), metrics::trials(), gpus::trials()]);
