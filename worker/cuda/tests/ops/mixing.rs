@@ -10,6 +10,7 @@ pub const TESTS: &[Test] = &[
     ("products_accumulate_in_f32", accumulation),
     ("products_of_unaligned_operands", unaligned),
     ("products_in_deterministic_mode_repeat", deterministic_products),
+    ("products_of_few_rows", few_rows),
     ("attention_plain", attention_plain),
     ("attention_windows_and_documents", attention_masked),
     ("attention_of_odd_heads", attention_odd),
@@ -148,6 +149,53 @@ fn unaligned() {
             }
         }
     });
+}
+
+/// Decoding: as many rows as there are texts, weights `[out, in]`; sizes around those of the kernel's tiles, its tails, and more rows
+/// than it takes. Matrices wide enough for either of its variants on any GPU.
+fn few_rows() {
+    formats(|mut r: Rig| {
+        for m in [1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33] {
+            for (n, k) in [(3072, 3072), (16, 8), (17, 24), (1001, 1000), (70, 136), (333, 1032), (40, 8192), (12_801, 264)] {
+                run(&mut r, Product { m, n, k, transpose_b: true, ..PLAIN });
+            }
+            for (add, in_place, bias) in
+                [(true, false, false), (false, true, false), (false, false, true), (true, false, true), (false, true, true)]
+            {
+                run(&mut r, Product { m, n: 157, k: 648, transpose_b: true, add, in_place, bias, ..PLAIN });
+            }
+            run(&mut r, Product { m, n: 64, k: 640, transpose_b: true, add: true, bias: true, shift: 1, ..PLAIN });
+            run(&mut r, Product { m, n: 64, k: 640, transpose_b: true, f32_result: true, ..PLAIN });
+        }
+    });
+    // A row's bits are its own: they depend neither on the rows beside it nor on when they are computed.
+    let mut r = Rig::new(Dtype::Bf16, true);
+    for (n, k) in [(3072, 1544), (12_800, 520)] {
+        let (a, b) = (r.input(32 * k, 1.0), r.input(n * k, 0.05));
+        let product = |r: &mut Rig, m: usize| {
+            let d = r.output(32 * n);
+            let g = Gemm {
+                m,
+                n,
+                k,
+                transpose_a: false,
+                transpose_b: true,
+                a: a.gpu,
+                b: b.gpu,
+                d: d.gpu,
+                d_dtype: Dtype::Bf16,
+                accumulate: false,
+                add: None,
+                bias: None,
+            };
+            r.gpu.gemm(&g).unwrap();
+            r.gpu_bytes(&d)[..m * n * 2].to_vec()
+        };
+        let all = product(&mut r, 32);
+        for m in [1, 8, 9, 16, 17, 32] {
+            assert!(product(&mut r, m) == all[..m * n * 2], "{m} of 32 rows, {n}x{k}");
+        }
+    }
 }
 
 fn deterministic_products() {
