@@ -176,7 +176,7 @@ pub(crate) fn store_gradients(
             cu!("gradients", cuMemcpyHtoDAsync_v2(staging, at, bytes, s.0))?;
         }
         let aligned = gradient.is_multiple_of(16) && n.is_multiple_of(8);
-        let function = d.kernels.get(&format!("{kernel}_{}", if aligned { 'v' } else { 's' }))?;
+        let function = d.kernels.variant(kernel, aligned)?;
         launch!(function, conversion_grid(n), s, kernel; gradient, staging, n, adding)?;
         cu!("gradients", cuMemcpyDtoHAsync_v2(at, staging, bytes, s.0))?;
         done += n;

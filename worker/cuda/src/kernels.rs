@@ -153,6 +153,8 @@ pub(crate) fn compile_optimizer(capability: (i32, i32)) -> Result<Vec<u8>, Engin
 /// Kernels by name. Modules stay loaded as long as this lives.
 pub(crate) struct Kernels {
     functions: HashMap<&'static str, Function>,
+    /// Of kernels with a variant for 16-byte accesses and one for single elements, in this order, by what their names share.
+    pairs: HashMap<&'static str, [Function; 2]>,
     _modules: Vec<Module>,
 }
 
@@ -166,7 +168,13 @@ impl Kernels {
             }
             modules.push(module);
         }
-        Ok(Kernels { functions, _modules: modules })
+        let pair = |(name, wide): (&&'static str, &Function)| {
+            let stem = name.strip_suffix("_v")?;
+            let single = functions.get(format!("{stem}_s").as_str())?;
+            Some((stem, [*wide, *single]))
+        };
+        let pairs = functions.iter().filter_map(pair).collect();
+        Ok(Kernels { functions, pairs, _modules: modules })
     }
 
     pub(crate) fn load(capability: (i32, i32), dtype: Dtype) -> Result<Kernels, EngineError> {
@@ -179,6 +187,12 @@ impl Kernels {
 
     pub(crate) fn load_optimizer(capability: (i32, i32)) -> Result<Kernels, EngineError> {
         Self::of(std::iter::once((&OPTIMIZER, compile_optimizer(capability)?)))
+    }
+
+    /// The variant of a kernel for 16-byte accesses, or the one for single elements.
+    pub(crate) fn variant(&self, stem: &str, wide: bool) -> Result<Function, EngineError> {
+        let pair = self.pairs.get(stem).ok_or_else(|| EngineError::internal(format!("no kernels {stem}_v and {stem}_s")))?;
+        Ok(pair[usize::from(!wide)])
     }
 
     pub(crate) fn get(&self, name: &str) -> Result<Function, EngineError> {

@@ -61,7 +61,7 @@ impl CudaDevice {
 
     /// The variant of a kernel for `width` elements a thread.
     pub(crate) fn variant(&self, name: &str, width: usize) -> Result<Function, EngineError> {
-        self.kernels.get(&format!("{name}_{}", if width > 1 { 'v' } else { 's' }))
+        self.kernels.variant(name, width > 1)
     }
 
     /// Blocks of 256 threads that walk over `items`: enough to fill the GPU.
@@ -160,7 +160,7 @@ pub(crate) fn sum_of_squares(d: &CudaDevice, x: DevBuf, dtype: Dtype, count: usi
     let wide = x.ptr.is_multiple_of(16) && count.is_multiple_of(vector);
     let blocks = (count.div_ceil(256 * vector) as u64).clamp(1, BLOCKS);
     let (address, n, partial, sum) = (x.ptr, count as u64, d.partials.ptr, out.ptr);
-    let f = d.kernels.get(&format!("{name}_{}", if wide { 'v' } else { 's' }))?;
+    let f = d.kernels.variant(name, wide)?;
     let s = d.stream(Stream::Compute);
     launch!(f, Launch::new((blocks as u32, 1, 1), (256, 1)), s, "sum_of_squares"; address, n, partial)?;
     let f = d.kernels.get("sum_f64")?;
