@@ -4,9 +4,8 @@
     python3 bench/inference.py --bin target/release --out DIR [--model 1b|3b|8b] [--device cuda:0] [--memory all,8GiB]
 
 Makes a model folder with random weights in bf16 (8B: 16 GB of disk), which is loaded for each call, as a user's would be; the
-tokenizer is the test fixtures'. Prints Markdown: seconds of a call for one token of each prompt (loading, preparing, prefill); tokens
-a second of those after the first, the same call with more of them less that one; and what `eval` says of itself, beside the seconds
-of its whole call.
+tokenizer is the test fixtures'. Prints Markdown: seconds of a call less those of decoding (loading, preparing, prefill), and the
+prefill alone; tokens a second of those after the first; and what `eval` says of itself, beside the seconds of its whole call.
 """
 
 import argparse
@@ -89,23 +88,23 @@ def main():
     fixture = os.path.join(os.path.dirname(__file__), "..", "tests", "fixtures", "models", "llama", "tokenizer.json")
     shutil.copy(fixture, folder)
     print(f"{args.model}: {size / 1e9:.2f} GB of weights\n")
-    print("| memory for plans | prompts | first tokens after s | generate, tokens a second | eval, tokens a second (with loading) |")
-    print("|---|---|---|---|---|")
+    print("| memory for plans | prompts | first tokens after s | of it prefill, ms | generate, tokens a second | eval, tokens a second (with loading) |")
+    print("|---|---|---|---|---|---|")
     for memory in args.memory.split(","):
         more = [] if memory == "all" else ["--device-memory", memory]
         with open(os.path.join(args.out, "daemon.log"), "a") as log, Node(args.bin, args.device, log, more=more) as node:
             timed(node, "generate", folder, "-p", "the", "--max-new-tokens", "1")  # reads the files and compiles kernels, too
             for i, count in enumerate(map(int, args.prompts.split(","))):
                 prompts = [x for i in range(count) for x in ("-p", "the " * (i % 5 + 1))]
-                _, loading = timed(node, "generate", folder, *prompts, "--max-new-tokens", "1")
                 answer, seconds = timed(node, "generate", folder, *prompts, "--max-new-tokens", str(args.tokens))
-                rate = (answer["new_tokens"] - count) / max(seconds - loading, 1e-3)
+                loading = seconds - answer["decode_seconds"]
+                rate = answer["decode_tokens"] / max(answer["decode_seconds"], 1e-3)
                 rated = ""
                 if i == 0:
                     said, seconds = timed(node, "eval", folder, "--data", os.path.join(folder, "tokens.bin"), "--format", "tokens",
                                           "--sequence-length", str(SEQUENCE), "--max-tokens", str(args.eval_tokens))
                     rated = f"{said['tokens'] / said['seconds']:.0f} ({said['tokens']} tokens in {seconds:.1f} s)"
-                print(f"| {memory} | {count} | {loading:.1f} | {rate:.1f} | {rated} |", flush=True)
+                print(f"| {memory} | {count} | {loading:.1f} | {answer['prefill_seconds'] * 1e3:.0f} | {rate:.1f} | {rated} |", flush=True)
     shutil.rmtree(folder)
 
 

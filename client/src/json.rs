@@ -105,7 +105,15 @@ pub fn checkpoint(c: &v1::CheckpointResponse) -> Value {
 
 /// The end of sampling.
 pub fn generated(g: &v1::GenerateDone) -> Value {
-    json!({ "texts": g.texts, "prompt_tokens": g.prompt_tokens, "new_tokens": g.new_tokens, "seconds": g.seconds })
+    json!({
+        "texts": g.texts,
+        "prompt_tokens": g.prompt_tokens,
+        "new_tokens": g.new_tokens,
+        "seconds": g.seconds,
+        "prefill_seconds": g.prefill_seconds,
+        "decode_seconds": g.decode_seconds,
+        "decode_tokens": g.decode_tokens
+    })
 }
 
 /// An evaluation.

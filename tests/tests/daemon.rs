@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
-use ramtorch_tests::{Daemon, Fixture, JobFile, Sandbox, exit, fixture_path, inference, read_metrics, read_tensors, relative_difference};
+use ramtorch_tests::{
+    Daemon, Finished, Fixture, JobFile, Sandbox, exit, fixture_path, inference, read_metrics, read_tensors, relative_difference,
+};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -256,6 +258,55 @@ fn greedy_continuations_of_every_family_are_pytorchs() {
         assert_eq!(texts, reference.texts, "{model}");
     }
     daemon.stop();
+}
+
+/// One command on a daemon whose device has `memory` bytes for plans, or all.
+fn with_memory(memory: Option<u64>, arguments: &[&str]) -> Finished {
+    let sandbox = Sandbox::new();
+    let bytes = memory.map(|m| m.to_string());
+    let more: Vec<&str> = bytes.iter().flat_map(|m| ["--device-memory", m.as_str()]).collect();
+    let daemon = sandbox.start_daemon("cpu:1", &more);
+    let finished = daemon.client(arguments);
+    daemon.stop();
+    finished
+}
+
+fn json<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
+    [&["--output", "json"][..], arguments].concat()
+}
+
+/// The bytes that a refusal asks for: the largest number in it.
+fn asked_for(arguments: &[&str]) -> u64 {
+    let refusal = with_memory(Some(1024), arguments).expect_refusal(exit::RESOURCES, &["bytes of device memory"]).text();
+    refusal.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).max().unwrap()
+}
+
+/// With the least memory all layers are streamed, with a little more several parts of the input go through each of them together:
+/// what comes out is the same, to the bit.
+#[test]
+fn streamed_layers_give_the_same_texts_and_losses() {
+    let held_out = fixture_path("held-out.bin");
+    for model in ["llama"] {
+        let folder = Fixture::model_path(model);
+        let folder = folder.to_str().unwrap();
+        let eval = ["eval", folder, "--data", held_out.to_str().unwrap(), "--format", "tokens", "--sequence-length", "17"];
+        let eval = [&eval[..], &["--micro-batch-size", "2"]].concat();
+        let loss = |memory| with_memory(memory, &json(&eval)).expect_success().json()["loss"].as_f64().unwrap().to_bits();
+        let (whole, least) = (loss(None), asked_for(&eval));
+        with_memory(Some(least - 1), &eval).expect_refusal(exit::RESOURCES, &["bytes of device memory"]);
+        for more in [0, 20_000, 60_000] {
+            assert_eq!(loss(Some(least + more)), whole, "{model}: eval with {more} bytes more than the least");
+        }
+        let generate = ["generate", folder, "-p", "It is a truth", "-p", "a", "-p", "the", "--max-new-tokens", "12", "--seed", "3"];
+        let texts = |memory| {
+            let finished = with_memory(memory, &json(&generate)).expect_success();
+            let done = lines(&finished.stdout).pop().unwrap();
+            assert!(done["decode_tokens"].as_u64() > Some(0) && done["decode_seconds"].as_f64() > Some(0.0), "{done:#}");
+            assert!(done["prefill_seconds"].as_f64() > Some(0.0), "{done:#}");
+            done["texts"].clone()
+        };
+        assert_eq!(texts(Some(asked_for(&generate))), texts(None), "{model}");
+    }
 }
 
 #[test]

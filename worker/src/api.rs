@@ -184,7 +184,14 @@ pub struct Generated {
     pub texts: Vec<String>,
     pub prompt_tokens: u64,
     pub new_tokens: u64,
+    /// All of it, from opening the device on.
     pub seconds: f64,
+    /// From the device's being ready to the first token of each text.
+    pub prefill_seconds: f64,
+    /// From then to the last token.
+    pub decode_seconds: f64,
+    /// Tokens after the first of each text, which those seconds took.
+    pub decode_tokens: u64,
 }
 
 /// Evaluation.

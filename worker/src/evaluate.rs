@@ -45,22 +45,32 @@ pub(crate) fn run(a: &Assignment, source: &Source, request: &EvalRequest, contro
     };
     let model = Model::new(&loaded.architecture, store.layout(), dtype)?;
     let micro_batch = if request.micro_batch_size > 0 { request.micro_batch_size } else { (2048 / request.sequence_length).max(1) };
-    let plan = plan::inference(&model, store.layout().spec(), micro_batch, request.sequence_length, a.device.memory_bytes, a.device.kind)?;
-    let dev = crate::device::open(&a.device, dtype, plan.uses.allocated(), true)?;
-    let mut session = Session::new(dev, model, store, &plan, false)?;
     let reader = Reader { data: &data, seq: request.sequence_length, document_mask: false, padding: None };
-    let begin = Instant::now();
     let mut sequences = reader.len(Part::Train);
     if request.max_tokens > 0 {
         sequences = sequences.min((request.max_tokens / request.sequence_length as u64).max(1));
     }
+    let together = (sequences as usize).div_ceil(micro_batch).max(1);
+    let (store_spec, memory) = (store.layout().spec(), a.device.memory_bytes);
+    let plan = plan::inference(&model, store_spec, micro_batch, request.sequence_length, memory, a.device.kind, together)?;
+    tracing::info!(
+        "{} of {} blocks stay on the device, {} micro-batches of {micro_batch} sequences go through each together",
+        plan.resident.iter().filter(|stays| **stays).count(),
+        model.len(),
+        plan.group_len
+    );
+    let dev = crate::device::open(&a.device, dtype, plan.uses.allocated(), true)?;
+    let mut session = Session::new(dev, model, store, &plan, false)?;
+    let begin = Instant::now();
     let (mut sum, mut weight) = (0f64, 0f64);
     let all: Vec<u64> = (0..sequences).collect();
-    for (i, some) in all.chunks(micro_batch).enumerate() {
+    for (i, some) in all.chunks(plan.sequences).enumerate() {
         control.heartbeat(i as u64, "evaluating");
-        control.progress("evaluating", (i * micro_batch) as u64, sequences);
-        sum += session.evaluate(&reader, Part::Train, some, some.len(), 1, 0)?;
-        weight += reader.weight(Part::Train, some)?;
+        control.progress("evaluating", (i * plan.sequences) as u64, sequences);
+        session.evaluate(&reader, Part::Train, some, some.len(), plan.micro_batches, 0, &mut sum)?;
+        for micro in some.chunks(micro_batch) {
+            weight += reader.weight(Part::Train, micro)?;
+        }
     }
     let loss = sum / weight.max(1.0);
     Ok(EvalResult { loss, perplexity: loss.exp(), tokens: weight as u64, seconds: begin.elapsed().as_secs_f64() })

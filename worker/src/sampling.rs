@@ -4,8 +4,12 @@
 //! The draw goes through the tokens from the likeliest down, which would mean sorting a vocabulary of 128,256 for each token
 //! of each text. Only the order inside the few ranges in which something ends is ever looked at: tokens are put into buckets
 //! by their logit, whole buckets are passed by their sums, and the bucket in which a cut or the draw falls is sorted.
+//! Logits in bf16 are so few different numbers that each of them has a bucket of its own ([`codes`]).
 
-use crate::api::{EngineError, GenerateRequest};
+mod codes;
+
+use crate::api::{EngineError, ErrorKind, GenerateRequest};
+use ramtorch_device::Dtype;
 use rayon::prelude::*;
 
 /// Buckets a unit of logit over temperature; e^-1/32 is 0.97.
@@ -13,17 +17,49 @@ const BUCKETS_A_UNIT: f64 = 32.0;
 /// What is less likely than e^-32 of the best has one bucket.
 const BUCKETS: usize = 1024;
 
-/// The next token of each text; nothing for those that have `ended`. `logits` are little-endian f32, one row a text.
-pub(crate) fn next_tokens(logits: &[u8], ended: &[bool], request: &GenerateRequest, step: usize) -> Result<Vec<Option<u32>>, EngineError> {
-    let row = (logits.len() / ended.len().max(1)).max(1);
-    let of = |(i, row): (usize, &[u8])| {
-        if ended[i] {
-            return Ok(None);
+/// Chooses tokens, several texts at a time.
+pub(crate) struct Sampler {
+    pool: Option<rayon::ThreadPool>,
+}
+
+impl Sampler {
+    /// Works on `threads` threads.
+    pub fn new(threads: usize) -> Result<Sampler, EngineError> {
+        let pool = || rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("sampling{i}")).build();
+        let pool = if threads > 1 { Some(pool().map_err(|e| EngineError::new(ErrorKind::Resources, e))?) } else { None };
+        tracing::info!("tokens are chosen on {} threads", pool.as_ref().map_or(1, rayon::ThreadPool::current_num_threads));
+        Ok(Sampler { pool })
+    }
+
+    /// The next token of each row's text; none where it has ended (`None`). `logits` are little-endian numbers of `dtype`.
+    pub fn next_tokens(
+        &self,
+        logits: &[u8],
+        dtype: Dtype,
+        texts: &[Option<usize>],
+        request: &GenerateRequest,
+        step: usize,
+    ) -> Result<Vec<Option<u32>>, EngineError> {
+        let row = (logits.len() / texts.len().max(1)).max(1);
+        let of = |(row, text): (&[u8], &Option<usize>)| {
+            let Some(text) = *text else { return Ok(None) };
+            match dtype {
+                Dtype::Bf16 => codes::pick(row.as_chunks::<2>().0, request, text, step).map(Some),
+                Dtype::F32 => {
+                    let logits: Vec<f32> = row.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+                    pick(&logits, request, text, step).map(Some)
+                }
+            }
+        };
+        match &self.pool {
+            Some(pool) => pool.install(|| logits.par_chunks_exact(row).zip(texts).with_max_len(1).map(of).collect()),
+            None => logits.chunks_exact(row).zip(texts).map(of).collect(),
         }
-        let logits: Vec<f32> = row.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
-        pick(&logits, request, i, step).map(Some)
-    };
-    logits.par_chunks_exact(row).enumerate().map(of).collect()
+    }
+}
+
+fn not_finite() -> EngineError {
+    EngineError::input("the model's logits are not finite: its weights are damaged or training has diverged")
 }
 
 /// The next token. The random number is a function of (seed, prompt, step), so that a text does not depend on what is
@@ -31,7 +67,7 @@ pub(crate) fn next_tokens(logits: &[u8], ended: &[bool], request: &GenerateReque
 fn pick(logits: &[f32], request: &GenerateRequest, prompt: usize, step: usize) -> Result<u32, EngineError> {
     let best = logits.iter().enumerate().fold((0usize, f32::NEG_INFINITY), |b, (i, x)| if *x > b.1 { (i, *x) } else { b });
     if !best.1.is_finite() || logits.iter().any(|x| x.is_nan()) {
-        return Err(EngineError::input("the model's logits are not finite: its weights are damaged or training has diverged"));
+        return Err(not_finite());
     }
     if request.temperature <= 0.0 {
         return Ok(best.0 as u32);
@@ -184,7 +220,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn request(temperature: f64, top_k: usize, top_p: f64) -> GenerateRequest {
+    pub(super) fn request(temperature: f64, top_k: usize, top_p: f64) -> GenerateRequest {
         GenerateRequest { prompts: vec![], max_new_tokens: 1, temperature, top_k, top_p, seed: 1, chat: false, precision: None }
     }
 
@@ -214,10 +250,16 @@ mod tests {
         let logits: Vec<f32> = (0..4000).map(|i| (i % 7) as f32).collect();
         let r = request(1.0, 0, 1.0);
         let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let together = next_tokens(&bytes, &[false, true, false, false], &r, 3).unwrap();
-        let alone = |i: usize| pick(&logits[i * 1000..][..1000], &r, i, 3).unwrap();
-        assert_eq!(together, (0..4).map(|i| (i != 1).then(|| alone(i))).collect::<Vec<_>>());
-        assert!(together[0] != together[2] && together[2] != together[3]);
+        let halves: Vec<u8> = logits.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect();
+        // The third row is the fourth text's, the text before it has given its row up.
+        let texts = [Some(0), None, Some(3), Some(4)];
+        let alone = |row: usize, text: usize| pick(&logits[row * 1000..][..1000], &r, text, 3).unwrap();
+        let expected: Vec<_> = texts.iter().enumerate().map(|(row, text)| text.map(|text| alone(row, text))).collect();
+        for sampler in [Sampler::new(1).unwrap(), Sampler::new(3).unwrap()] {
+            assert_eq!(sampler.next_tokens(&bytes, Dtype::F32, &texts, &r, 3).unwrap(), expected);
+            assert_eq!(sampler.next_tokens(&halves, Dtype::Bf16, &texts, &r, 3).unwrap(), expected);
+        }
+        assert!(expected[0] != expected[2] && expected[2] != expected[3]);
     }
 
     /// The same by sorting everything.

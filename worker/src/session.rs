@@ -139,12 +139,22 @@ impl Session {
         let squares = if train && plan.squares() { Some(d.alloc(8 * model.len() as u64, "squares of gradients")?) } else { None };
         let inputs = (0..group).map(|_| InputBuffers::new(d, &model, shape)).collect::<Result<_, _>>()?;
         let losses = d.alloc(rows * 4 * plan.micro_batches as u64, "losses")?;
-        let mut boundaries = Vec::new();
-        for b in 0..last {
-            boundaries.push((0..group).map(|_| d.alloc(rows * model.width(b) as u64 * dt, "block inputs")).collect::<Result<Vec<_>, _>>()?);
-        }
         let widest = (0..model.len()).map(|b| model.width(b)).max().unwrap_or(0) as u64;
-        let travelling = (0..group).map(|_| d.alloc(rows * widest * dt, "block gradients")).collect::<Result<Vec<_>, _>>()?;
+        let mut boundaries: Vec<Vec<DevBuf>> = Vec::new();
+        let mut travelling = Vec::new();
+        if plan.forward_only() {
+            // What a block puts out takes the place of its input's input.
+            for _ in 0..2 {
+                boundaries.push((0..group).map(|_| d.alloc(rows * widest * dt, "block inputs")).collect::<Result<_, _>>()?);
+            }
+            boundaries = (0..last).map(|b| boundaries[b % 2].clone()).collect();
+        } else {
+            for b in 0..last {
+                let width = model.width(b) as u64;
+                boundaries.push((0..group).map(|_| d.alloc(rows * width * dt, "block inputs")).collect::<Result<Vec<_>, _>>()?);
+            }
+            travelling = (0..group).map(|_| d.alloc(rows * widest * dt, "block gradients")).collect::<Result<Vec<_>, _>>()?;
+        }
         let mut saved = vec![Vec::new(); last];
         for b in 0..last {
             let keep = plan.keep[b];
@@ -462,19 +472,25 @@ impl Session {
 
     /// Σ of the losses of the micro-batches of a step.
     pub fn sum_losses(&self, batches: &StepBatches) -> Result<f64, EngineError> {
-        let rows = self.shape.rows();
-        let mut raw = vec![0u8; rows * 4 * batches.micro.len()];
-        self.dev.download(Stream::Compute, self.losses.slice(0, raw.len() as u64), &mut raw)?;
         let mut sum = 0f64;
-        for (i, micro) in batches.micro.iter().enumerate() {
-            let part = &raw[i * rows * 4..][..micro.len() * self.shape.seq * 4];
-            sum += part.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c) as f64).sum::<f64>();
-        }
+        self.add_losses(batches, &mut sum)?;
         Ok(sum)
     }
 
-    /// Σ of weighted losses over the sequences `indices`, forward only. `most` is how many the rank with most of them has: all
-    /// make the same visits, since they may load weights together.
+    /// Adds the losses of micro-batches to `sum`, one after the other.
+    fn add_losses(&self, batches: &StepBatches, sum: &mut f64) -> Result<(), EngineError> {
+        let rows = self.shape.rows();
+        let mut raw = vec![0u8; rows * 4 * batches.micro.len()];
+        self.dev.download(Stream::Compute, self.losses.slice(0, raw.len() as u64), &mut raw)?;
+        for (i, micro) in batches.micro.iter().enumerate() {
+            let part = &raw[i * rows * 4..][..micro.len() * self.shape.seq * 4];
+            *sum += part.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c) as f64).sum::<f64>();
+        }
+        Ok(())
+    }
+
+    /// Adds the weighted losses of the sequences `indices` to `total`, forward only. `most` is how many the rank with most of them
+    /// has: all make the same visits, since they may load weights together.
     pub fn evaluate(
         &mut self,
         reader: &Reader,
@@ -483,8 +499,8 @@ impl Session {
         most: usize,
         micro_batches: usize,
         version: u64,
-    ) -> Result<f64, EngineError> {
-        let mut total = 0f64;
+        total: &mut f64,
+    ) -> Result<(), EngineError> {
         let mut host = HostBatch::default();
         let at_once = (self.shape.sequences * micro_batches).max(1);
         for at in (0..most.max(indices.len())).step_by(at_once) {
@@ -498,9 +514,9 @@ impl Session {
                 self.forward(&mbs)?;
                 self.last(&mbs, None, None)?;
             }
-            total += self.sum_losses(&batches)?;
+            self.add_losses(&batches, total)?;
         }
-        Ok(total)
+        Ok(())
     }
 
     /// The gradient buffer of block `b`, zeroed when it is opened for a new sum.

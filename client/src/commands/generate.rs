@@ -85,9 +85,13 @@ impl Generate {
         } else {
             printer.result(|| answer(&prompts, &done), || page(&prompts, &done))?;
         }
-        let pace = text::rate(done.new_tokens as f64 / done.seconds);
+        // What came before the first token says nothing about the pace.
+        let pace = match done.decode_tokens {
+            0 => format!("{} tok/s", text::rate(done.new_tokens as f64 / done.seconds)),
+            n => format!("{} tok/s after the first", text::rate(n as f64 / done.decode_seconds)),
+        };
         let count = text::plural(done.new_tokens, "token");
-        printer.remark(&format!("{count} in {} ({pace} tok/s)", text::duration(done.seconds)));
+        printer.remark(&format!("{count} in {} ({pace})", text::duration(done.seconds)));
         Ok(exit::OK)
     }
 

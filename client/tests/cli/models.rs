@@ -82,7 +82,15 @@ fn token(prompt: u32, text: &str) -> v1::GenerateEvent {
 fn done(texts: &[&str]) -> v1::GenerateEvent {
     let texts = texts.iter().map(|t| (*t).to_owned()).collect();
     v1::GenerateEvent {
-        event: Some(v1::generate_event::Event::Done(v1::GenerateDone { texts, prompt_tokens: 3, new_tokens: 10, seconds: 2.0 })),
+        event: Some(v1::generate_event::Event::Done(v1::GenerateDone {
+            texts,
+            prompt_tokens: 3,
+            new_tokens: 10,
+            seconds: 2.0,
+            prefill_seconds: 0.5,
+            decode_seconds: 1.0,
+            decode_tokens: 9,
+        })),
     }
 }
 
@@ -109,7 +117,7 @@ async fn a_single_prompt_streams() {
     ];
     let ended = mock.run(&arguments).await.succeeded();
     assert_eq!(ended.out, " a truth univer\u{fffd}sally\n");
-    assert_eq!(ended.err, "10 tokens in 2s (5.0 tok/s)\n");
+    assert_eq!(ended.err, "10 tokens in 2s (9.0 tok/s after the first)\n");
     let asked = mock.stage().generate_asked[0].clone();
     assert_eq!(asked.prompts, ["-It is"]);
     assert_eq!((asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed, asked.chat), (9, 0.0, 5, 0.9, 7, true));
@@ -128,6 +136,10 @@ async fn several_prompts_come_together() {
     assert_eq!(json["prompts"], serde_json::json!(["first", "second"]));
     assert_eq!(json["texts"], serde_json::json!(["one", "two\nlines"]));
     assert_eq!((json["new_tokens"].as_u64(), json["seconds"].as_f64()), (Some(10), Some(2.0)));
+    assert_eq!(
+        (json["prefill_seconds"].as_f64(), json["decode_seconds"].as_f64(), json["decode_tokens"].as_u64()),
+        (Some(0.5), Some(1.0), Some(9))
+    );
 }
 
 #[tokio::test]

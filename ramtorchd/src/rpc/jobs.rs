@@ -378,8 +378,16 @@ async fn serve_text(mut events: mpsc::UnboundedReceiver<OneOffEvent>, tx: mpsc::
             Some(OneOffEvent::Token(text)) => (Ok(Event::Token(text)), false),
             Some(OneOffEvent::Done(result)) => {
                 let done = oneoff::decode::<Generated>(result).map(|g| {
-                    let Generated { texts, prompt_tokens, new_tokens, seconds } = g;
-                    Event::Done(pb::GenerateDone { texts, prompt_tokens, new_tokens, seconds })
+                    let Generated { texts, prompt_tokens, new_tokens, seconds, prefill_seconds, decode_seconds, decode_tokens } = g;
+                    Event::Done(pb::GenerateDone {
+                        texts,
+                        prompt_tokens,
+                        new_tokens,
+                        seconds,
+                        prefill_seconds,
+                        decode_seconds,
+                        decode_tokens,
+                    })
                 });
                 (done.map_err(Status::from), true)
             }

@@ -86,6 +86,7 @@ pub fn trials() -> Vec<Trial> {
                 }
             };
             assert_eq!((done.texts, done.new_tokens), (texts, 20));
+            assert_eq!((done.prefill_seconds, done.decode_seconds, done.decode_tokens), (0.1, 0.25, 18));
             assert_eq!(events.next().await.unwrap(), None);
             bench.end().await;
         }),

@@ -209,7 +209,9 @@ fn engine(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::
             }
             let text: String = (0..request.max_new_tokens).map(|w| format!("{w} ")).collect();
             let texts = vec![text; request.prompts.len()];
-            value(Generated { texts, prompt_tokens: 1, new_tokens: request.max_new_tokens as u64, seconds: 0.5 })
+            let new_tokens = request.max_new_tokens as u64;
+            let (prefill_seconds, decode_seconds, decode_tokens) = (0.1, 0.25, new_tokens.saturating_sub(2));
+            value(Generated { texts, prompt_tokens: 1, new_tokens, seconds: 0.5, prefill_seconds, decode_seconds, decode_tokens })
         }
         Task::Eval { request, .. } if request.files.iter().any(|f| f.contains("missing")) => {
             Err(EngineError::input(format!("{} does not exist", request.files[0])))

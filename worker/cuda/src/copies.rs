@@ -1,7 +1,7 @@
 //! Between host and device: uploads, parameters in, gradients out.
 
 use crate::device::{CudaDevice, STAGING_BYTES};
-use crate::driver::cu;
+use crate::driver::{Pinned, cu};
 use crate::kernels::{Launch, launch};
 use ramtorch_device::{DevBuf, Dtype, EngineError, Stream, check_gradients, check_load, check_room, state_bytes};
 use ramtorch_store::{GradientFormat, Store};
@@ -50,6 +50,23 @@ pub(crate) fn download(d: &CudaDevice, stream: Stream, src: DevBuf, out: &mut [u
     }
     // `out` is the caller's again only after this.
     d.stream(stream).synchronize("download")
+}
+
+pub(crate) fn read(d: &CudaDevice, stream: Stream, src: DevBuf, look: &mut dyn FnMut(&[u8])) -> Result<(), EngineError> {
+    let bytes = src.bytes as usize;
+    let mut room = d.readings.borrow_mut();
+    let memory = match room.take().filter(|m| m.bytes >= bytes) {
+        Some(memory) => room.insert(memory),
+        None => room.insert(Pinned::new(bytes.max(1).next_power_of_two(), "reading")?),
+    };
+    if bytes > 0 {
+        cu!("read", cuMemcpyDtoHAsync_v2(memory.ptr.cast::<c_void>(), src.ptr, bytes, d.stream(stream).0))?;
+    }
+    d.stream(stream).synchronize("read")?;
+    // SAFETY: the memory has these bytes, they were written just now or when it was allocated, and nobody writes them while `room`
+    // is borrowed. A slice is what spares the copy.
+    look(unsafe { std::slice::from_raw_parts(memory.ptr, bytes) });
+    Ok(())
 }
 
 /// Grid of kernels that share the GPU with the compute stream's: enough for the bus, no more.
@@ -176,7 +193,7 @@ pub(crate) fn store_gradients(
             cu!("gradients", cuMemcpyHtoDAsync_v2(staging, at, bytes, s.0))?;
         }
         let aligned = gradient.is_multiple_of(16) && n.is_multiple_of(8);
-        let function = d.kernels.get(&format!("{kernel}_{}", if aligned { 'v' } else { 's' }))?;
+        let function = d.kernels.variant(kernel, aligned)?;
         launch!(function, conversion_grid(n), s, kernel; gradient, staging, n, adding)?;
         cu!("gradients", cuMemcpyDtoHAsync_v2(at, staging, bytes, s.0))?;
         done += n;

@@ -11,7 +11,7 @@
 //! of a stream that had none.
 
 use crate::attention::{self, Attention};
-use crate::driver::{Context, Memory, RawEvent, RawStream, cu};
+use crate::driver::{Context, Memory, Pinned, RawEvent, RawStream, cu};
 use crate::gemm::Products;
 use crate::kernels::Kernels;
 use crate::memory::Arena;
@@ -51,6 +51,8 @@ pub struct CudaDevice {
     /// Device memory for conversions, by stream.
     pub(crate) staging: [RefCell<Option<Memory>>; Stream::ALL.len()],
     pub(crate) ring: RefCell<Ring>,
+    /// Where [`Device::read`] copies to; made when first needed.
+    pub(crate) readings: RefCell<Option<Pinned>>,
     events: Vec<RawEvent>,
     pub(crate) timing: RefCell<Timing>,
     pub(crate) stores: Vec<Arc<copies::Registration>>,
@@ -112,6 +114,7 @@ impl CudaDevice {
             partials: Memory::new(PARTIALS_BYTES, "partial sums")?,
             staging: Default::default(),
             ring: RefCell::new(Ring::new(UPLOAD_RING_BYTES)?),
+            readings: RefCell::default(),
             events: Vec::new(),
             timing: RefCell::new(Timing::new(None)),
             stores: Vec::new(),
@@ -308,6 +311,9 @@ impl Device for CudaDevice {
     }
     fn download(&self, stream: Stream, src: DevBuf, out: &mut [u8]) -> Result<(), EngineError> {
         self.operation("download", stream, || copies::download(self, stream, src, out))
+    }
+    fn read(&self, stream: Stream, src: DevBuf, look: &mut dyn FnMut(&[u8])) -> Result<(), EngineError> {
+        self.operation("read", stream, || copies::read(self, stream, src, look))
     }
     fn copy(&self, stream: Stream, dst: DevBuf, src: DevBuf) -> Result<(), EngineError> {
         let bytes = src.bytes.min(dst.bytes) as usize;

@@ -5,8 +5,10 @@
 
 use cudarc::driver::sys;
 use ramtorch_device::{EngineError, ErrorKind};
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_void};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Calls a driver function and names the operation in its error.
 macro_rules! cu {
@@ -39,10 +41,17 @@ pub(crate) fn check(status: sys::CUresult, what: impl FnOnce() -> String) -> Res
     Err(EngineError::new(kind, format!("{}: {status:?}{meaning}", what())).with_device_code(status as u32))
 }
 
+thread_local! {
+    /// Number of the [`Context`] that this thread entered last: nothing but [`Context::enter`] makes contexts current here.
+    static ENTERED: Cell<u64> = const { Cell::new(0) };
+}
+
 /// The primary context of a device, retained.
 pub(crate) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// Its own, never given twice: a context that was released and retained again is another one.
+    number: u64,
 }
 
 // SAFETY: contexts may be used from any thread, once made current there.
@@ -55,7 +64,8 @@ impl Context {
         cu!(what, cuInit(0))?;
         cu!(what, cuDeviceGet(&mut device, ordinal as i32))?;
         cu!(what, cuDevicePrimaryCtxRetain(&mut context, device))?;
-        let c = Context { device, context };
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let c = Context { device, context, number: 1 + LAST.fetch_add(1, Ordering::Relaxed) };
         c.enter()?;
         Ok(c)
     }
@@ -65,9 +75,13 @@ impl Context {
         self.context
     }
 
-    /// Makes the context current on this thread.
+    /// Makes the context current on this thread. Every operation begins with it: where it is current, it costs nothing.
     pub(crate) fn enter(&self) -> Result<(), EngineError> {
-        cu!("cuda", cuCtxSetCurrent(self.context))
+        if ENTERED.get() != self.number {
+            cu!("cuda", cuCtxSetCurrent(self.context))?;
+            ENTERED.set(self.number);
+        }
+        Ok(())
     }
 }
 

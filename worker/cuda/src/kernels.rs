@@ -18,7 +18,7 @@ struct File {
     kernels: &'static [&'static str],
 }
 
-const FILES: [File; 9] = [
+const FILES: [File; 10] = [
     File {
         source: source!("norm.cu"),
         kernels: &[
@@ -94,6 +94,7 @@ const FILES: [File; 9] = [
     File { source: source!("loss.cu"), kernels: &["cross_entropy", "squared_error"] },
     File { source: source!("mask.cu"), kernels: &["first_keys"] },
     File { source: source!("gemm.cu"), kernels: &["gemm_real", "gemm_f32"] },
+    File { source: source!("skinny.cu"), kernels: &["skinny_8", "skinny_16", "skinny_16_wide", "skinny_32", "skinny_32_wide"] },
 ];
 
 /// Compiled for one size of heads, when it is first met.
@@ -106,6 +107,9 @@ const ATTENTION: File = File {
         "attention_backward_queries",
         "cache_append",
         "attention_decode",
+        "attention_part_1",
+        "attention_part_4",
+        "attention_join",
     ],
 };
 
@@ -149,6 +153,8 @@ pub(crate) fn compile_optimizer(capability: (i32, i32)) -> Result<Vec<u8>, Engin
 /// Kernels by name. Modules stay loaded as long as this lives.
 pub(crate) struct Kernels {
     functions: HashMap<&'static str, Function>,
+    /// Of kernels with a variant for 16-byte accesses and one for single elements, in this order, by what their names share.
+    pairs: HashMap<&'static str, [Function; 2]>,
     _modules: Vec<Module>,
 }
 
@@ -162,7 +168,13 @@ impl Kernels {
             }
             modules.push(module);
         }
-        Ok(Kernels { functions, _modules: modules })
+        let pair = |(name, wide): (&&'static str, &Function)| {
+            let stem = name.strip_suffix("_v")?;
+            let single = functions.get(format!("{stem}_s").as_str())?;
+            Some((stem, [*wide, *single]))
+        };
+        let pairs = functions.iter().filter_map(pair).collect();
+        Ok(Kernels { functions, pairs, _modules: modules })
     }
 
     pub(crate) fn load(capability: (i32, i32), dtype: Dtype) -> Result<Kernels, EngineError> {
@@ -175,6 +187,12 @@ impl Kernels {
 
     pub(crate) fn load_optimizer(capability: (i32, i32)) -> Result<Kernels, EngineError> {
         Self::of(std::iter::once((&OPTIMIZER, compile_optimizer(capability)?)))
+    }
+
+    /// The variant of a kernel for 16-byte accesses, or the one for single elements.
+    pub(crate) fn variant(&self, stem: &str, wide: bool) -> Result<Function, EngineError> {
+        let pair = self.pairs.get(stem).ok_or_else(|| EngineError::internal(format!("no kernels {stem}_v and {stem}_s")))?;
+        Ok(pair[usize::from(!wide)])
     }
 
     pub(crate) fn get(&self, name: &str) -> Result<Function, EngineError> {

@@ -358,6 +358,14 @@ pub trait Device: Send {
     fn upload(&self, stream: Stream, dst: DevBuf, data: &[u8]) -> Result<(), EngineError>;
     /// Copies device memory to the host; blocks until all work now on `stream` and the copy are done.
     fn download(&self, stream: Stream, src: DevBuf, out: &mut [u8]) -> Result<(), EngineError>;
+    /// As [`Device::download`], for somebody who only looks at the data: where the device has page-locked memory of its own for
+    /// it, it is copied there and no further. `look` is called once; it calls no `read` of this device.
+    fn read(&self, stream: Stream, src: DevBuf, look: &mut dyn FnMut(&[u8])) -> Result<(), EngineError> {
+        let mut data = vec![0; src.bytes as usize];
+        self.download(stream, src, &mut data)?;
+        look(&data);
+        Ok(())
+    }
     /// Device to device.
     fn copy(&self, stream: Stream, dst: DevBuf, src: DevBuf) -> Result<(), EngineError>;
     /// Fills with zero bytes.

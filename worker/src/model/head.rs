@@ -122,11 +122,10 @@ impl Head {
     pub fn predict_bytes(&self, count: usize, dt: Dtype) -> u64 {
         let mut c = Carver::measure();
         self.carve(count, dt, &mut c);
-        c.bytes(count as u64 * self.vocab as u64 * 4);
         c.used()
     }
 
-    /// f32 logits `[count, vocab]` of the rows of `x` that `rows` (`[count]` i32) names; returns where they are in
+    /// Logits `[count, vocab]`, in the compute format, of the rows of `x` that `rows` (`[count]` i32) names; returns where they are in
     /// `scratch`.
     pub fn predict(
         &self,
@@ -139,13 +138,10 @@ impl Head {
     ) -> Result<DevBuf, EngineError> {
         let own = w[0];
         let matrix = if self.tied { w[1] } else { own };
-        let mut c = Carver::of(scratch);
-        let t = self.carve(count, own.dtype, &mut c);
-        let out = c.f32(count * self.vocab);
+        let t = self.carve(count, own.dtype, &mut Carver::of(scratch));
         dev.gather_rows(x, self.hidden, rows, count, t.dnormed)?;
         self.norm.forward(dev, own, count, t.dnormed, t.normed, t.stats)?;
         self.logits_of(dev, matrix, count, t.normed, t.logits)?;
-        dev.to_f32(t.logits, count * self.vocab, out)?;
-        Ok(out)
+        Ok(t.logits)
     }
 }

@@ -5,12 +5,14 @@
 //! stay, spends what the device has left on activations, and takes the fastest combination by [`cost`].
 
 mod cost;
+mod residence;
 mod search;
 mod staging;
 #[cfg(test)]
 mod tests;
 mod text;
 
+pub(crate) use residence::{Residence, resident};
 pub(crate) use staging::{held_pages, staged_pages};
 
 use crate::api::*;
@@ -183,6 +185,11 @@ impl EnginePlan {
         self.squares_on_device && (self.packs() || whole)
     }
 
+    /// Nothing is trained: there are no gradients, and a block's input is not needed once the block is done.
+    pub fn forward_only(&self) -> bool {
+        self.store.gradients == GradientFormat::None && self.device_gradients.is_none()
+    }
+
     pub fn shape(&self) -> Shape {
         Shape { sequences: self.micro_batch, seq: self.seq, head_rows: self.head_rows }
     }
@@ -263,8 +270,8 @@ pub(crate) fn device_use(
     let gradient = |b: usize| rounded(ranks.padded(model.places[b].1) * 4);
     u.gradients = if p.resident_gradients {
         (0..model.len()).map(gradient).sum()
-    } else if p.store.gradients == GradientFormat::None && p.device_gradients.is_none() {
-        0 // forward only
+    } else if p.forward_only() {
+        0
     } else {
         let own = usize::from(model.tied()); // block 0 collects over the whole sweep
         let ring = (own..model.len()).map(gradient).max().unwrap_or(0) * GRADIENT_RING as u64;
@@ -291,7 +298,7 @@ pub(crate) fn device_use(
     }
     let width = |b: usize| rounded(rows * model.width(b) as u64 * dt);
     let widest = (0..model.len()).map(width).max().unwrap_or(0);
-    u.boundaries = group * ((0..last).map(width).sum::<u64>() + widest);
+    u.boundaries = group * if p.forward_only() { 2 * widest } else { (0..last).map(width).sum::<u64>() + widest };
     let saved = |b: usize, keep: Keep| rounded(model.saved_bytes(b, shape, keep));
     let kept: u64 = (0..last).filter(|b| p.keep[*b] != Keep::Inputs).map(|b| saved(b, p.keep[b])).sum();
     let shared = (0..last).any(|b| p.keep[b] == Keep::Inputs);
@@ -551,8 +558,11 @@ fn slots_for(model: &Model) -> usize {
     (most + 1).min(model.len())
 }
 
-/// Weights of a model that is only run forward: no gradients, nothing kept, as many weights as fit staying on the
-/// device.
+/// Micro-batches that go through a block together, at most, where weights are streamed.
+const MOST_TOGETHER: usize = 16;
+
+/// The plan of a model that is only run forward: no gradients, nothing kept. Where not all weights can stay on the device, several
+/// micro-batches (`most_together` at most) go through each block in turn, as many as make the bytes least that a token costs.
 pub(crate) fn inference(
     model: &Model,
     store: &StoreSpec,
@@ -560,9 +570,10 @@ pub(crate) fn inference(
     seq: usize,
     budget: u64,
     kind: DeviceKind,
+    most_together: usize,
 ) -> Result<EnginePlan, EngineError> {
     let workspace = &assumed_workspace(kind);
-    let mut p = EnginePlan {
+    let together = |count: usize| EnginePlan {
         world: 1,
         dtype: model.dtype,
         store: StoreSpec { gradients: GradientFormat::None, ..store.clone() },
@@ -570,13 +581,13 @@ pub(crate) fn inference(
         seq,
         head_rows: head_rows(&model.architecture, model.dtype, micro_batch * seq, kind),
         groups: 1,
-        group_len: 1,
-        micro_batches: 1,
-        sequences: micro_batch,
+        group_len: count,
+        micro_batches: count,
+        sequences: micro_batch * count,
         batch_sizes: Vec::new(),
         documents: false,
         keep: vec![Keep::Inputs; model.len()],
-        resident: vec![true; model.len()],
+        resident: vec![false; model.len()],
         slots: 0,
         resident_gradients: false,
         pack_gradients: false,
@@ -591,24 +602,33 @@ pub(crate) fn inference(
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },
         checkpoint_staging: 0,
     };
-    p.uses = device_use(model, &p, workspace)?;
-    // Give up resident blocks from the last one on until it fits.
-    for b in (0..model.len()).rev() {
-        if p.uses.total() <= budget {
-            return Ok(p);
-        }
-        p.resident[b] = false;
-        p.slots = slots_for(model);
+    // The plan, and the bytes that are loaded for each group.
+    let fitted = |count: usize| -> Result<(EnginePlan, Residence), EngineError> {
+        let mut p = together(count);
+        let kept = resident(model, budget.saturating_sub(device_use(model, &p, workspace)?.total()));
+        p.resident = kept.stay.clone();
+        p.slots = kept.slots;
         p.uses = device_use(model, &p, workspace)?;
+        Ok((p, kept))
+    };
+    let (mut best, mut kept) = fitted(1)?;
+    if best.uses.total() > budget {
+        return Err(EngineError::new(
+            ErrorKind::Resources,
+            format!(
+                "{} bytes of device memory are needed at least, {budget} are given; use shorter sequences, fewer prompts, or give the device more memory",
+                best.uses.total()
+            ),
+        ));
     }
-    if p.uses.total() <= budget {
-        return Ok(p);
+    for count in 2..=most_together.min(MOST_TOGETHER) {
+        if kept.streamed == 0 {
+            break;
+        }
+        let (p, more) = fitted(count)?;
+        if p.uses.total() <= budget && u128::from(more.streamed) * (best.group_len as u128) < u128::from(kept.streamed) * count as u128 {
+            (best, kept) = (p, more);
+        }
     }
-    Err(EngineError::new(
-        ErrorKind::Resources,
-        format!(
-            "{} bytes of device memory are needed at least, {budget} are given; use shorter sequences, fewer prompts, or give the device more memory",
-            p.uses.total()
-        ),
-    ))
+    Ok(best)
 }

@@ -540,3 +540,41 @@ proptest! {
         prop_assert!((per(4096) - 1.2e-6).abs() < 1e-12);
     }
 }
+
+/// Evaluating a model that does not fit: layers are streamed and not the ends, and every load serves several micro-batches.
+#[test]
+fn evaluation_streams_layers_for_several_micro_batches() {
+    for tied in [false, true] {
+        let a = llama(6, tied);
+        let blocks = a.blocks();
+        let store = StoreSpec {
+            blocks,
+            world_size: 1,
+            moments: MomentFormat::None,
+            gradients: GradientFormat::None,
+            page_parameters: None,
+            spare_pages_per_rank: 1,
+            exchange_bytes: 0,
+            metadata: String::new(),
+        };
+        let model = Model::new(&a, &Layout::new(&store).unwrap(), Dtype::F32).unwrap();
+        let inference = |budget: u64, most: usize| inference(&model, &store, 2, 16, budget, DeviceKind::Cpu, most);
+        let whole = inference(64 << 20, 40).unwrap();
+        assert!(whole.resident.iter().all(|stays| *stays) && whole.group_len == 1 && whole.slots == 0);
+        let refused = inference(0, 40).unwrap_err().message;
+        let least: u64 = refused.split(' ').next().unwrap().parse().unwrap();
+        let smallest = inference(least, 40).unwrap();
+        assert!(smallest.resident.iter().all(|stays| !*stays) && smallest.group_len == 1, "{smallest:?}");
+        for budget in (least..whole.uses.total()).step_by(5_000) {
+            let p = inference(budget, 5).unwrap();
+            assert!(p.uses.total() <= budget && p.group_len <= 5 && p.micro_batches == p.group_len);
+            let streamed: Vec<usize> = (0..model.len()).filter(|b| !p.resident[*b]).collect();
+            // A layer stays only where both ends do.
+            let ends = p.resident[0] && p.resident[model.len() - 1];
+            assert!(ends || streamed.len() >= model.len() - 1, "{streamed:?}");
+            if budget > least + 40_000 {
+                assert!(p.group_len > 1, "{budget}: {streamed:?}");
+            }
+        }
+    }
+}

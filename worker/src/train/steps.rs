@@ -361,7 +361,8 @@ impl Loop<'_> {
         let mine = &all[rank_share(all.len(), r.assignment.rank, r.assignment.world_size)];
         let most = all.len().div_ceil(r.assignment.world_size);
         let weight = self.reader.weight(Part::Validation, mine)? * self.session.model.loss_divisor();
-        let sum = self.session.evaluate(&self.reader, Part::Validation, mine, most, r.plan.micro_batches, step)?;
+        let mut sum = 0f64;
+        self.session.evaluate(&self.reader, Part::Validation, mine, most, r.plan.micro_batches, step, &mut sum)?;
         let gathered = r.comm.gather(Channel::Step, [sum, weight, 0.0, 0.0])?;
         let (sum, weight) = gathered.iter().fold((0.0, 0.0), |(s, w), v| (s + v[0], w + v[1]));
         Ok(sum / weight.max(1.0))

@@ -42,10 +42,11 @@ fn block(width: usize, v: usize) -> (u32, u32) {
     if units <= 64 { (32, 8) } else { (units.next_multiple_of(32).min(1024) as u32, 1) }
 }
 
-fn name(kind: NormKind) -> &'static str {
+/// Names of the kernels, forward and backward.
+fn names(kind: NormKind) -> (&'static str, &'static str) {
     match kind {
-        NormKind::Rms => "rms",
-        NormKind::Layer => "layer",
+        NormKind::Rms => ("rms_forward", "rms_backward"),
+        NormKind::Layer => ("layer_forward", "layer_backward"),
     }
 }
 
@@ -70,7 +71,7 @@ pub(crate) fn norm_forward(
         (bias.unwrap_or(weight), s.width, d.size()),
     ])?;
     let v = d.width(&[x, y, weight, bias.unwrap_or(weight)], &[s.width, s.row_stride, s.offset]);
-    let f = d.variant(&format!("{}_forward", name(s.kind)), v)?;
+    let f = d.variant(names(s.kind).0, v)?;
     let (shape, threads) = (rows(s)?, block(s.width, v));
     let l = Launch::new((shape.vectors.div_ceil(threads.1 as u64) as u32, 1, 1), threads);
     let (x, weight, bias, y, stats) = (x.ptr, weight.ptr, address(bias), y.ptr, stats.ptr);
@@ -99,7 +100,7 @@ pub(crate) fn norm_backward(d: &CudaDevice, s: &NormShape, b: &NormBackward) -> 
     check(&[(b.dy, n, size), (b.x, n, size), (add, n, size), (b.dx, n, size), (b.weight, s.width, size)])?;
     check(&[(b.stats, s.stats_len(), 4), (b.dweight, s.width, 4), (b.dbias.unwrap_or(b.dweight), s.width, 4)])?;
     let v = d.width(&[b.dy, b.x, b.weight, add, b.dx], &[s.width, s.row_stride, s.offset]);
-    let f = d.variant(&format!("{}_backward", name(s.kind)), v)?;
+    let f = d.variant(names(s.kind).1, v)?;
     let (shape, threads) = (rows(s)?, block(s.width, v));
     let sums = if s.kind == NormKind::Layer { 2 } else { 1 };
     let shared = threads.1 as usize * sums * s.width * 4;

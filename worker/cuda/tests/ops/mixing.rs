@@ -10,12 +10,14 @@ pub const TESTS: &[Test] = &[
     ("products_accumulate_in_f32", accumulation),
     ("products_of_unaligned_operands", unaligned),
     ("products_in_deterministic_mode_repeat", deterministic_products),
+    ("products_of_few_rows", few_rows),
     ("attention_plain", attention_plain),
     ("attention_windows_and_documents", attention_masked),
     ("attention_of_odd_heads", attention_odd),
     ("attention_in_deterministic_mode_repeats", attention_deterministic),
     ("attention_in_deterministic_mode_in_parts", attention_split),
     ("attention_to_a_cache", attention_cached),
+    ("attention_to_a_long_cache", attention_long_cache),
 ];
 
 /// One product on both devices; `None` where D is f32.
@@ -148,6 +150,53 @@ fn unaligned() {
             }
         }
     });
+}
+
+/// Decoding: as many rows as there are texts, weights `[out, in]`; sizes around those of the kernel's tiles, its tails, and more rows
+/// than it takes. Matrices wide enough for either of its variants on any GPU.
+fn few_rows() {
+    formats(|mut r: Rig| {
+        for m in [1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33] {
+            for (n, k) in [(3072, 3072), (16, 8), (17, 24), (1001, 1000), (70, 136), (333, 1032), (40, 8192), (12_801, 264)] {
+                run(&mut r, Product { m, n, k, transpose_b: true, ..PLAIN });
+            }
+            for (add, in_place, bias) in
+                [(true, false, false), (false, true, false), (false, false, true), (true, false, true), (false, true, true)]
+            {
+                run(&mut r, Product { m, n: 157, k: 648, transpose_b: true, add, in_place, bias, ..PLAIN });
+            }
+            run(&mut r, Product { m, n: 64, k: 640, transpose_b: true, add: true, bias: true, shift: 1, ..PLAIN });
+            run(&mut r, Product { m, n: 64, k: 640, transpose_b: true, f32_result: true, ..PLAIN });
+        }
+    });
+    // A row's bits are its own: they depend neither on the rows beside it nor on when they are computed.
+    let mut r = Rig::new(Dtype::Bf16, true);
+    for (n, k) in [(3072, 1544), (12_800, 520)] {
+        let (a, b) = (r.input(32 * k, 1.0), r.input(n * k, 0.05));
+        let product = |r: &mut Rig, m: usize| {
+            let d = r.output(32 * n);
+            let g = Gemm {
+                m,
+                n,
+                k,
+                transpose_a: false,
+                transpose_b: true,
+                a: a.gpu,
+                b: b.gpu,
+                d: d.gpu,
+                d_dtype: Dtype::Bf16,
+                accumulate: false,
+                add: None,
+                bias: None,
+            };
+            r.gpu.gemm(&g).unwrap();
+            r.gpu_bytes(&d)[..m * n * 2].to_vec()
+        };
+        let all = product(&mut r, 32);
+        for m in [1, 8, 9, 16, 17, 32] {
+            assert!(product(&mut r, m) == all[..m * n * 2], "{m} of 32 rows, {n}x{k}");
+        }
+    }
 }
 
 fn deterministic_products() {
@@ -325,6 +374,48 @@ fn attention_cached() {
                 r.agree("values", &values, 0.0, 0.0);
                 past.iter_mut().for_each(|p| *p += new as i32);
             }
+        }
+    });
+}
+
+/// Keys in many parts, whose bounds lie before, at and behind those of the texts and their windows; heads that a block's query
+/// heads share evenly and not, heads of every size that the kernels are compiled for.
+fn attention_long_cache() {
+    formats(|mut r: Rig| {
+        for (heads, kv_heads, head_dim, window) in [
+            (4, 2, 64, None),
+            (6, 2, 128, None),
+            (8, 1, 128, Some(300)),
+            (5, 1, 32, None),
+            (3, 3, 80, Some(128)),
+            (7, 1, 96, None),
+            (8, 1, 256, None),
+            (2, 2, 20, None),
+            (2, 1, 40, Some(1)),
+        ] {
+            let (batch, capacity, width) = (4, 5100, kv_heads * head_dim);
+            let (keys, values) = (r.input(batch * capacity * width, 1.0), r.input(batch * capacity * width, 1.0));
+            let mut past = [5000i32, 126, 383, 0];
+            for new in [1usize, 1, 1, 3, 7, 1] {
+                let s = CachedAttentionShape { batch, new, capacity, heads, kv_heads, head_dim, scale: 0.1, window };
+                let row = (heads + 2 * kv_heads) * head_dim;
+                let (qkv, out, lengths) = (r.input(batch * new * row, 1.0), r.output(batch * new * heads * head_dim), r.integers(&past));
+                r.both(|d, b| d.attention_cached(&s, b(&qkv), b(&keys), b(&values), b(&lengths), b(&out)));
+                r.close(&format!("long cache {heads}/{kv_heads} d{head_dim} window {window:?}, {new} new"), &out);
+                past.iter_mut().for_each(|p| *p += new as i32);
+            }
+            r.agree("keys", &keys, 0.0, 0.0);
+            r.agree("values", &values, 0.0, 0.0);
+            // A text's bits are its own: alone, with less room, it has the same.
+            let (s, row) =
+                (CachedAttentionShape { batch: 1, new: 1, capacity, heads, kv_heads, head_dim, scale: 0.1, window }, heads + 2 * kv_heads);
+            let (qkv, lengths) = (r.input(row * head_dim, 1.0), r.integers(&[500]));
+            let (first, again) = (r.output(heads * head_dim), r.output(heads * head_dim));
+            for (out, capacity) in [(&first, capacity), (&again, 501)] {
+                let s = CachedAttentionShape { capacity, ..s };
+                r.gpu.attention_cached(&s, qkv.gpu, keys.gpu, values.gpu, lengths.gpu, out.gpu).unwrap();
+            }
+            assert!(r.gpu_bytes(&first) == r.gpu_bytes(&again), "{heads}/{kv_heads} d{head_dim}: another capacity");
         }
     });
 }

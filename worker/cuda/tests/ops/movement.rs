@@ -54,6 +54,12 @@ fn uploads() {
     let mut out = vec![0u8; n as usize];
     d.download(Stream::CopyIn, b, &mut out).unwrap();
     assert!(out == data);
+    for (from, len) in [(5, 100), (0, n as usize), (7, 0), (1 << 20, 3)] {
+        let mut looked = 0;
+        let mut look = |read: &[u8]| looked += usize::from(read == &data[from..from + len]);
+        d.read(Stream::CopyIn, b.slice(from as u64, len as u64), &mut look).unwrap();
+        assert_eq!(looked, 1, "{len} bytes at {from}");
+    }
     assert!(d.upload(Stream::CopyIn, b.slice(0, 8), &[0; 9]).is_err());
 }
 
