@@ -52,6 +52,34 @@ impl GradientFormat {
     }
 }
 
+/// Steps whose gradients are kept, for the first parameters of a store: with them, pages whose state is in a device's memory need
+/// not be written back at every step. A page that is some steps behind is brought to the committed one by the updates of those
+/// steps, made again from the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GradientLog {
+    /// Steps whose gradients are kept, 1 to [`GradientLog::STEPS_MAX`]; 1: those of the last step alone, as of all other parameters.
+    pub steps: u32,
+    /// Parameters that have a log, from the first on: whole pages, or all. 0 where `steps` is 1.
+    pub parameters: u64,
+}
+
+impl GradientLog {
+    /// Most steps that can be kept.
+    pub const STEPS_MAX: u32 = 8;
+    /// No parameter has one.
+    pub const NONE: GradientLog = GradientLog { steps: 1, parameters: 0 };
+
+    pub(crate) fn is_none(&self) -> bool {
+        *self == GradientLog::NONE
+    }
+}
+
+impl Default for GradientLog {
+    fn default() -> Self {
+        GradientLog::NONE
+    }
+}
+
 /// One tensor, row-major.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorSpec {
@@ -94,6 +122,9 @@ pub struct StoreSpec {
     pub spare_pages_per_rank: u32,
     /// Bytes of the exchange area, rounded up to 4096.
     pub exchange_bytes: u64,
+    /// Gradients of earlier steps that are kept.
+    #[serde(default, skip_serializing_if = "GradientLog::is_none")]
+    pub log: GradientLog,
     /// The caller's own; a JSON text by convention. Kept as it is.
     pub metadata: String,
 }

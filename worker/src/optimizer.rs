@@ -12,8 +12,9 @@
 
 use ramtorch_device::AdamwStep;
 use ramtorch_job::OptimizerSpec;
-use ramtorch_store::Gradients;
+use ramtorch_store::{Gradients, Store};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Gradients a task sums.
 const CHUNK: usize = 1 << 12;
@@ -46,12 +47,44 @@ pub(crate) fn factors(o: &OptimizerSpec, s: &StepScalars) -> AdamwStep {
 
 /// Sum of squares of a page's gradients, the same for any number of threads.
 pub(crate) fn sum_of_squares(g: Gradients<'_>) -> f64 {
-    let parts: Vec<f64> = match g {
+    chunks_of_squares(g).iter().sum()
+}
+
+/// One for each [`CHUNK`].
+fn chunks_of_squares(g: Gradients<'_>) -> Vec<f64> {
+    match g {
         Gradients::None => Vec::new(),
         Gradients::F32(g) => g.par_chunks(CHUNK).map(ramtorch_cpu::sum_of_squares).collect(),
         Gradients::Bf16(g) => g.par_chunks(CHUNK).map(ramtorch_cpu::sum_of_squares_bf16).collect(),
-    };
-    parts.iter().sum()
+    }
+}
+
+/// Sum of squares of the gradients of `params` at `step`, with the bits that [`sum_of_squares`] gives when they lie in one piece.
+pub(crate) fn squares_of(store: &Store, params: Range<u64>, step: u64) -> f64 {
+    let chunk = CHUNK as u64;
+    let read = |params: Range<u64>, f: &mut dyn FnMut(Gradients<'_>)| ramtorch_cpu::read_gradient_range(store, params, step, f);
+    let cut = store.layout().gradient_parts(params.clone()).next().map_or(params.end, |first| first.end);
+    if cut == params.end {
+        let mut sum = 0.0;
+        read(params, &mut |g| sum = sum_of_squares(g));
+        return sum;
+    }
+    // The chunk in which the cut lies is put together.
+    let begin = params.start + (cut - params.start) / chunk * chunk;
+    let end = (begin + chunk).min(params.end);
+    let mut sums = Vec::new();
+    read(params.start..begin, &mut |g| sums.extend(chunks_of_squares(g)));
+    let (mut wide, mut narrow) = (Vec::new(), Vec::new());
+    for part in [begin..cut, cut..end] {
+        read(part, &mut |g| match g {
+            Gradients::None => {}
+            Gradients::F32(g) => wide.extend_from_slice(g),
+            Gradients::Bf16(g) => narrow.extend_from_slice(g),
+        });
+    }
+    sums.extend(chunks_of_squares(if narrow.is_empty() { Gradients::F32(&wide) } else { Gradients::Bf16(&narrow) }));
+    read(end..params.end, &mut |g| sums.extend(chunks_of_squares(g)));
+    sums.iter().sum()
 }
 
 #[cfg(test)]

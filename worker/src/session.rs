@@ -592,13 +592,14 @@ impl Session {
         if wanted.iter().map(|p| p.end - p.start).sum::<u64>() < count {
             hit(Point::RerunDropped);
         }
-        for part in wanted.into_iter().filter(|p| !p.is_empty()) {
-            let count = part.end - part.start;
+        let layout = self.store.layout();
+        for part in wanted.into_iter().flat_map(|part| layout.gradient_parts(part)) {
+            let (count, at) = (part.end - part.start, layout.gradient_at(part.start, before + 1));
             let src = src.slice((part.start - start) * width, count * width);
             if packed.is_some() {
-                dev.store_packed_gradients(Stream::CopyOut, src, &self.store, part.start, count)?;
+                dev.store_packed_gradients(Stream::CopyOut, src, &self.store, at, count)?;
             } else {
-                dev.store_gradients(Stream::CopyOut, src, &self.store, part.start, count, accumulate)?;
+                dev.store_gradients(Stream::CopyOut, src, &self.store, at, count, accumulate)?;
             }
         }
         dev.end(Stream::CopyOut, stretch)?;

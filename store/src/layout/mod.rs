@@ -24,7 +24,7 @@ pub(crate) use owners::Owners;
 pub use owners::{SHARE_ALIGN, share_of};
 
 use crate::error::StoreError;
-use crate::spec::{PageId, StoreSpec};
+use crate::spec::{GradientFormat, GradientLog, PageId, StoreSpec};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -92,7 +92,7 @@ pub struct Sections {
     pub control: Range<u64>,
     /// Exchange area.
     pub exchange: Range<u64>,
-    /// Gradients over the parameter index space.
+    /// Gradients over the parameter index space, and behind them those of the log.
     pub gradients: Range<u64>,
     /// Physical pages.
     pub pages: Range<u64>,
@@ -205,6 +205,7 @@ impl Layout {
                 "{physical} pages of {page_parameters} parameters are more than {PHYSICAL_MAX}; choose larger pages"
             )));
         }
+        check_log(spec, at, page_parameters)?;
         let none = Sections { manifest: 0..0, page_table: 0..0, control: 0..0, exchange: 0..0, gradients: 0..0, pages: 0..0 };
         let owners = Owners::new(&blocks, at, page_parameters, spec.world_size);
         Ok(Layout {
@@ -238,7 +239,7 @@ impl Layout {
                 page_table: section(Some(u64::from(self.page_count) * 8))?,
                 control: section(Some(CONTROL_WORDS as u64 * 8))?,
                 exchange: section(exchange)?,
-                gradients: section(self.span.checked_mul(self.spec.gradients.bytes()))?,
+                gradients: section(self.gradient_span().checked_mul(self.spec.gradients.bytes()))?,
                 pages: section(u64::from(self.physical_count()).checked_mul(self.page_bytes()))?,
             })
         })();
@@ -331,6 +332,33 @@ impl Layout {
         if start >= end { first..first } else { first..end.div_ceil(size) as PageId }
     }
 
+    /// Length of the array of gradients: one for each parameter, and those of the log.
+    pub fn gradient_span(&self) -> u64 {
+        let log = self.spec.log;
+        self.span + u64::from(log.steps - 1) * log.parameters
+    }
+
+    /// Place in the array of gradients of that of `parameter` at `step`. Steps that are [`GradientLog::steps`] apart share a place.
+    pub fn gradient_at(&self, parameter: u64, step: u64) -> u64 {
+        let log = self.spec.log;
+        match step % u64::from(log.steps) {
+            turn if turn > 0 && parameter < log.parameters => self.span + (turn - 1) * log.parameters + parameter,
+            _ => parameter,
+        }
+    }
+
+    /// `params` cut where their gradients of a step go on elsewhere: parts that lie in one piece of the array.
+    pub fn gradient_parts(&self, params: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+        let cut = self.spec.log.parameters.clamp(params.start, params.end);
+        [params.start..cut, cut..params.end].into_iter().filter(|part| !part.is_empty())
+    }
+
+    /// Steps that a page may be behind the committed one: its gradients of as many are kept.
+    pub fn may_lag(&self, page: PageId) -> u64 {
+        let log = self.spec.log;
+        if self.page_range(page).end <= log.parameters { u64::from(log.steps) - 1 } else { 0 }
+    }
+
     /// What the store was laid out from, its page size filled in.
     pub fn spec(&self) -> &StoreSpec {
         &self.spec
@@ -340,6 +368,24 @@ impl Layout {
     pub fn sections(&self) -> &Sections {
         &self.sections
     }
+}
+
+fn check_log(spec: &StoreSpec, span: u64, page_parameters: u32) -> Result<(), StoreError> {
+    let GradientLog { steps, parameters } = spec.log;
+    let whole = parameters.is_multiple_of(u64::from(page_parameters)) || parameters == span;
+    if spec.log == GradientLog::NONE {
+        return Ok(());
+    }
+    if !(2..=GradientLog::STEPS_MAX).contains(&steps) || parameters == 0 || parameters > span || !whole {
+        return Err(refuse(format!(
+            "a log of {steps} steps over {parameters} parameters: 2 to {} steps and whole pages of the {span} parameters are allowed",
+            GradientLog::STEPS_MAX
+        )));
+    }
+    if spec.gradients == GradientFormat::None {
+        return Err(refuse("a log of gradients that are not in the segment".into()));
+    }
+    Ok(())
 }
 
 fn refuse(reason: String) -> StoreError {

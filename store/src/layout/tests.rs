@@ -1,5 +1,5 @@
 use super::*;
-use crate::spec::{BlockSpec, GradientFormat, MomentFormat, TensorSpec};
+use crate::spec::{BlockSpec, GradientFormat, GradientLog, MomentFormat, TensorSpec};
 use proptest::prelude::*;
 
 fn tensor(name: &str, shape: &[u64], joined: bool) -> TensorSpec {
@@ -15,6 +15,7 @@ fn spec(blocks: Vec<BlockSpec>) -> StoreSpec {
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: 5000,
+        log: GradientLog::NONE,
         metadata: "{}".into(),
     }
 }
@@ -48,6 +49,38 @@ fn places_are_as_documented() {
     // Header, live words, manifest, table, 32 KiB of control words, 8 KiB of exchange, 4,608 B of gradients, 5 pages.
     let manifest = layout.sections().manifest.end.next_multiple_of(4096);
     assert_eq!(layout.bytes(), manifest + 4096 + 32768 + 8192 + 8192 + 5 * 12288);
+}
+
+#[test]
+fn gradients_of_logged_steps_have_places_of_their_own() {
+    let blocks = || vec![block("b", vec![tensor("t", &[5000], false)])];
+    let plain = Layout::new(&spec(blocks())).unwrap();
+    let log = GradientLog { steps: 3, parameters: 2048 };
+    let layout = Layout::new(&StoreSpec { log, ..spec(blocks()) }).unwrap();
+    let span = layout.span();
+    assert_eq!((span, layout.gradient_span(), plain.gradient_span()), (5056, 5056 + 2 * 2048, 5056));
+    let at = |parameter, step| layout.gradient_at(parameter, step);
+    assert_eq!([at(7, 3), at(7, 4), at(7, 5), at(7, 6)], [7, span + 7, span + 2048 + 7, 7]);
+    assert_eq!([at(2047, 4), at(2048, 4), at(2048, 5), at(span - 1, 5)], [span + 2047, 2048, 2048, span - 1]);
+    assert!((0..9).all(|step| plain.gradient_at(7, step) == 7));
+    let parts = |l: &Layout, range| l.gradient_parts(range).collect::<Vec<_>>();
+    assert_eq!(parts(&layout, 100..3000), [100..2048, 2048..3000]);
+    assert_eq!(parts(&layout, 0..2048), vec![0..2048]);
+    assert_eq!(parts(&layout, 2048..2050), vec![2048..2050]);
+    assert_eq!(parts(&plain, 100..3000), vec![100..3000]);
+    assert!(parts(&layout, 5..5).is_empty());
+    assert_eq!([0, 1, 2, 4].map(|page| layout.may_lag(page)), [2, 2, 0, 0]);
+    // The store is larger by these gradients, and says so in its version; another is as it was.
+    assert_eq!(layout.sections().gradients.end - layout.sections().gradients.start, (5056 + 4096) * 2);
+    let header = |l: &Layout| crate::format::header(l, &crate::format::manifest_bytes(l).unwrap());
+    let words = |l: &Layout| [1, 28, 29].map(|i| header(l)[i]);
+    assert_eq!((words(&layout), words(&plain)), ([3, 3, 2048], [2, 0, 0]));
+    for (steps, parameters) in [(2, 0), (2, 100), (1, 1024), (0, 0), (9, 1024), (2, 6144), (u32::MAX, 1024)] {
+        let refused = Layout::new(&StoreSpec { log: GradientLog { steps, parameters }, ..spec(blocks()) });
+        assert!(refused.is_err(), "{steps} steps of {parameters}");
+    }
+    assert!(Layout::new(&StoreSpec { log: GradientLog { steps: 8, parameters: span }, ..spec(blocks()) }).is_ok());
+    assert!(Layout::new(&StoreSpec { log, gradients: GradientFormat::None, ..spec(blocks()) }).is_err());
 }
 
 #[test]
@@ -121,7 +154,7 @@ fn specs() -> impl Strategy<Value = StoreSpec> {
             let mut blocks: Vec<_> = blocks.collect();
             blocks.push(block("last", vec![tensor("last", &[1], false)]));
             let (world_size, spare_pages_per_rank, page, exchange_bytes) = numbers;
-            StoreSpec {
+            let spec = StoreSpec {
                 blocks,
                 world_size,
                 moments,
@@ -129,8 +162,18 @@ fn specs() -> impl Strategy<Value = StoreSpec> {
                 page_parameters: page.map(|p| p * 1024),
                 spare_pages_per_rank,
                 exchange_bytes,
+                log: GradientLog::NONE,
                 metadata,
+            };
+            // Every other one keeps gradients of some steps: of a page, of all parameters, or of what lies between.
+            let Ok(layout) = Layout::new(&spec) else { return spec };
+            if gradients == GradientFormat::None || exchange_bytes % 2 == 0 {
+                return spec;
             }
+            let page = u64::from(layout.page_parameters());
+            let parameters = (exchange_bytes % layout.span()).next_multiple_of(page).clamp(1, layout.span());
+            let parameters = if parameters.is_multiple_of(page) { parameters } else { layout.span() };
+            StoreSpec { log: GradientLog { steps: 2 + (exchange_bytes % 7) as u32, parameters }, ..spec }
         },
     )
 }

@@ -23,7 +23,7 @@ use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
     AdamwStep, DecayRun, DevBuf, DeviceGradients, EngineError, GradientReader, HeldPage, PageGradients, PageUpdater, StagedPage,
 };
-use ramtorch_store::{Begun, PageId, SharedOwner, Update};
+use ramtorch_store::{Begun, PageId, SharedOwner, Store, Update};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -239,15 +239,40 @@ fn advance(
     Ok(done)
 }
 
-/// Writes held pages, which [`update_pages_recorded`] has brought to `step`, into the store, last page first: the next
-/// backward pass, which overwrites their gradients, begins there. One after the other: between two of them the device's copies
+/// Brings `page` to `k.step` from the step before, on the current rayon pool: an update that a device made, and took with it, made
+/// again from the log of gradients.
+///
+/// # Errors
+/// Those of the store, and of formats that AdamW does not know.
+pub fn replay_page(owner: &SharedOwner<'_>, k: &AdamwStep, page: PageId) -> Result<(), EngineError> {
+    let layout = owner.store().layout();
+    let runs = DecayRun::of(layout, &layout.page_range(page));
+    owner.update(page, k.step, |old, new, g| adamw_page(k, &runs, old, new, g)).map(drop)
+}
+
+/// Whether a held page is written back at `step`: all are where there is no log of gradients, otherwise each at every so many
+/// steps as the log has, some at every step.
+fn is_due(store: &Store, page: PageId, step: u64) -> bool {
+    let every = store.layout().may_lag(page) + 1;
+    (step + u64::from(page)).is_multiple_of(every) || store.entry(page).step + every <= step
+}
+
+/// Writes those held pages that are due, or all where `whole` says so, into the store, last page first: the next
+/// backward pass, which overwrites their gradients, begins there. [`update_pages_recorded`] has brought them to `step`. One after
+/// the other: between two of them the device's copies
 /// stand still, and the gradients that the backward pass wants to be rid of get their turn.
 ///
 /// # Errors
 /// Those of the store and of the device; what was published stays so.
-pub fn write_back(owner: &SharedOwner<'_>, step: u64, updater: &mut dyn PageUpdater, held: &[HeldPage]) -> Result<(), EngineError> {
-    for h in held.iter().rev().filter(|h| h.at == Some(step)) {
-        let Some(update) = owner.begin(h.page, step)? else { continue };
+pub fn write_back(
+    owner: &SharedOwner<'_>,
+    step: u64,
+    updater: &mut dyn PageUpdater,
+    held: &[HeldPage],
+    whole: bool,
+) -> Result<(), EngineError> {
+    for h in held.iter().rev().filter(|h| h.at == Some(step) && (whole || is_due(owner.store(), h.page, step))) {
+        let Some(update) = owner.begin_behind(h.page, step)? else { continue };
         updater.write_back(&update, h)?;
         updater.finish()?;
         owner.publish(update)?;

@@ -174,7 +174,7 @@ fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
 /// Updates `params` of the page from `old` into `new`, piece by piece where gradients lie in several buffers.
 fn part(store: &Store, w: &Work, params: Range<u64>, old: Arrays, new: Arrays) -> Result<(), EngineError> {
     let Some((format, pieces)) = &w.gradients else {
-        let g = store.gradient_ptr(params.start);
+        let g = store.gradient_ptr(store.layout().gradient_at(params.start, w.k.step));
         return piece(store, w, params, old, new, (store.layout().spec().gradients, g));
     };
     let mut at = params.start;

@@ -336,7 +336,8 @@ impl Updater {
             }
         }
         if in_segment {
-            cu!(what, cuMemcpyHtoDAsync_v2(in_slot, store.gradient_ptr(start).cast::<c_void>(), (len * gb) as usize, self.up.0))?;
+            let from = store.gradient_ptr(store.layout().gradient_at(start, k.step)).cast::<c_void>();
+            cu!(what, cuMemcpyHtoDAsync_v2(in_slot, from, (len * gb) as usize, self.up.0))?;
         }
         if let Some(span) = span {
             self.timing.end(&self.up, span)?;

@@ -386,7 +386,7 @@ pub fn staging_bytes(store: &StoreSpec, page_parameters: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, TensorSpec};
+    use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, TensorSpec};
 
     fn layout() -> Layout {
         let tensor = |name: &str, len: u64, joined, decay| TensorSpec { name: name.into(), shape: vec![len], joined, decay };
@@ -400,6 +400,7 @@ mod tests {
             page_parameters: Some(1024),
             spare_pages_per_rank: 1,
             exchange_bytes: 4096,
+            log: GradientLog::NONE,
             metadata: String::new(),
         })
         .unwrap()

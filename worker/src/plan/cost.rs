@@ -9,7 +9,7 @@
 //!   processor                                                       norm of n-1 … 0 │ ─ the period of a step
 //! ```
 //! Pages whose state is held on the device are updated first, in little more time than their gradients take to come, and go out
-//! after all others, last block first. A block's gradients leave when its pages are published. Without clipping, the processor
+//! after all others, last block first; with a log of gradients, at every few steps only. A block's gradients leave when its pages are published. Without clipping, the processor
 //! has updated pages of the last blocks before this begins ([`Cost::early`]).
 //!
 //! On CPU devices everything shares the same cores: there the parts are added up.
@@ -262,9 +262,8 @@ impl Cost {
 
     /// The device may hold the state of pages from step to step.
     pub fn holds(&self, p: &EnginePlan) -> bool {
-        self.overlapped()
-            && p.optimizer_split
-            && self.adamw_gpu > 0.0
+        p.optimizer_split
+            && (self.adamw_gpu > 0.0 || !self.overlapped())
             && (p.world == 1 || p.gather_weights)
             && p.dtype == Dtype::Bf16
             && p.device_gradients.is_none()
@@ -608,7 +607,8 @@ impl<'a> Run<'a> {
         let mut written_back = 0.0;
         let mut published = updated.clone();
         for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {
-            written_back += held[b] / n * state / (cost.both[1] * WRITE_BACK);
+            // With a log, so many steps share the way out among them.
+            written_back += held[b] / n * state / f64::from(p.store.log.steps) / (cost.both[1] * WRITE_BACK);
             published[b] = end + written_back;
         }
         Run {

@@ -21,7 +21,7 @@ use ramtorch_cpu::Collectives;
 use ramtorch_device::{AttentionShape, DevBuf, Dtype, HeldPage, Ranks};
 use ramtorch_job::{GradientPlace, JobSpec, Precision};
 use ramtorch_modelio::Architecture;
-use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreError, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, Layout, MomentFormat, StoreError, StoreSpec};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of logits that the head makes at once: enough rows for efficient products on either kind.
@@ -372,6 +372,7 @@ fn store_of(spec: &JobSpec, architecture: &Architecture, world: usize, dtype: Dt
         page_parameters: None,
         spare_pages_per_rank: 1,
         exchange_bytes: Collectives::exchange_bytes(world),
+        log: GradientLog::NONE,
         metadata,
     }
 }
@@ -424,7 +425,9 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     }
     let dtype = dtype_of(spec, first.kind);
     let mut store = store_spec(spec, prepared, &architecture, world, dtype);
-    let optimizer_split = first.kind == DeviceKind::Cuda;
+    // On CPU devices only to hold state, where a job asks for it: that is how it is tried out on any machine.
+    let asked = spec.train.held_state_gib.is_some_and(|gib| gib > 0.0) && dtype == Dtype::Bf16;
+    let optimizer_split = first.kind == DeviceKind::Cuda || asked;
     if optimizer_split {
         store = split_optimizer(store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     }
@@ -495,6 +498,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         kind: first.kind,
         world,
         budget,
+        // The other half is for what else needs RAM: checkpoints on their way, other jobs.
+        log_bytes: (request.segment_bytes_available - layout.bytes()) / 2,
         cost: &cost,
         workspace: &workspace,
     };
@@ -516,6 +521,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     let p = &found.plan;
     let of_rank = |rank| held_pages(&layout, &p.resident, p.held_pages, Ranks { rank, world }).len();
     found.plan.held_pages = (0..world).map(of_rank).max().unwrap_or(0);
+    found.plan.store.log = logged(&layout, &found.plan, request.segment_bytes_available);
+    layout = Layout::new(&found.plan.store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     found.plan.uses = device_use(&model, &found.plan, &workspace)?;
     found.plan.devices = devices.iter().map(|d| (d.kind, d.index)).collect();
     let device = found.plan.uses.total();
@@ -543,6 +550,20 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         text,
         detail: serde_json::to_value(p).map_err(EngineError::internal)?,
     })
+}
+
+/// The log of gradients of the pages that `p` holds, as long as it chose, or as has room in `available` bytes beside the rest.
+fn logged(layout: &Layout, p: &EnginePlan, available: u64) -> GradientLog {
+    let of_rank = |rank| held_pages(layout, &p.resident, p.held_pages, Ranks { rank, world: p.world });
+    let last = (0..p.world).filter_map(|rank| of_rank(rank).last().copied()).max();
+    let Some(parameters) = last.map(|page| layout.page_range(page).end) else { return GradientLog::NONE };
+    let bytes = |steps: u32| u64::from(steps - 1) * parameters * p.store.gradients.bytes();
+    // Sections are rounded up.
+    let room = available.saturating_sub(layout.bytes() + 4096);
+    match (2..=p.store.log.steps).rev().find(|steps| bytes(*steps) <= room) {
+        Some(steps) => GradientLog { steps, parameters },
+        None => GradientLog::NONE,
+    }
 }
 
 /// Slots that a visit of any block, with the next one on its way, needs.

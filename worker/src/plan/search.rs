@@ -11,7 +11,7 @@ use crate::api::{DeviceKind, EngineError};
 use crate::model::{Block, Keep, Model};
 use ramtorch_device::{AttentionShape, HeldPage};
 use ramtorch_job::{JobSpec, Precision, Recompute};
-use ramtorch_store::{GradientFormat, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, StoreSpec};
 
 /// What the search goes through, and by what it judges.
 pub(super) struct Space<'a> {
@@ -30,6 +30,8 @@ pub(super) struct Space<'a> {
     pub world: usize,
     /// Bytes of a device.
     pub budget: u64,
+    /// Bytes of RAM that a log of gradients may take.
+    pub log_bytes: u64,
     pub cost: &'a Cost,
     pub workspace: &'a dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
 }
@@ -39,6 +41,8 @@ pub(super) struct Space<'a> {
 pub(super) struct Found {
     pub plan: EnginePlan,
     pub parts: Breakdown,
+    /// What the plans are compared by: the seconds of a step, and a little for the RAM of a log.
+    judged: f64,
     /// Combinations that were played.
     pub played: usize,
 }
@@ -57,6 +61,9 @@ const GROUPS_MAX: usize = 64;
 const RESIDENT_STEPS: usize = 36;
 /// Numbers of pages that are held on the device are gone through in about so many steps.
 const HOLDINGS: usize = 24;
+/// Numbers of steps whose gradients may be kept, and what each step more has to gain to be worth its RAM.
+const LOGS: [u32; 6] = [1, 2, 3, 4, 6, 8];
+const LOG_WORTH: f64 = 2e-3;
 /// A larger plan has to be better by this share; among equals the first found stays, which has the larger micro-batch.
 const BETTER: f64 = 1e-9;
 
@@ -183,6 +190,22 @@ impl Sizes {
     }
 }
 
+/// Parameters up to the end of the last block that has a page which `p` holds, or of that page where one rank holds them in a row.
+fn logged_parameters(model: &Model, p: &EnginePlan) -> u64 {
+    let Some(page) = p.store.page_parameters.map(u64::from) else { return 0 };
+    let mut left = p.held_pages as u64 * page * p.world as u64;
+    let mut end = 0;
+    for b in 0..model.len() {
+        let (held, (start, len)) = (left.min(Cost::holdable(p, page, model, b)), model.places[b]);
+        left -= held;
+        if held > 0 {
+            end = if p.world == 1 { start + held } else { start + len };
+        }
+    }
+    let span = model.places.last().map_or(0, |(start, len)| start + len);
+    end.next_multiple_of(page).min(span)
+}
+
 /// Searches. The inner error is the least memory that would do.
 pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
     let batch = s.spec.train.batch_size;
@@ -247,7 +270,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
     }
     Ok(match best {
         Some(mut found) => {
-            found.plan.store = s.store.clone();
+            found.plan.store = StoreSpec { log: found.plan.store.log, ..s.store.clone() };
             Ok(Found { played, ..found })
         }
         None => Err(least),
@@ -284,23 +307,33 @@ impl Combination<'_> {
                 for &slots in slots.iter().filter(|x| **x <= n) {
                     p.slots = slots;
                     for held in self.holdings(&p) {
-                        p.held_pages = held;
+                        (p.held_pages, p.store.log) = (held, GradientLog::NONE);
                         // What none has room for, more have no room for either.
                         let Some(keep) = self.keep(&mut p, least)? else { break };
                         p.keep = keep;
                         let (compute, _) = s.cost.compute(s.model, &p, self.times);
-                        if best.as_ref().is_some_and(|b| compute >= b.parts.step) {
+                        if best.as_ref().is_some_and(|b| compute >= b.judged) {
                             continue;
                         }
                         p.uses = device_use(s.model, &p, self.workspace)?;
                         if p.uses.total() > s.budget {
                             continue; // layers of unequal sizes
                         }
-                        *played += 1;
                         p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
-                        let parts = s.cost.step(s.model, &p, self.times);
-                        if best.as_ref().is_none_or(|b| parts.step < b.parts.step * (1.0 - BETTER)) {
-                            *best = Some(Found { plan: p.clone(), parts, played: 0 });
+                        let mut shorter = f64::INFINITY;
+                        for log in self.logs(&p) {
+                            *played += 1;
+                            p.store.log = log;
+                            let parts = s.cost.step(s.model, &p, self.times);
+                            let judged = parts.step * (1.0 + LOG_WORTH * f64::from(log.steps - 1));
+                            if best.as_ref().is_none_or(|b| judged < b.judged * (1.0 - BETTER)) {
+                                *best = Some(Found { plan: p.clone(), parts, judged, played: 0 });
+                            }
+                            // What a longer log does not gain, an even longer one does not either.
+                            if judged >= shorter {
+                                break;
+                            }
+                            shorter = judged;
                         }
                     }
                 }
@@ -317,7 +350,25 @@ impl Combination<'_> {
         let stay = (0..n).map(|b| Cost::holdable(p, page, self.s.model, b)).sum::<u64>() / p.world as u64;
         let allowed = self.s.spec.train.held_state_gib.map_or(u64::MAX, |gib| (gib * f64::from(1 << 30)) as u64);
         let most = (stay / page).min(allowed / HeldPage::bytes(&p.store, page)) as usize;
+        if self.s.kind == DeviceKind::Cpu {
+            // It gains nothing and is done where the job says so; what has room is tried first.
+            return vec![most];
+        }
         (0..=most).step_by((most / HOLDINGS).max(1)).collect()
+    }
+
+    /// Logs of gradients to look at for a plan that holds pages.
+    fn logs(&self, p: &EnginePlan) -> Vec<GradientLog> {
+        let parameters = logged_parameters(self.s.model, p);
+        if p.held_pages == 0 || parameters == 0 {
+            return vec![GradientLog::NONE];
+        }
+        let log = |steps: u32| if steps == 1 { GradientLog::NONE } else { GradientLog { steps, parameters } };
+        if let Some(steps) = self.s.spec.train.write_back_steps {
+            return vec![log(steps)];
+        }
+        let bytes = |steps: u32| u64::from(steps - 1) * parameters * p.store.gradients.bytes();
+        LOGS.into_iter().take_while(|steps| bytes(*steps) <= self.s.log_bytes).map(log).collect()
     }
 
     /// How activations are best kept in what `p` leaves; nothing where `p` does not fit, which tells `least`.

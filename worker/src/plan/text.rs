@@ -143,6 +143,16 @@ fn choice(t: &mut String, model: &Model, found: &Found, forced: bool) {
                 p.held_pages,
                 s(p.held_pages)
             );
+            let log = p.store.log;
+            if log.steps > 1 {
+                let bytes = u64::from(log.steps - 1) * log.parameters * p.store.gradients.bytes();
+                let _ = writeln!(
+                    t,
+                    "             of these at every step one in {}: {} in the segment keep the gradients of the steps since, from which a death has them made again",
+                    log.steps,
+                    size(bytes)
+                );
+            }
         }
         let staged: usize = p.staged_pages.iter().sum();
         if staged > 0 {

@@ -34,6 +34,8 @@ pub(super) struct OptimizerJob {
     pub(super) sent: Instant,
     /// A checkpoint of this step is due; one above the request that asked for it, or 0.
     pub(super) checkpoint: Option<u64>,
+    /// Every page is to be at the step in the segment, held ones too.
+    pub(super) whole: bool,
 }
 
 /// What the optimizer's thread has of the device.
@@ -89,7 +91,7 @@ impl Rank<'_> {
         drop(span);
         if let (Some(updater), false) = (&mut tools.updater, tools.held.is_empty()) {
             let _span = self.recorder.scope(Row::Optimizer, Label::work("write back held pages").step(step));
-            write_back(owner, step, updater.as_mut(), &tools.held)?;
+            write_back(owner, step, updater.as_mut(), &tools.held, job.whole)?;
         }
         job.numbers.checkpoint_wait = (late + owner.waited().saturating_sub(waited)).as_secs_f64();
         hit(Point::OptimizerUpdated);

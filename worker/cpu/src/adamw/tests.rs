@@ -8,7 +8,7 @@ use ramtorch_device::trace::Recorder;
 use ramtorch_device::{
     DevBuf, Device, DeviceGradients, DirectWeights, Dtype, GradientPiece, GradientReader, HeldPage, StagedPage, Stream, staged_rooms,
 };
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Part, SharedOwner, Store, StoreSpec, TensorSpec, split};
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, Part, SharedOwner, Store, StoreSpec, TensorSpec, split};
 use std::sync::Arc;
 
 const K: AdamwStep = AdamwStep {
@@ -246,6 +246,7 @@ fn store(tag: &str, moments: MomentFormat, gradients: GradientFormat, spares: u3
         page_parameters: Some(1024),
         spare_pages_per_rank: spares,
         exchange_bytes: 4096,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let name = format!("/ramtorch-adamw-{tag}-{}", std::process::id());
@@ -344,7 +345,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                     if step == 3 && on_device_only {
                         let runs = DecayRun::of(store.layout(), &store.layout().page_range(4));
                         let update = |g: Gradients| owner.update(4, 3, |old, new, _| adamw_page(&k, &runs, old, new, g)).unwrap();
-                        assert!(crate::read_gradients(&elsewhere[0], 4, update));
+                        assert!(crate::read_gradients(&elsewhere[0], 4, 0, update));
                     } else if step == 3 {
                         // One page was updated before a crash.
                         let runs = DecayRun::of(store.layout(), &store.layout().page_range(4));

@@ -70,6 +70,7 @@ pub fn store(tag: &str, rows: u64, page: u32, moments: MomentFormat, gradients: 
         page_parameters: Some(page),
         spare_pages_per_rank: 3,
         exchange_bytes: 4096,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let tag: String = tag.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
@@ -204,7 +205,7 @@ fn agree(rows: u64, page: u32, steps: u64) {
                                 update_pages_recorded(&owner, &k(step), Some(updater), Vec::new(), &mut held, None, &Default::default())
                                     .unwrap();
                             assert!(held.iter().all(|h| s.entry(h.page).step + 1 == step && h.at == Some(step)));
-                            write_back(&owner, step, updater, &held).unwrap();
+                            write_back(&owner, step, updater, &held, false).unwrap();
                             done
                         }
                         "gpu" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
