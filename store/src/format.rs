@@ -103,7 +103,7 @@ pub(crate) fn manifest_bytes(layout: &Layout) -> Result<Vec<u8>, StoreError> {
         gradients: spec.gradients,
         page_parameters: layout.page_parameters(),
         exchange_bytes: spec.exchange_bytes,
-        log: spec.log,
+        log: spec.log.clone(),
         blocks: blocks
             .map(|(b, s)| ManifestBlock {
                 name: b.name.clone(),
@@ -122,7 +122,7 @@ pub(crate) fn header(layout: &Layout, manifest: &[u8]) -> [u64; HEADER_WORDS] {
     let (spec, sections) = (layout.spec(), layout.sections());
     let moment = u64::from(layout.page_parameters()) * spec.moments.bytes();
     let weights = u64::from(layout.page_parameters()) * 4;
-    let log = Some(spec.log).filter(|log| !log.is_none());
+    let log = Some(&spec.log).filter(|log| !log.is_none());
     let fields: [u64; FIELDS] = [
         MAGIC,
         u64::from(if log.is_some() { VERSION_LOG } else { VERSION }),
@@ -161,7 +161,7 @@ pub(crate) fn header(layout: &Layout, manifest: &[u8]) -> [u64; HEADER_WORDS] {
         weights,
         weights + moment,
         log.map_or(0, |log| u64::from(log.steps)),
-        log.map_or(0, |log| log.parameters),
+        layout.logged_parameters(),
     ];
     let mut words = [0; HEADER_WORDS];
     words[..FIELDS].copy_from_slice(&fields);
@@ -249,7 +249,7 @@ pub(crate) fn layout_of_manifest(manifest: &[u8]) -> Result<(Layout, Manifest), 
         page_parameters: Some(parsed.page_parameters),
         spare_pages_per_rank: parsed.spare_pages_per_rank,
         exchange_bytes: parsed.exchange_bytes,
-        log: parsed.log,
+        log: parsed.log.clone(),
         metadata: parsed.metadata.clone(),
     };
     let layout = Layout::with_manifest_length(&spec, manifest.len() as u64).map_err(|e| e.to_string())?;

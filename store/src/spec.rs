@@ -2,6 +2,7 @@
 //! [`Layout`](crate::Layout).
 
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Number of a page in the page table.
 pub type PageId = u32;
@@ -52,22 +53,34 @@ impl GradientFormat {
     }
 }
 
-/// Steps whose gradients are kept, for the first parameters of a store: with them, pages whose state is in a device's memory need
-/// not be written back at every step. A page that is some steps behind is brought to the committed one by the updates of those
-/// steps, made again from the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// Steps whose gradients are kept, for some pages: with them, pages whose state is in a device's memory need not be written back at
+/// every step. A page that is some steps behind is brought to the committed one by the updates of those steps, made again from the
+/// log.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct GradientLog {
-    /// Steps whose gradients are kept, 1 to [`GradientLog::STEPS_MAX`]; 1: those of the last step alone, as of all other parameters.
+    /// Steps whose gradients are kept, 1 to [`GradientLog::STEPS_MAX`]; 1: those of the last step alone, as of all other pages.
     pub steps: u32,
-    /// Parameters that have a log, from the first on: whole pages, or all. 0 where `steps` is 1.
-    pub parameters: u64,
+    /// Pages that have a log: ranges that ascend and do not touch. None where `steps` is 1.
+    pub pages: Vec<Range<PageId>>,
 }
 
 impl GradientLog {
     /// Most steps that can be kept.
     pub const STEPS_MAX: u32 = 8;
-    /// No parameter has one.
-    pub const NONE: GradientLog = GradientLog { steps: 1, parameters: 0 };
+    /// No page has one.
+    pub const NONE: GradientLog = GradientLog { steps: 1, pages: Vec::new() };
+
+    /// A log of these pages, which ascend; none where there are no pages, or where only the last step's are kept.
+    pub fn of(steps: u32, pages: impl IntoIterator<Item = PageId>) -> GradientLog {
+        let mut ranges: Vec<Range<PageId>> = Vec::new();
+        for page in pages {
+            match ranges.last_mut() {
+                Some(last) if last.end == page => last.end = page + 1,
+                _ => ranges.push(page..page + 1),
+            }
+        }
+        if steps > 1 && !ranges.is_empty() { GradientLog { steps, pages: ranges } } else { GradientLog::NONE }
+    }
 
     pub(crate) fn is_none(&self) -> bool {
         *self == GradientLog::NONE

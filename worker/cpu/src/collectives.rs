@@ -341,7 +341,7 @@ pub fn read_gradients<R>(store: &Store, page: u32, step: u64, f: impl FnOnce(Gra
 pub fn read_gradient_range<R>(store: &Store, range: Range<u64>, step: u64, f: impl FnOnce(Gradients<'_>) -> R) -> R {
     let layout = store.layout();
     assert!(range.start <= range.end && range.end <= layout.span(), "gradients {range:?} outside the store");
-    assert!(layout.gradient_parts(range.clone()).count() <= 1, "gradients {range:?} in pieces");
+    assert!(layout.gradient_parts(range.clone()).len() <= 1, "gradients {range:?} in pieces");
     let n = (range.end - range.start) as usize;
     let p = store.gradient_ptr(layout.gradient_at(range.start, step));
     match store.layout().spec().gradients {

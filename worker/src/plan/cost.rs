@@ -565,6 +565,8 @@ struct Run<'a> {
     t: &'a Times,
     /// Micro-batches a group, on average.
     count: f64,
+    /// Parameters of each block whose state, and so weights, the device has.
+    held: &'a [f64],
     /// When each block's weights can be had.
     updated: Vec<f64>,
     /// When each block's pages are published, but for the time in which gradients of blocks behind it go out.
@@ -587,7 +589,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// `held` parameters of each block are updated where they are, `early` ones have been, the others are at `rate` a second.
-    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &[f64], early: &[f64]) -> Self {
+    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &'a [f64], early: &[f64]) -> Self {
         let (mut advanced, mut others) = (0.0, 0.0);
         let n = p.world as f64;
         let mut updated: Vec<f64> = Vec::with_capacity(model.len());
@@ -616,6 +618,7 @@ impl<'a> Run<'a> {
             model,
             p,
             t,
+            held,
             count: p.sequences as f64 / p.micro_batch as f64 / p.groups as f64,
             updated,
             published,
@@ -659,9 +662,12 @@ impl<'a> Run<'a> {
             } else if !first {
                 continue;
             }
-            let bytes = self.model.places[b].1 as f64 * self.p.dtype.size() as f64;
+            let bytes = |parameters: f64| parameters * self.p.dtype.size() as f64;
+            let len = self.model.places[b].1 as f64;
             let n = self.p.loading_ranks().world as f64;
-            let (seconds, gather) = (bytes / n / rate, self.between(bytes, n));
+            // Weights of held pages are where they belong.
+            let loaded = if self.p.resident[b] { len - self.held[b] } else { len };
+            let (seconds, gather) = (bytes(loaded) / n / rate, self.between(bytes(len), n));
             let mut start = self.copy_in.max(free);
             if first {
                 start = start.max(self.updated[b] + NOTICE);

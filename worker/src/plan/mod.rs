@@ -21,7 +21,7 @@ use ramtorch_cpu::Collectives;
 use ramtorch_device::{AttentionShape, DevBuf, Dtype, HeldPage, Ranks};
 use ramtorch_job::{GradientPlace, JobSpec, Precision};
 use ramtorch_modelio::Architecture;
-use ramtorch_store::{GradientFormat, GradientLog, Layout, MomentFormat, StoreError, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, Layout, MomentFormat, PageId, StoreError, StoreSpec};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of logits that the head makes at once: enough rows for efficient products on either kind.
@@ -555,15 +555,13 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
 /// The log of gradients of the pages that `p` holds, as long as it chose, or as has room in `available` bytes beside the rest.
 fn logged(layout: &Layout, p: &EnginePlan, available: u64) -> GradientLog {
     let of_rank = |rank| held_pages(layout, &p.resident, p.held_pages, Ranks { rank, world: p.world });
-    let last = (0..p.world).filter_map(|rank| of_rank(rank).last().copied()).max();
-    let Some(parameters) = last.map(|page| layout.page_range(page).end) else { return GradientLog::NONE };
+    let pages: std::collections::BTreeSet<PageId> = (0..p.world).flat_map(of_rank).collect();
+    let parameters: u64 = pages.iter().map(|page| layout.page_range(*page)).map(|r| r.end - r.start).sum();
     let bytes = |steps: u32| u64::from(steps - 1) * parameters * p.store.gradients.bytes();
-    // Sections are rounded up.
-    let room = available.saturating_sub(layout.bytes() + 4096);
-    match (2..=p.store.log.steps).rev().find(|steps| bytes(*steps) <= room) {
-        Some(steps) => GradientLog { steps, parameters },
-        None => GradientLog::NONE,
-    }
+    // Sections are rounded up, and the manifest names the pages.
+    let room = available.saturating_sub(layout.bytes() + (1 << 20));
+    let steps = (2..=p.store.log.steps).rev().find(|steps| bytes(*steps) <= room).unwrap_or(1);
+    GradientLog::of(steps, pages)
 }
 
 /// Slots that a visit of any block, with the next one on its way, needs.

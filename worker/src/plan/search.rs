@@ -63,7 +63,7 @@ const RESIDENT_STEPS: usize = 36;
 const HOLDINGS: usize = 24;
 /// Numbers of steps whose gradients may be kept, and what each step more has to gain to be worth its RAM.
 const LOGS: [u32; 6] = [1, 2, 3, 4, 6, 8];
-const LOG_WORTH: f64 = 2e-3;
+pub(super) const LOG_WORTH: f64 = 2e-3;
 /// A larger plan has to be better by this share; among equals the first found stays, which has the larger micro-batch.
 const BETTER: f64 = 1e-9;
 
@@ -190,22 +190,6 @@ impl Sizes {
     }
 }
 
-/// Parameters up to the end of the last block that has a page which `p` holds, or of that page where one rank holds them in a row.
-fn logged_parameters(model: &Model, p: &EnginePlan) -> u64 {
-    let Some(page) = p.store.page_parameters.map(u64::from) else { return 0 };
-    let mut left = p.held_pages as u64 * page * p.world as u64;
-    let mut end = 0;
-    for b in 0..model.len() {
-        let (held, (start, len)) = (left.min(Cost::holdable(p, page, model, b)), model.places[b]);
-        left -= held;
-        if held > 0 {
-            end = if p.world == 1 { start + held } else { start + len };
-        }
-    }
-    let span = model.places.last().map_or(0, |(start, len)| start + len);
-    end.next_multiple_of(page).min(span)
-}
-
 /// Searches. The inner error is the least memory that would do.
 pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
     let batch = s.spec.train.batch_size;
@@ -270,7 +254,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
     }
     Ok(match best {
         Some(mut found) => {
-            found.plan.store = StoreSpec { log: found.plan.store.log, ..s.store.clone() };
+            found.plan.store = StoreSpec { log: found.plan.store.log.clone(), ..s.store.clone() };
             Ok(Found { played, ..found })
         }
         None => Err(least),
@@ -321,11 +305,11 @@ impl Combination<'_> {
                         }
                         p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
                         let mut shorter = f64::INFINITY;
-                        for log in self.logs(&p) {
+                        for steps in self.logs(&p) {
                             *played += 1;
-                            p.store.log = log;
+                            p.store.log.steps = steps;
                             let parts = s.cost.step(s.model, &p, self.times);
-                            let judged = parts.step * (1.0 + LOG_WORTH * f64::from(log.steps - 1));
+                            let judged = parts.step * (1.0 + LOG_WORTH * f64::from(steps - 1));
                             if best.as_ref().is_none_or(|b| judged < b.judged * (1.0 - BETTER)) {
                                 *best = Some(Found { plan: p.clone(), parts, judged, played: 0 });
                             }
@@ -357,18 +341,17 @@ impl Combination<'_> {
         (0..=most).step_by((most / HOLDINGS).max(1)).collect()
     }
 
-    /// Logs of gradients to look at for a plan that holds pages.
-    fn logs(&self, p: &EnginePlan) -> Vec<GradientLog> {
-        let parameters = logged_parameters(self.s.model, p);
-        if p.held_pages == 0 || parameters == 0 {
-            return vec![GradientLog::NONE];
+    /// Lengths of a log of gradients to look at for a plan that holds pages. Which pages have it, is worked out for the last plan only.
+    fn logs(&self, p: &EnginePlan) -> Vec<u32> {
+        if p.held_pages == 0 {
+            return vec![1];
         }
-        let log = |steps: u32| if steps == 1 { GradientLog::NONE } else { GradientLog { steps, parameters } };
         if let Some(steps) = self.s.spec.train.write_back_steps {
-            return vec![log(steps)];
+            return vec![steps];
         }
-        let bytes = |steps: u32| u64::from(steps - 1) * parameters * p.store.gradients.bytes();
-        LOGS.into_iter().take_while(|steps| bytes(*steps) <= self.s.log_bytes).map(log).collect()
+        let held = p.held_pages as u64 * p.world as u64 * p.store.page_parameters.map_or(0, u64::from);
+        let bytes = |steps: u32| u64::from(steps - 1) * held * p.store.gradients.bytes();
+        LOGS.into_iter().take_while(|steps| bytes(*steps) <= self.s.log_bytes).collect()
     }
 
     /// How activations are best kept in what `p` leaves; nothing where `p` does not fit, which tells `least`.

@@ -161,8 +161,8 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log)
     (p.staged_pages, p.squares_on_device) = (vec![staged_pages; p.keep.len() - 1], true);
     p.held_pages = held;
     if log > 1 {
-        // Pages that are held are among the first.
-        p.store.log = GradientLog { steps: log, parameters: 1024 * (held as u64 + 5) };
+        // Pages that are held are among the first; of the others some have a log, which changes nothing.
+        p.store.log = GradientLog::of(log, (0..held as PageId).chain((held as PageId..31).step_by(3)));
     }
     let name = format!("/ramtorch-session-{tag}-{tied}-{}", std::process::id());
     let store = Arc::new(Store::create(&name, &p.store).unwrap());

@@ -13,9 +13,9 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most, log): Pages) ->
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
     (p.staged_pages, p.held_pages) = (vec![staged_pages; p.keep.len() - 1], most);
     if log > 1 {
-        // Of all but the last pages: the border lies within blocks, and within shares.
-        let span = Layout::new(&p.store).unwrap().span();
-        p.store.log = GradientLog { steps: log, parameters: (span / 1024 - 3) * 1024 };
+        // Borders lie within blocks, and within shares.
+        let pages = Layout::new(&p.store).unwrap().page_count();
+        p.store.log = GradientLog::of(log, (0..pages).filter(|page| page % 7 != 3));
     }
     let a = architecture(tied);
     let name = format!("/ramtorch-gang-{tag}-{tied}-{world}-{}", std::process::id());
