@@ -112,12 +112,13 @@ impl Queue {
 /// # Errors
 /// Those of the store and of the device. Pages that were published stay so; the others are at the old step.
 pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut dyn PageUpdater>) -> Result<PagesUpdated, EngineError> {
-    update_pages_recorded(owner, k, updater, Vec::new(), &mut [], None, &Recorder::default())
+    update_pages_recorded(owner, k, updater, Vec::new(), (&mut [], None), None, &Recorder::default())
 }
 
 /// As [`update_pages`]; the CPU's part of the work is recorded. `staged` are pages whose state at the step before lies in
 /// memory of the updater's device. `held` are those, ascending, whose state stays there: they are updated there and not
-/// published, which [`write_back`] does. `kept`: gradients are not in the segment.
+/// published, which [`write_back`] does; with their gradients where those are on the device too, all of them before anybody is told of the
+/// first. `kept`: gradients are not in the segment.
 ///
 /// # Errors
 /// Those of [`update_pages`].
@@ -126,7 +127,7 @@ pub fn update_pages_recorded(
     k: &AdamwStep,
     updater: Option<&mut dyn PageUpdater>,
     staged: Vec<StagedPage>,
-    held: &mut [HeldPage],
+    (held, held_gradients): (&mut [HeldPage], Option<&DeviceGradients>),
     kept: Option<Kept<'_>>,
     recorder: &Recorder,
 ) -> Result<PagesUpdated, EngineError> {
@@ -144,7 +145,7 @@ pub fn update_pages_recorded(
         None => cpu = on_cpu(owner, k, &queue, kept, recorder),
         Some(updater) => std::thread::scope(|scope| {
             let feeder = std::thread::Builder::new().name("optimizer-device".into()).spawn_scoped(scope, || {
-                let advanced = queue.watch(advance(owner, k, held, updater, gradients))?;
+                let advanced = queue.watch(advance(owner, k, held, updater, gradients, held_gradients))?;
                 let updated = if depth > 0 { queue.watch(on_device(owner, k, &queue, updater, gradients, depth))? } else { 0 };
                 Ok(advanced + updated)
             });
@@ -208,11 +209,28 @@ fn with_gradients<T>(
 const ADVANCING: usize = 3;
 
 /// Brings held pages to `k.step` on the device, but for those that the store has at that step already: they are read anew
-/// at the next.
+/// at the next. Those whose gradients are there come first, and nobody hears of them before all of them are done.
 fn advance(
     owner: &SharedOwner<'_>,
     k: &AdamwStep,
     held: &mut [HeldPage],
+    updater: &mut dyn PageUpdater,
+    kept: Option<&DeviceGradients>,
+    here: Option<&DeviceGradients>,
+) -> Result<u64, EngineError> {
+    let layout = owner.store().layout();
+    let is_here = |h: &HeldPage| here.is_some_and(|g| g.cover(&layout.page_range(h.page)));
+    let (mut at_once, mut others): (Vec<_>, Vec<_>) = held.iter_mut().partition(|h| is_here(h));
+    updater.hold_back(true);
+    let first = advance_some(owner, k, &mut at_once, updater, here);
+    updater.hold_back(false);
+    Ok(first? + advance_some(owner, k, &mut others, updater, kept)?)
+}
+
+fn advance_some(
+    owner: &SharedOwner<'_>,
+    k: &AdamwStep,
+    held: &mut [&mut HeldPage],
     updater: &mut dyn PageUpdater,
     kept: Option<&DeviceGradients>,
 ) -> Result<u64, EngineError> {

@@ -276,7 +276,7 @@ impl Cost {
     }
 
     /// Parameters of each block whose state is held, by all ranks.
-    fn held(&self, model: &Model, p: &EnginePlan) -> Vec<f64> {
+    pub fn held(&self, model: &Model, p: &EnginePlan) -> Vec<f64> {
         let page = p.store.page_parameters.map_or(0, u64::from);
         let mut left = p.held_pages as u64 * page * p.world as u64;
         let of_block = |b: usize| {
@@ -592,10 +592,17 @@ impl<'a> Run<'a> {
     fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &'a [f64], early: &[f64]) -> Self {
         let (mut advanced, mut others) = (0.0, 0.0);
         let n = p.world as f64;
+        let state = ramtorch_device::state_bytes(&p.store) as f64;
+        // Where gradients are there, in one go before the first forward visit: what the device's memory takes.
+        let here = |b: usize| p.keeps_packed(b);
+        let at_once: f64 = (0..held.len()).filter(|b| here(*b)).map(|b| held[b]).sum::<f64>() / n * (2.0 * state + 2.0) / cost.memory;
+        advanced += at_once;
         let mut updated: Vec<f64> = Vec::with_capacity(model.len());
-        for (((_, len), held), early) in model.places.iter().zip(held).zip(early) {
+        for (b, (((_, len), held), early)) in model.places.iter().zip(held).zip(early).enumerate() {
             let rest = *len as f64 - held - early;
-            advanced += held / n * p.store.gradients.bytes() as f64 / cost.both[0];
+            if !here(b) {
+                advanced += held / n * p.store.gradients.bytes() as f64 / cost.both[0];
+            }
             others += rest / rate;
             updated.push(match (*held > 0.0, rest > 0.0) {
                 (true, true) => others.max(advanced),
@@ -605,7 +612,6 @@ impl<'a> Run<'a> {
         }
         // Held pages go out when all others have.
         let end = updated.iter().copied().fold(0.0, f64::max);
-        let state = ramtorch_device::state_bytes(&p.store) as f64;
         let mut written_back = 0.0;
         let mut published = updated.clone();
         for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {

@@ -87,6 +87,10 @@ pub(crate) struct EnginePlan {
     /// are published beside the sweeps of the next step.
     #[serde(default)]
     pub held_pages: usize,
+    /// Blocks (or empty: none) whose rounded gradients stay on the device until the next backward pass, beside those in the segment: held
+    /// pages are updated from there, all at once before the next forward pass.
+    #[serde(default)]
+    pub held_gradients: Vec<bool>,
     /// The device squares gradients before they leave, where what leaves is what is stored.
     #[serde(default)]
     pub squares_on_device: bool,
@@ -183,6 +187,11 @@ impl EnginePlan {
         self.squares_on_device && (self.packs() || whole)
     }
 
+    /// Rounded gradients of block `b` have a buffer of their own.
+    pub fn keeps_packed(&self, b: usize) -> bool {
+        self.packs() && self.held_gradients.get(b).is_some_and(|keeps| *keeps)
+    }
+
     pub fn shape(&self) -> Shape {
         Shape { sequences: self.micro_batch, seq: self.seq, head_rows: self.head_rows }
     }
@@ -272,8 +281,10 @@ pub(crate) fn device_use(
         ring + if model.tied() { gradient(0) } else { 0 }
     };
     if p.packs() && p.store.gradients != GradientFormat::None {
-        let largest = (0..model.len()).map(|b| rounded(ranks.padded(model.places[b].1) * p.store.gradients.bytes())).max().unwrap_or(0);
-        u.gradients += largest * GRADIENT_RING as u64;
+        let packed = |b: usize| rounded(ranks.padded(model.places[b].1) * p.store.gradients.bytes());
+        let (own, others): (Vec<usize>, Vec<usize>) = (0..model.len()).partition(|b| p.keeps_packed(*b));
+        u.gradients += own.into_iter().map(packed).sum::<u64>();
+        u.gradients += others.into_iter().map(packed).max().unwrap_or(0) * GRADIENT_RING as u64;
     }
     if p.keeps_rounded() {
         u.gradients += (0..model.len()).map(|b| rounded(ranks.padded(model.places[b].1) * GradientFormat::Bf16.bytes())).sum::<u64>();
@@ -605,6 +616,7 @@ pub(crate) fn inference(
         devices: Vec::new(),
         staged_pages: Vec::new(),
         held_pages: 0,
+        held_gradients: Vec::new(),
         squares_on_device: false,
         early_updates: false,
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },

@@ -236,6 +236,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             devices: Vec::new(),
             staged_pages: Vec::new(),
             held_pages: 0,
+            held_gradients: Vec::new(),
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             early_updates: s.early_updates,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
@@ -290,10 +291,19 @@ impl Combination<'_> {
                 let slots: &[usize] = if count == n { &[0] } else { &[few, few + 1, few + 2] };
                 for &slots in slots.iter().filter(|x| **x <= n) {
                     p.slots = slots;
-                    for held in self.holdings(&p) {
+                    // What there is no room for, without and with gradients: more has none either.
+                    let mut too_many = [usize::MAX; 2];
+                    for (held, here) in self.holdings(&p) {
+                        if held >= too_many[usize::from(here)] {
+                            continue;
+                        }
                         (p.held_pages, p.store.log) = (held, GradientLog::NONE);
-                        // What none has room for, more have no room for either.
-                        let Some(keep) = self.keep(&mut p, least)? else { break };
+                        p.held_gradients =
+                            if here { s.cost.held(s.model, &p).iter().map(|held| *held > 0.0).collect() } else { Vec::new() };
+                        let Some(keep) = self.keep(&mut p, least)? else {
+                            too_many[usize::from(here)] = held;
+                            continue;
+                        };
                         p.keep = keep;
                         let (compute, _) = s.cost.compute(s.model, &p, self.times);
                         if best.as_ref().is_some_and(|b| compute >= b.judged) {
@@ -326,19 +336,22 @@ impl Combination<'_> {
         Ok(())
     }
 
-    /// Numbers of pages to hold on the device. Only where their weights need not leave it, and gradients of pages that are not
+    /// Numbers of pages to hold on the device, and whether their gradients are too. Only where their weights need not leave it, and gradients of pages that are not
     /// published yet outlive the process.
-    fn holdings(&self, p: &EnginePlan) -> Vec<usize> {
-        let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![0] };
+    fn holdings(&self, p: &EnginePlan) -> Vec<(usize, bool)> {
+        let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![(0, false)] };
         let (page, n) = (u64::from(page), self.s.model.len());
         let stay = (0..n).map(|b| Cost::holdable(p, page, self.s.model, b)).sum::<u64>() / p.world as u64;
         let allowed = self.s.spec.train.held_state_gib.map_or(u64::MAX, |gib| (gib * f64::from(1 << 30)) as u64);
         let most = (stay / page).min(allowed / HeldPage::bytes(&p.store, page)) as usize;
         if self.s.kind == DeviceKind::Cpu {
             // It gains nothing and is done where the job says so; what has room is tried first.
-            return vec![most];
+            return vec![(most, p.packs())];
         }
-        (0..=most).step_by((most / HOLDINGS).max(1)).collect()
+        let numbers = (0..=most).step_by((most / HOLDINGS).max(1));
+        // All of them, too, where their gradients stay: then nothing is left for the processor.
+        let all = numbers.clone().chain([most]);
+        numbers.map(|held| (held, false)).chain(all.filter(|held| *held > 0 && p.packs()).map(|held| (held, true))).collect()
     }
 
     /// Lengths of a log of gradients to look at for a plan that holds pages. Which pages have it, is worked out for the last plan only.

@@ -371,6 +371,7 @@ fn gradients_that_add_up_in_the_segment_wait_for_products() {
         keep: vec![Keep::Products; p.keep.len()],
         staged_pages: vec![6; p.keep.len() - 1],
         held_pages: 0,
+        held_gradients: Vec::new(),
         ..p
     };
     let x = of(&taken);
@@ -385,7 +386,14 @@ fn a_model_that_fits_a_gpu_is_not_streamed_for_want_of_memory() {
         let (p, plan) = planned(&on_gpu(&a, 1024, batch, 78.5, ""));
         assert!(p.keep.iter().all(|k| *k == Keep::All), "{}", plan.text);
         let x = parts(&a, &p, None);
-        let everything = EnginePlan { resident: vec![true; p.resident.len()], slots: 0, resident_gradients: true, held_pages: 0, ..p };
+        let everything = EnginePlan {
+            resident: vec![true; p.resident.len()],
+            slots: 0,
+            resident_gradients: true,
+            held_pages: 0,
+            held_gradients: Vec::new(),
+            ..p
+        };
         let y = parts(&a, &everything, None);
         // No cliff: what was chosen is at least as fast as having everything on the device.
         assert!(x.step <= y.step * 1.000_001, "{x:?} {y:?}");

@@ -143,6 +143,10 @@ fn choice(t: &mut String, model: &Model, layout: &Layout, found: &Found, forced:
                 p.held_pages,
                 s(p.held_pages)
             );
+            if p.held_gradients.contains(&true) && p.packs() {
+                let _ =
+                    writeln!(t, "             their gradients stay there too: all of them are updated before the next forward pass begins");
+            }
             let log = &p.store.log;
             if log.steps > 1 {
                 let bytes = u64::from(log.steps - 1) * layout.logged_parameters() * p.store.gradients.bytes();

@@ -163,6 +163,8 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log)
     if log > 1 {
         // Pages that are held are among the first; of the others some have a log, which changes nothing.
         p.store.log = GradientLog::of(log, (0..held as PageId).chain((held as PageId..31).step_by(3)));
+        // Gradients of some blocks stay for them.
+        p.held_gradients = (0..p.keep.len()).map(|b| b != 1).collect();
     }
     let name = format!("/ramtorch-session-{tag}-{tied}-{}", std::process::id());
     let store = Arc::new(Store::create(&name, &p.store).unwrap());
@@ -183,6 +185,8 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log)
     updater.deliver_to(session.weights.direct());
     let mut held = session.take_held();
     assert_eq!(held.len(), p.held_pages);
+    let here = session.held_gradients();
+    assert_eq!(here.is_some(), log > 1 && p.packs());
     let gradients = session.device_gradients();
     assert_eq!(gradients.is_some(), p.device_gradients.is_some());
     let mut reader = gradients.as_ref().map(|g| session.dev.gradient_reader(g.format(), 1024).unwrap());
@@ -193,12 +197,15 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log)
     for step in 1..=STEPS + 1 {
         end.device += std::thread::scope(|scope| {
             let (owner, updater, gradients, reader, held) = (&owner, updater.as_mut(), gradients.as_ref(), reader.as_mut(), &mut held);
+            let here = here.as_ref();
             let update = move |(k, staged): (AdamwStep, Vec<StagedPage>)| {
                 if alone {
                     return by_device(owner, &k, updater, &staged, gradients);
                 }
                 let kept = gradients.zip(reader).map(|(gradients, reader)| Kept { gradients, reader: reader.as_mut() });
-                let done = update_pages_recorded(owner, &k, Some(&mut *updater), staged, held, kept, &Default::default()).unwrap();
+                let done =
+                    update_pages_recorded(owner, &k, Some(&mut *updater), staged, (held.as_mut_slice(), here), kept, &Default::default())
+                        .unwrap();
                 // Gradients of the next step come in between.
                 std::thread::sleep(std::time::Duration::from_millis(2));
                 write_back(owner, k.step, updater, held, k.step == STEPS).unwrap();
@@ -263,7 +270,16 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log)
                 if step == last {
                     // The step is committed, and all that is on the device is gone.
                     let (k, staged) = due.take().unwrap();
-                    update_pages_recorded(&owner, &k, Some(updater.as_mut()), staged, &mut held, None, &Default::default()).unwrap();
+                    update_pages_recorded(
+                        &owner,
+                        &k,
+                        Some(updater.as_mut()),
+                        staged,
+                        (&mut held, here.as_ref()),
+                        None,
+                        &Default::default(),
+                    )
+                    .unwrap();
                     write_back(&owner, step, updater.as_mut(), &held, false).unwrap();
                     let lags = |page: &PageId| step - store.entry(*page).step;
                     end.behind = owner.pages().filter(|page| lags(page) > 0).count();

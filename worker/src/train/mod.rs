@@ -157,7 +157,7 @@ impl Rank<'_> {
             self.control.event(Level::Info, &started(opening.elapsed()));
         }
         let device_pages = session.device_pages();
-        let mut tools = Tools { updater, kept, held: session.take_held() };
+        let mut tools = Tools { updater, kept, held: session.take_held(), held_gradients: session.held_gradients() };
         let recorded = match &rerun {
             Some((numbers, ahead)) => {
                 session.set_ahead(ahead.clone());

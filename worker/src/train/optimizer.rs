@@ -43,8 +43,9 @@ pub(super) struct Tools {
     pub(super) updater: Option<Box<dyn PageUpdater>>,
     /// Where gradients stay on the device: who brings them to the processor, and where they are.
     pub(super) kept: Option<(Box<dyn GradientReader>, DeviceGradients)>,
-    /// Pages whose state stays on the device.
+    /// Pages whose state stays on the device, and gradients of some of them that do.
     pub(super) held: Vec<HeldPage>,
+    pub(super) held_gradients: Option<DeviceGradients>,
 }
 
 /// What the optimizer's thread answers.
@@ -72,7 +73,8 @@ impl Rank<'_> {
             None => None,
         };
         let kept = tools.kept.as_mut().map(|(reader, gradients)| Kept { gradients, reader: reader.as_mut() });
-        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, &mut tools.held, kept, &self.recorder)
+        let held = (tools.held.as_mut_slice(), tools.held_gradients.as_ref());
+        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, held, kept, &self.recorder)
     }
 
     pub(super) fn commit(

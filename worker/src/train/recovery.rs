@@ -173,7 +173,12 @@ impl Rank<'_> {
         hit(Point::RecoverBegun);
         let mut numbers = StepNumbers::from_record(&record);
         // On the CPU alone: the device is not open yet, and the bits are the same.
-        let done = self.update_pages(owner, &numbers, &mut Tools { updater: None, kept: None, held: Vec::new() }, Vec::new())?;
+        let done = self.update_pages(
+            owner,
+            &numbers,
+            &mut Tools { updater: None, kept: None, held: Vec::new(), held_gradients: None },
+            Vec::new(),
+        )?;
         numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
         hit(Point::RecoverUpdated);

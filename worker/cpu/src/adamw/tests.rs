@@ -360,7 +360,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                                 &k,
                                 None,
                                 Vec::new(),
-                                &mut [],
+                                (&mut [], None),
                                 kept(&stays, &mut reader),
                                 &Recorder::default(),
                             )
@@ -382,7 +382,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                                 &k,
                                 Some(updater),
                                 staged,
-                                &mut [],
+                                (&mut [], None),
                                 kept(&stays, &mut reader),
                                 &Recorder::default(),
                             )
@@ -391,13 +391,14 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         }
                         "held" => {
                             let kept = kept(&stays, &mut reader);
-                            let done = update_pages_recorded(&owner, &k, Some(updater), Vec::new(), &mut held, kept, &Recorder::default())
-                                .unwrap();
+                            let done =
+                                update_pages_recorded(&owner, &k, Some(updater), Vec::new(), (&mut held, None), kept, &Recorder::default())
+                                    .unwrap();
                             assert_eq!(done.cpu + done.device, pages);
                             // Everybody else still sees those held as they were.
                             let behind = held.iter().filter(|h| h.at == Some(step)).map(|h| store.entry(h.page).step).collect::<Vec<_>>();
                             assert!(behind.len() + usize::from(step == 3) == held.len() && behind.iter().all(|s| s + 1 == step));
-                            write_back(&owner, step, updater, &held).unwrap();
+                            write_back(&owner, step, updater, &held, false).unwrap();
                         }
                         _ => {
                             let done = update_pages_recorded(
@@ -405,7 +406,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                                 &k,
                                 Some(updater),
                                 Vec::new(),
-                                &mut [],
+                                (&mut [], None),
                                 kept(&stays, &mut reader),
                                 &Recorder::default(),
                             )
@@ -430,9 +431,17 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         }
                     }
                     assert_eq!(
-                        update_pages_recorded(&owner, &k, None, Vec::new(), &mut [], kept(&stays, &mut reader), &Recorder::default())
-                            .unwrap()
-                            .cpu,
+                        update_pages_recorded(
+                            &owner,
+                            &k,
+                            None,
+                            Vec::new(),
+                            (&mut [], None),
+                            kept(&stays, &mut reader),
+                            &Recorder::default()
+                        )
+                        .unwrap()
+                        .cpu,
                         0
                     );
                 }

@@ -52,7 +52,16 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most, log): Pages) ->
                 let (owner, updater, held, gang) = (&owner, updater.as_mut(), &mut held, &comm);
                 let pending = due.take().map(|(k, staged)| {
                     scope.spawn(move || {
-                        update_pages_recorded(owner, &k, Some(&mut *updater), staged, held, None, &Default::default()).unwrap();
+                        update_pages_recorded(
+                            owner,
+                            &k,
+                            Some(&mut *updater),
+                            staged,
+                            (held.as_mut_slice(), None),
+                            None,
+                            &Default::default(),
+                        )
+                        .unwrap();
                         // Weights of held pages are gathered from here on, and gradients of the next step wait for what follows.
                         std::thread::sleep(std::time::Duration::from_millis(2 + rank as u64));
                         write_back(owner, k.step, updater, held, k.step == STEPS).unwrap();
