@@ -8,7 +8,7 @@ use ramtorch_modelio::{
     Architecture, Checkpoint, CheckpointFiles, CheckpointMeta, CheckpointWriter, FindOptions, ModelAssets, OpenModel, SeededInit,
     StackConfig, WeightSource, fill_page, find_sound, parse_config,
 };
-use ramtorch_store::{GradientFormat, MomentFormat, Store, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, MomentFormat, Store, StoreSpec};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,6 +25,7 @@ fn written(architecture: Architecture, moments: MomentFormat, config: Option<&st
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: 0,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let name = format!("/ramtorch-fuzz-{}.seed", std::process::id());

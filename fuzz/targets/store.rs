@@ -6,7 +6,7 @@
 #![no_main]
 
 use ramtorch_fuzz::{joined, parts};
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Part, Store, StoreSpec, TensorSpec, fuzzing};
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, Part, Store, StoreSpec, TensorSpec, fuzzing};
 use std::sync::OnceLock;
 
 const HEADER: usize = 4096;
@@ -25,6 +25,7 @@ fn spec(world_size: u32, moments: MomentFormat, gradients: GradientFormat) -> St
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: 64,
+        log: GradientLog::NONE,
         metadata: "{}".into(),
     }
 }

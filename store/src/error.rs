@@ -65,7 +65,7 @@ pub enum StoreError {
         reason: String,
     },
     /// Made by another version of this program.
-    #[error("segment {name} has layout version {found}, this program reads version {supported}; use the program that made it")]
+    #[error("segment {name} has layout version {found}, this program reads versions 2 to {supported}; use the program that made it")]
     Version {
         /// Segment.
         name: String,

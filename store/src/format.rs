@@ -5,18 +5,20 @@
 
 use crate::error::StoreError;
 use crate::layout::{CONTROL_WORDS, HEADER_BYTES, LIVE_BYTES, Layout, MANIFEST_BYTES_MAX, Tensor};
-use crate::spec::{BlockSpec, GradientFormat, MomentFormat, StoreSpec, TensorSpec};
+use crate::spec::{BlockSpec, GradientFormat, GradientLog, MomentFormat, StoreSpec, TensorSpec};
 use serde::{Deserialize, Serialize};
 
-/// Version of the layout that this program writes and reads.
+/// Versions of the layout that this program writes and reads: without a gradient log, and with one, where a page may be behind
+/// the committed step.
 pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION_LOG: u32 = 3;
 /// "RAMTORCH", as a little-endian word.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"RAMTORCH");
 /// Words of the header, the checksum in the last.
 pub(crate) const HEADER_WORDS: usize = HEADER_BYTES as usize / 8;
 
 /// Words with a meaning; those between them and the checksum are zero.
-const FIELDS: usize = 28;
+const FIELDS: usize = 30;
 const FIELD_NAMES: [&str; FIELDS] = [
     "magic",
     "version",
@@ -46,6 +48,8 @@ const FIELD_NAMES: [&str; FIELDS] = [
     "lo_in_page",
     "moment1_in_page",
     "moment2_in_page",
+    "log_steps",
+    "log_parameters",
 ];
 
 #[derive(Serialize, Deserialize)]
@@ -74,6 +78,8 @@ pub(crate) struct Manifest {
     gradients: GradientFormat,
     page_parameters: u32,
     exchange_bytes: u64,
+    #[serde(default, skip_serializing_if = "GradientLog::is_none")]
+    log: GradientLog,
     blocks: Vec<ManifestBlock>,
     metadata: String,
 }
@@ -97,6 +103,7 @@ pub(crate) fn manifest_bytes(layout: &Layout) -> Result<Vec<u8>, StoreError> {
         gradients: spec.gradients,
         page_parameters: layout.page_parameters(),
         exchange_bytes: spec.exchange_bytes,
+        log: spec.log.clone(),
         blocks: blocks
             .map(|(b, s)| ManifestBlock {
                 name: b.name.clone(),
@@ -115,9 +122,10 @@ pub(crate) fn header(layout: &Layout, manifest: &[u8]) -> [u64; HEADER_WORDS] {
     let (spec, sections) = (layout.spec(), layout.sections());
     let moment = u64::from(layout.page_parameters()) * spec.moments.bytes();
     let weights = u64::from(layout.page_parameters()) * 4;
+    let log = Some(&spec.log).filter(|log| !log.is_none());
     let fields: [u64; FIELDS] = [
         MAGIC,
-        u64::from(VERSION),
+        u64::from(if log.is_some() { VERSION_LOG } else { VERSION }),
         layout.bytes(),
         sections.manifest.start,
         manifest.len() as u64,
@@ -152,6 +160,8 @@ pub(crate) fn header(layout: &Layout, manifest: &[u8]) -> [u64; HEADER_WORDS] {
         weights / 2,
         weights,
         weights + moment,
+        log.map_or(0, |log| u64::from(log.steps)),
+        layout.logged_parameters(),
     ];
     let mut words = [0; HEADER_WORDS];
     words[..FIELDS].copy_from_slice(&fields);
@@ -180,7 +190,7 @@ pub(crate) fn check_header(words: &[u64; HEADER_WORDS], segment_bytes: u64) -> R
         0 => return because("it has no magic number: it is still being made, or its making was cut short".into()),
         other => return because(format!("its magic number is {other:#018x}")),
     }
-    if words[1] != u64::from(VERSION) {
+    if ![VERSION, VERSION_LOG].map(u64::from).contains(&words[1]) {
         return Err(Unusable::Version(u32::try_from(words[1]).unwrap_or(u32::MAX)));
     }
     if words[HEADER_WORDS - 1] != header_checksum(words) {
@@ -239,6 +249,7 @@ pub(crate) fn layout_of_manifest(manifest: &[u8]) -> Result<(Layout, Manifest), 
         page_parameters: Some(parsed.page_parameters),
         spare_pages_per_rank: parsed.spare_pages_per_rank,
         exchange_bytes: parsed.exchange_bytes,
+        log: parsed.log.clone(),
         metadata: parsed.metadata.clone(),
     };
     let layout = Layout::with_manifest_length(&spec, manifest.len() as u64).map_err(|e| e.to_string())?;

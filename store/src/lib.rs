@@ -45,6 +45,6 @@ pub use read::Part;
 pub use record::{StepPhase, StepRecord};
 pub use registry::{Registration, Registry};
 pub use snapshot::Snapshot;
-pub use spec::{BlockSpec, GradientFormat, MomentFormat, PageId, StoreSpec, TensorSpec};
+pub use spec::{BlockSpec, GradientFormat, GradientLog, MomentFormat, PageId, StoreSpec, TensorSpec};
 pub use store::{PageEntry, Store};
 pub use system::{ram_available_bytes, shm_free_bytes, shm_total_bytes};

@@ -160,7 +160,7 @@ impl Owner<'_> {
                     (
                         page_view(store, update.live(), range.clone()),
                         page_mut(store, update.spare(), range.clone()),
-                        gradients(store, range),
+                        gradients(store, range, step),
                     )
                 };
                 f(old, new, gradients);
@@ -177,7 +177,7 @@ impl Owner<'_> {
     /// # Errors
     /// As [`Owner::update`].
     pub fn begin(&mut self, page: PageId, step: u64) -> Result<Option<Update>, StoreError> {
-        self.start(page, step, Expect::StepBefore)
+        self.start(page, step, Expect::Behind(1))
     }
 
     /// Second half: the new page is written whole, and everything written is visible to this thread (a device's copies
@@ -300,7 +300,7 @@ impl<'a> SharedOwner<'a> {
                 (
                     page_view(self.store, update.live(), range.clone()),
                     page_mut(self.store, update.spare(), range.clone()),
-                    gradients(self.store, range),
+                    gradients(self.store, range, step),
                 )
             };
             f(old, new, gradients)?;
@@ -340,8 +340,8 @@ impl<'a> SharedOwner<'a> {
             // (contract of this function); the old page is only read by both.
             unsafe {
                 let old = || page_view(self.store, update.live(), range.clone());
-                f(old(), page_mut(self.store, update.spare(), range.clone()), gradients(self.store, range.clone()))?;
-                keep(old(), gradients_mut(self.store, range.clone()));
+                f(old(), page_mut(self.store, update.spare(), range.clone()), gradients(self.store, range.clone(), step))?;
+                keep(old(), gradients_mut(self.store, range.clone(), step));
             }
             hit(Point::EarlyKept);
         }
@@ -357,9 +357,22 @@ impl<'a> SharedOwner<'a> {
     /// # Errors
     /// As [`Owner::begin`].
     pub fn begin(&self, page: PageId, step: u64) -> Result<Option<Update>, StoreError> {
+        self.start(page, step, Expect::Behind(1))
+    }
+
+    /// As [`SharedOwner::begin`], for a state that was made elsewhere: the page may be as many steps behind as its log has
+    /// ([`GradientLog::steps`](crate::GradientLog)).
+    ///
+    /// # Errors
+    /// As [`Owner::begin`].
+    pub fn begin_behind(&self, page: PageId, step: u64) -> Result<Option<Update>, StoreError> {
+        self.start(page, step, Expect::Behind(self.store.layout().may_lag(page) + 1))
+    }
+
+    fn start(&self, page: PageId, step: u64, expect: Expect) -> Result<Option<Update>, StoreError> {
         loop {
             let version = self.pins.version();
-            match self.try_begin(page, step)? {
+            match self.try_start(page, step, expect)? {
                 Begun::Update(update) => return Ok(Some(update)),
                 Begun::Done => return Ok(None),
                 // Not under the lock: others publish meanwhile.
@@ -373,7 +386,11 @@ impl<'a> SharedOwner<'a> {
     /// # Errors
     /// As [`Owner::begin`].
     pub fn try_begin(&self, page: PageId, step: u64) -> Result<Begun, StoreError> {
-        let begun = self.lock().start_in(page, step, Expect::StepBefore, |physical| !self.pins.holds(physical));
+        self.try_start(page, step, Expect::Behind(1))
+    }
+
+    fn try_start(&self, page: PageId, step: u64, expect: Expect) -> Result<Begun, StoreError> {
+        let begun = self.lock().start_in(page, step, expect, |physical| !self.pins.holds(physical));
         match begun {
             Ok(Some(update)) => Ok(Begun::Update(update)),
             Ok(None) => Ok(Begun::Done),

@@ -150,13 +150,15 @@ pub(crate) unsafe fn page_mut<'a>(store: &'a Store, physical: u32, params: Range
     }
 }
 
+/// Gradients of a page's parameters, at `step`.
+///
 /// # Safety
 /// Nobody writes these gradients for as long as `'a`.
-pub(crate) unsafe fn gradients<'a>(store: &'a Store, params: Range<u64>) -> Gradients<'a> {
+pub(crate) unsafe fn gradients<'a>(store: &'a Store, params: Range<u64>, step: u64) -> Gradients<'a> {
     let n = (params.end - params.start) as usize;
-    let at = store.gradient_ptr(params.start);
-    // SAFETY: the gradient array covers the index space, in which `params` lies; it is page-aligned and `params.start`
-    // a multiple of 64; every bit pattern is valid; nobody writes (caller).
+    let at = store.gradient_ptr(store.layout().gradient_at(params.start, step));
+    // SAFETY: `params` is a page's range, whose gradients lie in one piece of the array, as pages have a log whole or not at all;
+    // it is page-aligned and the place a multiple of 64; every bit pattern is valid; nobody writes (caller).
     unsafe {
         match store.layout().spec().gradients {
             GradientFormat::None => Gradients::None,
@@ -166,11 +168,13 @@ pub(crate) unsafe fn gradients<'a>(store: &'a Store, params: Range<u64>) -> Grad
     }
 }
 
+/// Gradients of a page's parameters, at `step`, to be written.
+///
 /// # Safety
 /// Nobody else reads or writes these gradients for as long as `'a`; the mapping is writable.
-pub(crate) unsafe fn gradients_mut<'a>(store: &'a Store, params: Range<u64>) -> GradientsMut<'a> {
+pub(crate) unsafe fn gradients_mut<'a>(store: &'a Store, params: Range<u64>, step: u64) -> GradientsMut<'a> {
     let n = (params.end - params.start) as usize;
-    let at = store.gradient_ptr(params.start);
+    let at = store.gradient_ptr(store.layout().gradient_at(params.start, step));
     // SAFETY: as for `gradients`; no other reference to them exists (caller).
     unsafe {
         match store.layout().spec().gradients {

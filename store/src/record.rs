@@ -16,7 +16,7 @@ use crate::commit::Cell;
 use crate::layout::HEADER_BYTES;
 
 /// Numbers in a [`StepRecord`].
-pub(crate) const VALUES: usize = 24;
+pub(crate) const VALUES: usize = 40;
 const RECORD_WORDS: usize = VALUES + 2;
 
 /// Words of the live section.

@@ -2,6 +2,7 @@
 //! [`Layout`](crate::Layout).
 
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Number of a page in the page table.
 pub type PageId = u32;
@@ -52,6 +53,46 @@ impl GradientFormat {
     }
 }
 
+/// Steps whose gradients are kept, for some pages: with them, pages whose state is in a device's memory need not be written back at
+/// every step. A page that is some steps behind is brought to the committed one by the updates of those steps, made again from the
+/// log.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GradientLog {
+    /// Steps whose gradients are kept, 1 to [`GradientLog::STEPS_MAX`]; 1: those of the last step alone, as of all other pages.
+    pub steps: u32,
+    /// Pages that have a log: ranges that ascend and do not touch. None where `steps` is 1.
+    pub pages: Vec<Range<PageId>>,
+}
+
+impl GradientLog {
+    /// Most steps that can be kept.
+    pub const STEPS_MAX: u32 = 8;
+    /// No page has one.
+    pub const NONE: GradientLog = GradientLog { steps: 1, pages: Vec::new() };
+
+    /// A log of these pages, which ascend; none where there are no pages, or where only the last step's are kept.
+    pub fn of(steps: u32, pages: impl IntoIterator<Item = PageId>) -> GradientLog {
+        let mut ranges: Vec<Range<PageId>> = Vec::new();
+        for page in pages {
+            match ranges.last_mut() {
+                Some(last) if last.end == page => last.end = page + 1,
+                _ => ranges.push(page..page + 1),
+            }
+        }
+        if steps > 1 && !ranges.is_empty() { GradientLog { steps, pages: ranges } } else { GradientLog::NONE }
+    }
+
+    pub(crate) fn is_none(&self) -> bool {
+        *self == GradientLog::NONE
+    }
+}
+
+impl Default for GradientLog {
+    fn default() -> Self {
+        GradientLog::NONE
+    }
+}
+
 /// One tensor, row-major.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorSpec {
@@ -94,6 +135,9 @@ pub struct StoreSpec {
     pub spare_pages_per_rank: u32,
     /// Bytes of the exchange area, rounded up to 4096.
     pub exchange_bytes: u64,
+    /// Gradients of earlier steps that are kept.
+    #[serde(default, skip_serializing_if = "GradientLog::is_none")]
+    pub log: GradientLog,
     /// The caller's own; a JSON text by convention. Kept as it is.
     pub metadata: String,
 }

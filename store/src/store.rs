@@ -7,7 +7,7 @@ use crate::layout::{CONTROL_WORDS, Layout};
 use crate::mapping::Mapping;
 use crate::name::SegmentName;
 use crate::page::PagePtrs;
-use crate::record::{GENERATION, RECORD, StepPhase, StepRecord};
+use crate::record::{GENERATION, RECORD, StepPhase, StepRecord, VALUES};
 use crate::spec::{MomentFormat, PageId, StoreSpec};
 use ramtorch_failpoint::{Point, hit};
 use std::collections::HashSet;
@@ -108,7 +108,7 @@ impl Store {
         mapping.load(0);
         let header = std::array::from_fn(|i| mapping.read(i));
         let (start, len) = format::check_header(&header, mapping.len() as u64).map_err(|unusable| match unusable {
-            Unusable::Version(found) => StoreError::Version { name: name.to_string(), found, supported: format::VERSION },
+            Unusable::Version(found) => StoreError::Version { name: name.to_string(), found, supported: format::VERSION_LOG },
             Unusable::Because(reason) => damaged(reason),
         })?;
         let manifest = read_bytes(&mapping, start, len);
@@ -203,21 +203,22 @@ impl Store {
         self.layout.sections().pages.start + u64::from(physical) * self.layout.page_bytes()
     }
 
-    /// Where the gradient of a parameter is, in the store's format; those of the parameters behind it follow. Null in a
-    /// store without gradients.
+    /// Where a gradient is, in the store's format, by its place in the array of gradients ([`Layout::gradient_at`]); those behind
+    /// it follow. Null in a store without gradients.
     ///
     /// They are written by the ranks that reduced them, each its own part, before the step record says
     /// [`StepPhase::GradientsComplete`], and must not be written from then until it says [`StepPhase::Committed`]. Those of a
     /// page that is updated early ([`SharedOwner::update_early`](crate::SharedOwner::update_early)) must not be written from
-    /// then on: the page's old weights lie there.
+    /// then on: the page's old weights lie there. Those in the log must not be written before the page is published at their step
+    /// or a later one.
     ///
     /// # Panics
-    /// When the parameter is outside the index space.
-    pub fn gradient_ptr(&self, parameter: u64) -> *mut u8 {
-        assert!(parameter <= self.layout.span(), "parameter {parameter} of {}", self.layout.span());
+    /// When there is no such place.
+    pub fn gradient_ptr(&self, at: u64) -> *mut u8 {
+        assert!(at <= self.layout.gradient_span(), "gradient {at} of {}", self.layout.gradient_span());
         match self.layout.spec().gradients.bytes() {
             0 => std::ptr::null_mut(),
-            bytes => self.mapping.at(self.layout.sections().gradients.start + parameter * bytes, 0),
+            bytes => self.mapping.at(self.layout.sections().gradients.start + at * bytes, 0),
         }
     }
 
@@ -247,7 +248,7 @@ impl Store {
     /// The step record, whole. One that damage has made meaningless reads as [`StepPhase::Loading`].
     pub fn record(&self) -> StepRecord {
         let words = RECORD.read(&self.mapping);
-        StepRecord::decode(&words).unwrap_or(StepRecord { step: words[0], phase: StepPhase::Loading, values: [0.0; 24] })
+        StepRecord::decode(&words).unwrap_or(StepRecord { step: words[0], phase: StepPhase::Loading, values: [0.0; VALUES] })
     }
 
     /// Replaces the step record. Everything that this thread wrote before is visible to whoever reads it. One process at

@@ -21,10 +21,10 @@
 //! diverged, as it finds by itself. Pages that the device has brought to itself, or holds, wait for the end of the backward pass.
 
 use crate::api::EngineError;
-use crate::optimizer::{StepScalars, factors, sum_of_squares};
+use crate::optimizer::{StepScalars, factors, squares_of, sum_of_squares};
 use crate::record::StepNumbers;
 use crate::session::Session;
-use ramtorch_cpu::{Collectives, read_gradient_range, read_gradients, update_page_early};
+use ramtorch_cpu::{Collectives, read_gradients, update_page_early};
 use ramtorch_device::{Gang, Ranks};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::OptimizerSpec;
@@ -216,7 +216,7 @@ impl<'a> Watch<'a> {
             return f64::from_bits(kept.load(Ordering::Relaxed));
         }
         let _span = self.recorder.scope(Row::Loop, label);
-        let sum = self.pool.install(|| read_gradient_range(self.store, params, sum_of_squares));
+        let sum = self.pool.install(|| squares_of(self.store, params, self.before + 1));
         if let Some(kept) = kept {
             kept.store(sum.to_bits(), Ordering::Relaxed);
         }
@@ -293,7 +293,7 @@ impl<'a> EarlyPages<'a> {
             if self.store.entry(*page).step == step {
                 continue; // a gang before this one was here
             }
-            if !self.past(job, blocks.start) || !self.finite(*page, blocks.clone()) {
+            if !self.past(job, blocks.start) || !self.finite(*page, blocks.clone(), step) {
                 return Ok(done);
             }
             hit(Point::EarlyBegun);
@@ -354,9 +354,9 @@ impl<'a> EarlyPages<'a> {
 
     /// No gradient of `page`, which lies in `blocks`, is infinite or not a number, as far as squares tell: they are what decides
     /// whether training has diverged.
-    fn finite(&self, page: PageId, blocks: Range<usize>) -> bool {
+    fn finite(&self, page: PageId, blocks: Range<usize>, step: u64) -> bool {
         if !self.by_host {
-            return self.pool.install(|| read_gradients(self.store, page, sum_of_squares)).is_finite();
+            return self.pool.install(|| read_gradients(self.store, page, step, sum_of_squares)).is_finite();
         }
         let finite = |at: usize| self.comm.kept().get(at).is_some_and(|x| f64::from_bits(x.load(Ordering::Relaxed)).is_finite());
         match self.comm.world() {

@@ -6,7 +6,7 @@ use crate::prepare::tokenizer_source;
 use ramtorch_data::TokenizerSource;
 use ramtorch_job::{ModelSpec, Precision};
 use ramtorch_modelio::{Architecture, Dtype as FileDtype, ModelAssets, OpenModel, StoreWeights, WeightSource, fill_page, resolve};
-use ramtorch_store::{GradientFormat, MomentFormat, Store, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, MomentFormat, Store, StoreSpec};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -98,6 +98,7 @@ impl LoadedModel {
             page_parameters: None,
             spare_pages_per_rank: 1,
             exchange_bytes: 0,
+            log: GradientLog::NONE,
             metadata: String::from("{}"),
         };
         let name = format!("/ramtorch-infer-{}", std::process::id());

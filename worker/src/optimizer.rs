@@ -12,8 +12,9 @@
 
 use ramtorch_device::AdamwStep;
 use ramtorch_job::OptimizerSpec;
-use ramtorch_store::Gradients;
+use ramtorch_store::{Gradients, Store};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Gradients a task sums.
 const CHUNK: usize = 1 << 12;
@@ -46,12 +47,47 @@ pub(crate) fn factors(o: &OptimizerSpec, s: &StepScalars) -> AdamwStep {
 
 /// Sum of squares of a page's gradients, the same for any number of threads.
 pub(crate) fn sum_of_squares(g: Gradients<'_>) -> f64 {
-    let parts: Vec<f64> = match g {
+    chunks_of_squares(g).iter().sum()
+}
+
+/// One for each [`CHUNK`].
+fn chunks_of_squares(g: Gradients<'_>) -> Vec<f64> {
+    match g {
         Gradients::None => Vec::new(),
         Gradients::F32(g) => g.par_chunks(CHUNK).map(ramtorch_cpu::sum_of_squares).collect(),
         Gradients::Bf16(g) => g.par_chunks(CHUNK).map(ramtorch_cpu::sum_of_squares_bf16).collect(),
-    };
-    parts.iter().sum()
+    }
+}
+
+/// Sum of squares of the gradients of `params` at `step`, with the bits that [`sum_of_squares`] gives when they lie in one piece.
+pub(crate) fn squares_of(store: &Store, params: Range<u64>, step: u64) -> f64 {
+    let chunk = CHUNK as u64;
+    let layout = store.layout();
+    let read = |params: Range<u64>, f: &mut dyn FnMut(Gradients<'_>)| ramtorch_cpu::read_gradient_range(store, params, step, f);
+    let mut sums = Vec::new();
+    let mut at = params.start;
+    while at < params.end {
+        let piece = layout.gradient_parts(at..params.end).first().map_or(params.end, |first| first.end);
+        let whole = if piece == params.end { piece - at } else { (piece - at) / chunk * chunk };
+        if whole > 0 {
+            read(at..at + whole, &mut |g| sums.extend(chunks_of_squares(g)));
+            at += whole;
+            continue;
+        }
+        // A chunk in which gradients go on elsewhere is put together.
+        let end = (at + chunk).min(params.end);
+        let (mut wide, mut narrow) = (Vec::new(), Vec::new());
+        for part in layout.gradient_parts(at..end) {
+            read(part, &mut |g| match g {
+                Gradients::None => {}
+                Gradients::F32(g) => wide.extend_from_slice(g),
+                Gradients::Bf16(g) => narrow.extend_from_slice(g),
+            });
+        }
+        sums.extend(chunks_of_squares(if narrow.is_empty() { Gradients::F32(&wide) } else { Gradients::Bf16(&narrow) }));
+        at = end;
+    }
+    sums.iter().sum()
 }
 
 #[cfg(test)]
@@ -77,6 +113,61 @@ mod tests {
         let close = |a: f32, b: f32| (a - b).abs() <= 2e-7 * b.abs();
         assert!(close(k.step_size, want.step_size) && close(k.sqrt_bias2, want.sqrt_bias2), "{k:?}");
         assert_eq!(AdamwStep { step_size: want.step_size, sqrt_bias2: want.sqrt_bias2, ..k }, want);
+    }
+
+    /// Gradients that lie in pieces have the bits of those that lie in one.
+    #[test]
+    fn squares_do_not_depend_on_the_log() {
+        use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, StoreSpec, TensorSpec};
+        let tensor = TensorSpec { name: "w".into(), shape: vec![40_000], joined: false, decay: true };
+        for gradients in [GradientFormat::F32, GradientFormat::Bf16] {
+            let stores: Vec<Store> = [GradientLog::NONE, GradientLog::of(3, [1, 2, 5, 7, 8, 20, 39])]
+                .into_iter()
+                .enumerate()
+                .map(|(i, log)| {
+                    let spec = StoreSpec {
+                        blocks: vec![BlockSpec { name: "b".into(), tensors: vec![tensor.clone()] }],
+                        world_size: 1,
+                        moments: MomentFormat::F32,
+                        gradients,
+                        page_parameters: Some(1024),
+                        spare_pages_per_rank: 1,
+                        exchange_bytes: 0,
+                        log,
+                        metadata: String::new(),
+                    };
+                    let name = format!("/ramtorch-squares-{i}-{gradients:?}-{}", std::process::id());
+                    let store = Store::create(&name, &spec).unwrap();
+                    Store::unlink(&name).unwrap();
+                    let dev = ramtorch_cpu::CpuDevice::open(0, ramtorch_device::Dtype::Bf16, 1, 1 << 20).unwrap();
+                    let mut dev: Box<dyn ramtorch_device::Device> = Box::new(dev);
+                    let n = store.layout().span();
+                    let values: Vec<u8> = (0..n).flat_map(|i| ((i as f32 * 0.37).sin() * 1e-3).to_le_bytes()).collect();
+                    let buf = dev.alloc(n * 4, "gradients").unwrap();
+                    dev.upload(ramtorch_device::Stream::CopyOut, buf, &values).unwrap();
+                    let store = std::sync::Arc::new(store);
+                    for part in store.layout().gradient_parts(0..n) {
+                        let (at, count) = (store.layout().gradient_at(part.start, 4), part.end - part.start);
+                        dev.store_gradients(
+                            ramtorch_device::Stream::CopyOut,
+                            buf.slice(part.start * 4, count * 4),
+                            &store,
+                            at,
+                            count,
+                            false,
+                        )
+                        .unwrap();
+                    }
+                    dev.synchronize(ramtorch_device::Stream::CopyOut).unwrap();
+                    drop(dev);
+                    std::sync::Arc::try_unwrap(store).unwrap()
+                })
+                .collect();
+            for params in [0..40_000u64, 5..39_999, 1000..1100, 2000..9000, 7000..30_001] {
+                let sums: Vec<u64> = stores.iter().map(|s| squares_of(s, params.clone(), 4).to_bits()).collect();
+                assert!(f64::from_bits(sums[0]) > 0.0 && sums[0] == sums[1], "{gradients:?} {params:?}");
+            }
+        }
     }
 
     #[test]

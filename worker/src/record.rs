@@ -1,7 +1,7 @@
 //! The numbers of a step that must outlive every process: what the step record in the segment carries.
 
 use crate::api::StepMetrics;
-use ramtorch_store::{StepPhase, StepRecord};
+use ramtorch_store::{GradientLog, StepPhase, StepRecord};
 
 /// Numbers of one step, complete before any page is updated.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -33,17 +33,28 @@ pub(crate) struct StepNumbers {
     pub validation_loss: f64,
     /// Validation loss before the first step, on step 1's line; NaN elsewhere.
     pub initial_validation_loss: f64,
+    /// Of the steps before, the last one first: learning rate and clipping factor. What it takes to make updates again whose
+    /// gradients are in the log.
+    pub past: [[f64; 2]; PAST],
 }
+
+/// Steps before a step whose updates can be made again.
+pub(crate) const PAST: usize = GradientLog::STEPS_MAX as usize - 1;
+/// Numbers of a record: those of its step, the mark below, those of the steps before.
+const VALUES: usize = 40;
 
 /// Number of a record's values that is 1 while pages are taken back to a checkpoint.
 const GOES_BACK: usize = 23;
+/// First of those of the steps before.
+const FIRST_PAST: usize = 24;
+const _: () = assert!(FIRST_PAST + 2 * PAST <= VALUES);
 
 /// Number of a record's values that is 1 for a step that was loaded.
 const LOADED: usize = 22;
 
 /// The record of a store whose pages are to be filled again, from a checkpoint or from the beginning.
 pub(crate) fn going_back() -> StepRecord {
-    let mut values = [0f64; 24];
+    let mut values = [0f64; VALUES];
     values[GOES_BACK] = 1.0;
     StepRecord { step: 0, phase: StepPhase::Loading, values }
 }
@@ -64,17 +75,38 @@ impl StepNumbers {
 
     /// Those of the step before, as far as those of this one tell: enough to go on from it.
     pub fn before(&self) -> StepNumbers {
+        let mut past = [[0.0; 2]; PAST];
+        past[..PAST - 1].copy_from_slice(&self.past[1..]);
         StepNumbers {
             step: self.step - 1,
             tokens_total: self.tokens_total - self.tokens,
+            lr: self.past[0][0],
+            gradient_scale: self.past[0][1],
+            past,
             validation_loss: f64::NAN,
             initial_validation_loss: f64::NAN,
             ..Default::default()
         }
     }
 
+    /// `past` of the step after this one.
+    pub fn past_of_next(&self) -> [[f64; 2]; PAST] {
+        let mut past = [[0.0; 2]; PAST];
+        past[0] = [self.lr, self.gradient_scale];
+        past[1..].copy_from_slice(&self.past[..PAST - 1]);
+        past
+    }
+
+    /// Learning rate and clipping factor of `step`, this one or one of the [`PAST`] before it.
+    pub fn scalars(&self, step: u64) -> Option<[f64; 2]> {
+        match self.step.checked_sub(step)? {
+            0 => Some([self.lr, self.gradient_scale]),
+            back => self.past.get(back as usize - 1).copied(),
+        }
+    }
+
     pub fn record(&self, phase: StepPhase) -> StepRecord {
-        let mut values = [0f64; 24];
+        let mut values = [0f64; VALUES];
         let mine = [
             self.loss,
             self.grad_norm,
@@ -98,6 +130,7 @@ impl StepNumbers {
         ];
         values[..mine.len()].copy_from_slice(&mine);
         values[LOADED] = f64::from(u8::from(self.loaded));
+        values[FIRST_PAST..].iter_mut().zip(self.past.as_flattened()).for_each(|(value, past)| *value = *past);
         StepRecord { step: self.step, phase, values }
     }
 
@@ -125,6 +158,7 @@ impl StepNumbers {
             optimizer_pages_device: v[16] as u64,
             optimizer_wait: v[17],
             checkpoint_wait: v[18],
+            past: std::array::from_fn(|i| [v[FIRST_PAST + 2 * i], v[FIRST_PAST + 2 * i + 1]]),
         }
     }
 
@@ -182,8 +216,16 @@ mod tests {
             optimizer_pages_device: 12,
             validation_loss: 8.5,
             initial_validation_loss: 9.5,
+            past: std::array::from_fn(|i| [1e-3 * i as f64, 1.0 / (i + 2) as f64]),
         };
         assert_eq!(StepNumbers::from_record(&n.record(StepPhase::Committed)), n);
+        // What the next step's record says of the steps before it, and what is left of that one step back.
+        let next = StepNumbers { step: 8, lr: 4e-4, gradient_scale: 0.25, past: n.past_of_next(), ..Default::default() };
+        assert_eq!((next.scalars(8), next.scalars(7), next.scalars(6)), (Some([4e-4, 0.25]), Some([3e-4, 0.5]), Some(n.past[0])));
+        assert_eq!((next.scalars(9), next.scalars(1), next.scalars(0)), (None, Some(n.past[5]), None));
+        let back = next.before();
+        assert_eq!((back.step, back.lr, back.gradient_scale), (7, n.lr, n.gradient_scale));
+        assert_eq!((&back.past[..PAST - 1], back.past[PAST - 1]), (&n.past[..PAST - 1], [0.0; 2]));
     }
 
     #[test]

@@ -41,6 +41,8 @@ struct GradientBuffers {
     /// Rounded gradients on their way out, used in turn; none where the copy stream rounds.
     packed: Vec<GradientBuffer>,
     next_packed: usize,
+    /// Of blocks whose rounded gradients stay for held pages.
+    packed_of: Vec<Option<GradientBuffer>>,
     /// Gradients stay on the device, in this format: in the sums' own buffers, or rounded in `kept`.
     stay: Option<GradientFormat>,
     /// One a block where rounded sums stay.
@@ -458,6 +460,20 @@ impl Session {
         self.dev.synchronize(Stream::CopyOut)
     }
 
+    /// Where rounded gradients are that stay for held pages; those of other pages are not among them.
+    pub fn held_gradients(&self) -> Option<DeviceGradients> {
+        let g = self.gradients.as_ref()?;
+        let of_block = |((start, len), kept): (&(u64, u64), &Option<GradientBuffer>)| {
+            kept.as_ref().map(|k| GradientPiece {
+                first: *start,
+                end: start + len,
+                buf: k.buf.slice(0, len * GradientFormat::Bf16.bytes()),
+            })
+        };
+        let pieces: Vec<GradientPiece> = self.model.places.iter().zip(&g.packed_of).filter_map(of_block).collect();
+        (!pieces.is_empty()).then(|| DeviceGradients::of_some(GradientFormat::Bf16, pieces))
+    }
+
     /// Where gradients are that stay on the device.
     pub fn device_gradients(&self) -> Option<DeviceGradients> {
         let g = self.gradients.as_ref()?;
@@ -571,7 +587,9 @@ impl Session {
             g.advance(b);
             return Ok(());
         }
-        let packed = g.packed.get(g.next_packed);
+        let own_packed = g.packed_of.get(b).and_then(Option::as_ref);
+        let takes_turns = own_packed.is_none();
+        let packed = own_packed.or_else(|| g.packed.get(g.next_packed));
         // What leaves: the sum itself, or the sum rounded into a buffer of its own, which frees the sum's at once.
         let (leaving, src) = match packed {
             Some(packed) => {
@@ -608,19 +626,20 @@ impl Session {
         if wanted.iter().map(|p| p.end - p.start).sum::<u64>() < count {
             hit(Point::RerunDropped);
         }
-        for part in wanted.into_iter().filter(|p| !p.is_empty()) {
-            let count = part.end - part.start;
+        let layout = self.store.layout();
+        for part in wanted.into_iter().flat_map(|part| layout.gradient_parts(part)) {
+            let (count, at) = (part.end - part.start, layout.gradient_at(part.start, before + 1));
             let src = src.slice((part.start - start) * width, count * width);
             if packed.is_some() {
-                dev.store_packed_gradients(Stream::CopyOut, src, &self.store, part.start, count)?;
+                dev.store_packed_gradients(Stream::CopyOut, src, &self.store, at, count)?;
             } else {
-                dev.store_gradients(Stream::CopyOut, src, &self.store, part.start, count, accumulate)?;
+                dev.store_gradients(Stream::CopyOut, src, &self.store, at, count, accumulate)?;
             }
         }
         dev.end(Stream::CopyOut, stretch)?;
         dev.record(leaving.free, Stream::CopyOut)?;
         dev.record(self.outs[b], Stream::CopyOut)?;
-        if !g.packed.is_empty() {
+        if takes_turns && !g.packed.is_empty() {
             g.next_packed = (g.next_packed + 1) % g.packed.len();
         }
         g.advance(b);
@@ -647,6 +666,7 @@ impl GradientBuffers {
             next: 0,
             packed: Vec::new(),
             next_packed: 0,
+            packed_of: Vec::new(),
             stay: plan.device_gradients,
             kept: Vec::new(),
         };
@@ -674,8 +694,13 @@ impl GradientBuffers {
             g.kept = (0..model.len()).map(|b| dev.alloc(bytes(b), "gradients that stay")).collect::<Result<_, _>>()?;
         }
         if packs {
-            let largest = model.places.iter().map(|p| ranks.padded(p.1)).max().unwrap_or(0) * plan.store.gradients.bytes();
-            g.packed = (0..GRADIENT_RING).map(|_| buffer(dev, largest)).collect::<Result<_, _>>()?;
+            let bytes = |b: usize| ranks.padded(model.places[b].1) * plan.store.gradients.bytes();
+            for b in 0..model.len() {
+                g.packed_of.push(if plan.keeps_packed(b) { Some(buffer(dev, bytes(b))?) } else { None });
+            }
+            if let Some(largest) = (0..model.len()).filter(|b| !plan.keeps_packed(*b)).map(bytes).max() {
+                g.packed = (0..GRADIENT_RING).map(|_| buffer(dev, largest)).collect::<Result<_, _>>()?;
+            }
         }
         Ok(g)
     }

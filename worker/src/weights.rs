@@ -188,10 +188,14 @@ impl WeightCache {
         self.direct.as_deref().filter(|_| self.own[b].is_some())
     }
 
-    /// Waits until all pages that lie in `params`, partly at least, are published at `step`, or were when they went ahead.
-    /// Compute's waiting for that counts as waiting for pages.
+    /// Waits until all pages that lie in `params`, partly at least, are published at `step`, or were when they went ahead, or are
+    /// no more steps behind than their gradients are kept for: those of the next step have a place then. Compute's waiting for
+    /// that counts as waiting for pages.
     pub fn await_published(&self, dev: &dyn Device, params: std::ops::Range<u64>, step: u64) -> Result<(), EngineError> {
-        let behind = |p: &PageId| self.store.entry(*p).step != step && !self.is_kept(*p, step);
+        let behind = |p: &PageId| {
+            let at = self.store.entry(*p).step;
+            !(at <= step && step - at <= self.store.layout().may_lag(*p)) && !self.is_kept(*p, step)
+        };
         let mut waiting = None;
         for page in self.store.layout().pages_of(params).filter(behind) {
             if waiting.is_none() {
@@ -299,7 +303,7 @@ impl WeightCache {
             let dst = buffer.buf.slice((from - start) * self.dtype.size(), bytes);
             let stretch = dev.begin(Stream::CopyIn, &Label::copy("load weights", bytes).block(b).page(page))?;
             if kept {
-                dev.upload(Stream::CopyIn, dst, &kept_weights(&self.store, self.dtype, from..to)?)?;
+                dev.upload(Stream::CopyIn, dst, &kept_weights(&self.store, self.dtype, from..to, version + 1)?)?;
                 hit(Point::RerunLoaded);
             } else {
                 dev.load_parameters(Stream::CopyIn, dst, &self.store, self.store.entry(page).physical, from - range.start, to - from)?;

@@ -204,6 +204,8 @@ points! {
     RerunDropped = "rerun.dropped", Rank;
 
     // After a death.
+    /// An update that a device had made, and not written back, is made again.
+    RecoverReplayed = "recover.replayed", Rank;
     /// An interrupted step is to be finished.
     RecoverBegun = "recover.begun", Rank;
     /// This rank's pages are updated.

@@ -98,7 +98,7 @@ pub(crate) enum Refusal {
     Page(PageId),
     /// The page is another rank's.
     NotOwner { page: PageId, owner: u32 },
-    /// The page is not one step behind.
+    /// The page is not as few steps behind as it has to be.
     Step { page: PageId, found: u64, wanted: u64 },
     /// The page was never published.
     Uninitialised(PageId),
@@ -230,8 +230,8 @@ impl Table {
 pub(crate) enum Expect {
     /// Whatever it is: its first contents, or contents that do not follow from the old ones.
     Anything,
-    /// One step behind.
-    StepBefore,
+    /// At most so many steps behind.
+    Behind(u64),
 }
 
 /// A page on its way to a new state. The physical page `new` may be written until the ticket is given back.
@@ -282,7 +282,7 @@ impl Spares {
     }
 
     /// Takes a spare to write the state of `page` at `step` into. `None`: the page is at that step already (only with
-    /// [`Expect::StepBefore`]).
+    /// [`Expect::Behind`]).
     #[cfg(test)]
     pub fn begin(&mut self, memory: &impl Memory, page: PageId, step: u64, expect: Expect) -> Result<Option<Ticket>, Refusal> {
         self.begin_in(memory, page, step, expect, |_| true)
@@ -305,11 +305,11 @@ impl Spares {
         if owner != self.rank {
             return Err(Refusal::NotOwner { page, owner });
         }
-        if expect == Expect::StepBefore {
+        if let Expect::Behind(most) = expect {
             match entry.step {
                 NEVER => return Err(Refusal::Uninitialised(page)),
                 at if at == step => return Ok(None),
-                at if at + 1 != step => return Err(Refusal::Step { page, found: at, wanted: step.saturating_sub(1) }),
+                at if at > step || step - at > most => return Err(Refusal::Step { page, found: at, wanted: step.saturating_sub(1) }),
                 _ => {}
             }
         }

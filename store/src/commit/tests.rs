@@ -58,7 +58,7 @@ impl Small {
                     let mut tickets = Vec::new();
                     for page in pages {
                         let at = self.table.entry(memory, *page)?.step;
-                        let expect = if at == NEVER { Expect::Anything } else { Expect::StepBefore };
+                        let expect = if at == NEVER { Expect::Anything } else { Expect::Behind(1) };
                         if at == NEVER || at < step {
                             tickets.extend(spares.begin(memory, *page, step, expect)?);
                         }
@@ -180,7 +180,7 @@ fn misuse_is_refused_and_changes_nothing() {
     let refused = |spares: &mut Spares, page, step, expect| spares.begin(&memory, page, step, expect).unwrap_err();
     assert_eq!(refused(&mut spares, 4, 0, Expect::Anything), Refusal::Page(4));
     assert_eq!(refused(&mut spares, 1, 0, Expect::Anything), Refusal::NotOwner { page: 1, owner: 1 });
-    assert_eq!(refused(&mut spares, 0, 1, Expect::StepBefore), Refusal::Uninitialised(0));
+    assert_eq!(refused(&mut spares, 0, 1, Expect::Behind(1)), Refusal::Uninitialised(0));
     assert_eq!(refused(&mut spares, 0, STEP_MAX + 1, Expect::Anything), Refusal::StepRange(STEP_MAX + 1));
     let ticket = spares.begin(&memory, 0, 0, Expect::Anything).unwrap().unwrap();
     assert_eq!(refused(&mut spares, 0, 0, Expect::Anything), Refusal::UnderWay(0));
@@ -196,10 +196,10 @@ fn steps_are_taken_one_at_a_time_and_once() {
     let memory = Recorder::new(small.formatted());
     small.run(&memory, 5, 1).unwrap();
     let mut spares = Spares::recover(&memory, &small.table, 0).unwrap();
-    assert!(spares.begin(&memory, 0, 5, Expect::StepBefore).unwrap().is_none());
-    assert_eq!(spares.begin(&memory, 0, 7, Expect::StepBefore).unwrap_err(), Refusal::Step { page: 0, found: 5, wanted: 6 });
-    assert_eq!(spares.begin(&memory, 0, 4, Expect::StepBefore).unwrap_err(), Refusal::Step { page: 0, found: 5, wanted: 3 });
-    let ticket = spares.begin(&memory, 0, 6, Expect::StepBefore).unwrap().unwrap();
+    assert!(spares.begin(&memory, 0, 5, Expect::Behind(1)).unwrap().is_none());
+    assert_eq!(spares.begin(&memory, 0, 7, Expect::Behind(1)).unwrap_err(), Refusal::Step { page: 0, found: 5, wanted: 6 });
+    assert_eq!(spares.begin(&memory, 0, 4, Expect::Behind(1)).unwrap_err(), Refusal::Step { page: 0, found: 5, wanted: 3 });
+    let ticket = spares.begin(&memory, 0, 6, Expect::Behind(1)).unwrap().unwrap();
     spares.abandon(ticket).unwrap();
     assert_eq!((spares.free(), small.table.entry(&memory, 0).unwrap().step), (1, 5));
 }

@@ -1,6 +1,6 @@
 //! A trainer in miniature, over the same protocol: gradients from all weights, a record of the step, pages updated from
 //! the gradients, all at once or each as soon as its own are there. Shows that what the store promises is enough for a run that
-//! nothing can disturb.
+//! nothing can disturb. One of its ways keeps a page's state to itself for some steps, and the page's gradients in a log.
 
 use super::model::{Access, Random, Recorder, every_image, some_image};
 use super::*;
@@ -17,7 +17,12 @@ const FIRST: usize = 7;
 const GRADIENTS: usize = FIRST + PAGES as usize;
 /// What is told of each page's gradients: all that is needed of those that are not there any more.
 const KEPT: usize = GRADIENTS + PAGES as usize * WIDTH;
-const DATA: usize = KEPT + PAGES as usize;
+/// Of the held page: the gradients of the steps that do not lie where the others' do.
+const LOG: usize = KEPT + PAGES as usize;
+/// Steps whose gradients of it are kept.
+const STEPS: u64 = 3;
+const HELD: PageId = 0;
+const DATA: usize = LOG + (STEPS as usize - 1) * WIDTH;
 
 fn table() -> Table {
     Table {
@@ -38,6 +43,25 @@ enum Pace {
     Early,
     /// As `Early`, without keeping the old weights: a faulty trainer.
     Forgetful,
+    /// As `Late`; the state of one page stays with the trainer and is written back at every [`STEPS`]th step.
+    Logged,
+    /// As `Logged`, one step too late: a faulty trainer.
+    Tardy,
+}
+
+impl Pace {
+    fn is_early(self) -> bool {
+        matches!(self, Pace::Early | Pace::Forgetful)
+    }
+
+    fn is_logged(self) -> bool {
+        matches!(self, Pace::Logged | Pace::Tardy)
+    }
+
+    /// The held page is written back.
+    fn is_due(self, step: u64) -> bool {
+        step.is_multiple_of(if self == Pace::Tardy { STEPS + 1 } else { STEPS })
+    }
 }
 
 fn data(physical: u32) -> usize {
@@ -63,8 +87,23 @@ fn start() -> Vec<u64> {
     memory.words.into_inner()
 }
 
-fn slot(page: PageId, i: usize) -> usize {
-    GRADIENTS + page as usize * WIDTH + i
+/// Place of a gradient of `step`.
+fn slot(page: PageId, i: usize, step: u64, pace: Pace) -> usize {
+    match (step % STEPS) as usize {
+        turn if turn > 0 && page == HELD && pace.is_logged() => LOG + (turn - 1) * WIDTH + i,
+        _ => GRADIENTS + page as usize * WIDTH + i,
+    }
+}
+
+fn advanced(memory: &Recorder, page: PageId, old: &[u64], step: u64, pace: Pace) -> Vec<u64> {
+    old.iter().enumerate().map(|(i, old)| old.rotate_left(7).wrapping_add(memory.read(slot(page, i, step, pace)))).collect()
+}
+
+/// The held page's state at `step`, made from what lies in memory and the log: what a trainer that did not die has with it.
+fn held_at(memory: &Recorder, step: u64, pace: Pace) -> Vec<u64> {
+    let entry = table().entry(memory, HELD).unwrap();
+    let stored = (0..WIDTH).map(|i| memory.read(data(entry.physical) + i)).collect();
+    (entry.step + 1..=step).fold(stored, |state: Vec<u64>, step| advanced(memory, HELD, &state, step, pace))
 }
 
 /// What the step's record tells of its gradients, made from what is told of each page's.
@@ -73,14 +112,20 @@ fn told(memory: &Recorder) -> u64 {
 }
 
 /// Brings one page to `step` from its gradients, if it is not there.
-fn update(memory: &Recorder, spares: &mut Spares, page: PageId, step: u64, keep: bool) {
-    let Some(ticket) = spares.begin(memory, page, step, Expect::StepBefore).unwrap() else { return };
+fn update(memory: &Recorder, spares: &mut Spares, page: PageId, step: u64, pace: Pace, keep: bool) {
+    let behind = match pace {
+        Pace::Logged if page == HELD => STEPS,
+        Pace::Tardy if page == HELD => STEPS + 1,
+        _ => 1,
+    };
+    let Some(ticket) = spares.begin(memory, page, step, Expect::Behind(behind)).unwrap() else { return };
     let old: Vec<u64> = (0..WIDTH).map(|i| memory.read(data(ticket.old) + i)).collect();
-    for (i, old) in old.iter().enumerate() {
-        memory.write(data(ticket.new) + i, old.rotate_left(7).wrapping_add(memory.read(slot(page, i))));
+    let before = if behind > 1 { held_at(memory, step - 1, pace) } else { old.clone() };
+    for (i, new) in advanced(memory, page, &before, step, pace).into_iter().enumerate() {
+        memory.write(data(ticket.new) + i, new);
     }
     if keep {
-        (0..WIDTH).for_each(|i| memory.write(slot(page, i), old[i]));
+        (0..WIDTH).for_each(|i| memory.write(slot(page, i, step, pace), old[i]));
     }
     spares.publish(memory, ticket).unwrap();
 }
@@ -92,23 +137,26 @@ fn sweep(memory: &Recorder, step: u64, pace: Pace, mut recorded: bool) {
     assert!(recorded || ahead.iter().all(|a| !a), "a page was updated before the record said so");
     let mut sum = step;
     for page in 0..PAGES {
-        assert!(entry(page).step == step || entry(page).step + 1 == step);
+        let lag = if page == HELD && pace.is_logged() { STEPS } else { 1 };
+        assert!(pace == Pace::Tardy || entry(page).step <= step && step - entry(page).step <= lag);
+        let held = if pace.is_logged() && page == HELD { Some(held_at(memory, step - 1, pace)) } else { None };
         for i in 0..WIDTH {
-            let weight = if ahead[page as usize] { slot(page, i) } else { data(entry(page).physical) + i };
-            sum = Random(sum ^ memory.read(weight)).next();
+            let weight = if ahead[page as usize] { slot(page, i, step, pace) } else { data(entry(page).physical) + i };
+            sum = Random(sum ^ held.as_ref().map_or_else(|| memory.read(weight), |held| held[i])).next();
         }
     }
     let mut spares: Vec<Spares> = (0..table().world_size).map(|rank| Spares::recover(memory, &table(), rank).unwrap()).collect();
     for page in (0..PAGES).rev().filter(|page| !ahead[*page as usize]) {
-        (0..WIDTH).for_each(|i| memory.write(slot(page, i), Random(sum ^ slot(page, i) as u64).next()));
-        let all = (0..WIDTH).fold(0, |all, i| Random(all ^ memory.read(slot(page, i))).next());
+        let place = |i| slot(page, i, step, pace);
+        (0..WIDTH).for_each(|i| memory.write(place(i), Random(sum ^ (page as usize * WIDTH + i) as u64).next()));
+        let all = (0..WIDTH).fold(0, |all, i| Random(all ^ memory.read(place(i))).next());
         memory.write(KEPT + page as usize, all);
-        if pace != Pace::Late && page > 0 {
+        if pace.is_early() && page > 0 {
             if !std::mem::replace(&mut recorded, true) {
                 let told = RECORD.read(memory)[2];
                 RECORD.write(memory, &[step, UPDATING, told]);
             }
-            update(memory, &mut spares[table().owner(page) as usize], page, step, pace == Pace::Early);
+            update(memory, &mut spares[table().owner(page) as usize], page, step, pace, pace == Pace::Early);
         }
     }
     let before = RECORD.read(memory)[2];
@@ -121,15 +169,16 @@ fn train(memory: &Recorder, last: u64, pace: Pace) {
         let [step, phase, told] = RECORD.read(memory);
         match phase {
             COMMITTED if step == last => return,
-            COMMITTED if pace != Pace::Late => sweep(memory, step + 1, pace, false),
+            COMMITTED if pace.is_early() => sweep(memory, step + 1, pace, false),
             COMMITTED => RECORD.write(memory, &[step + 1, COMPUTING, told]),
             COMPUTING => sweep(memory, step, pace, false),
             UPDATING => sweep(memory, step, pace, true),
             _ => {
                 for rank in 0..table().world_size {
                     let mut spares = Spares::recover(memory, &table(), rank).unwrap();
-                    for page in table().owners.pages(rank) {
-                        update(memory, &mut spares, page, step, false);
+                    let stays = |page: &PageId| pace.is_logged() && *page == HELD && step < last && !pace.is_due(step);
+                    for page in table().owners.pages(rank).filter(|page| !stays(page)) {
+                        update(memory, &mut spares, page, step, pace, false);
                     }
                 }
                 RECORD.write(memory, &[step, COMMITTED, told]);
@@ -173,6 +222,17 @@ fn a_run_that_updates_pages_early_ends_with_the_same_bits_wherever_it_is_stopped
 }
 
 #[test]
+fn a_run_that_writes_a_page_back_at_some_steps_ends_with_the_same_bits_wherever_it_is_stopped() {
+    assert_eq!(undisturbed(7, Pace::Logged).1, undisturbed(7, Pace::Late).1);
+    stop_everywhere(Pace::Logged).unwrap();
+}
+
+#[test]
+fn a_page_that_is_written_back_too_late_is_missed() {
+    assert_ne!(undisturbed(7, Pace::Tardy).1, undisturbed(7, Pace::Late).1);
+}
+
+#[test]
 fn old_weights_that_are_not_kept_are_missed() {
     assert_eq!(undisturbed(4, Pace::Forgetful).1, undisturbed(4, Pace::Late).1);
     assert!(stop_everywhere(Pace::Forgetful).unwrap_err().contains("other weights"));
@@ -180,8 +240,8 @@ fn old_weights_that_are_not_kept_are_missed() {
 
 proptest! {
     #[test]
-    fn a_run_stopped_many_times_ends_with_the_same_bits(stops in 1usize..12, early: bool, seed: u64) {
-        let pace = if early { Pace::Early } else { Pace::Late };
+    fn a_run_stopped_many_times_ends_with_the_same_bits(stops in 1usize..12, pace in 0usize..3, seed: u64) {
+        let pace = [Pace::Late, Pace::Early, Pace::Logged][pace];
         let expected = undisturbed(6, Pace::Late).1;
         let (mut memory, mut random) = (start(), Random(seed));
         for _ in 0..stops {

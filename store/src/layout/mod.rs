@@ -24,7 +24,7 @@ pub(crate) use owners::Owners;
 pub use owners::{SHARE_ALIGN, share_of};
 
 use crate::error::StoreError;
-use crate::spec::{PageId, StoreSpec};
+use crate::spec::{GradientFormat, GradientLog, PageId, StoreSpec};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -92,7 +92,7 @@ pub struct Sections {
     pub control: Range<u64>,
     /// Exchange area.
     pub exchange: Range<u64>,
-    /// Gradients over the parameter index space.
+    /// Gradients over the parameter index space, and behind them those of the log.
     pub gradients: Range<u64>,
     /// Physical pages.
     pub pages: Range<u64>,
@@ -110,7 +110,15 @@ pub struct Layout {
     page_parameters: u32,
     page_count: u32,
     owners: Owners,
+    log: Vec<LogRun>,
     sections: Sections,
+}
+
+/// Parameters of pages that have a log, and where the first of them is among all that do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct LogRun {
+    params: Range<u64>,
+    at: u64,
 }
 
 impl Layout {
@@ -205,6 +213,7 @@ impl Layout {
                 "{physical} pages of {page_parameters} parameters are more than {PHYSICAL_MAX}; choose larger pages"
             )));
         }
+        let log = place_log(spec, at, page_parameters, page_count)?;
         let none = Sections { manifest: 0..0, page_table: 0..0, control: 0..0, exchange: 0..0, gradients: 0..0, pages: 0..0 };
         let owners = Owners::new(&blocks, at, page_parameters, spec.world_size);
         Ok(Layout {
@@ -217,6 +226,7 @@ impl Layout {
             page_parameters,
             page_count: page_count as u32,
             owners,
+            log,
             sections: none,
         })
     }
@@ -238,7 +248,7 @@ impl Layout {
                 page_table: section(Some(u64::from(self.page_count) * 8))?,
                 control: section(Some(CONTROL_WORDS as u64 * 8))?,
                 exchange: section(exchange)?,
-                gradients: section(self.span.checked_mul(self.spec.gradients.bytes()))?,
+                gradients: section(self.gradient_span().checked_mul(self.spec.gradients.bytes()))?,
                 pages: section(u64::from(self.physical_count()).checked_mul(self.page_bytes()))?,
             })
         })();
@@ -331,6 +341,53 @@ impl Layout {
         if start >= end { first..first } else { first..end.div_ceil(size) as PageId }
     }
 
+    /// Parameters that have a log.
+    pub fn logged_parameters(&self) -> u64 {
+        self.log.last().map_or(0, |run| run.at + (run.params.end - run.params.start))
+    }
+
+    /// Length of the array of gradients: one for each parameter, and those of the log.
+    pub fn gradient_span(&self) -> u64 {
+        self.span + u64::from(self.spec.log.steps - 1) * self.logged_parameters()
+    }
+
+    /// The run of logged parameters that `parameter` lies in.
+    fn logged(&self, parameter: u64) -> Option<&LogRun> {
+        let next = self.log.partition_point(|run| run.params.end <= parameter);
+        self.log.get(next).filter(|run| run.params.contains(&parameter))
+    }
+
+    /// Place in the array of gradients of that of `parameter` at `step`. Steps that are [`GradientLog::steps`] apart share a place.
+    pub fn gradient_at(&self, parameter: u64, step: u64) -> u64 {
+        match (step % u64::from(self.spec.log.steps), self.logged(parameter)) {
+            (turn @ 1.., Some(run)) => self.span + (turn - 1) * self.logged_parameters() + run.at + parameter - run.params.start,
+            _ => parameter,
+        }
+    }
+
+    /// `params` cut where their gradients of a step go on elsewhere: parts that lie in one piece of the array.
+    pub fn gradient_parts(&self, params: Range<u64>) -> Vec<Range<u64>> {
+        let first = self.log.partition_point(|run| run.params.end <= params.start);
+        let mut parts = Vec::new();
+        let mut at = params.start;
+        let cuts = self.log[first..].iter().flat_map(|run| [run.params.start, run.params.end]);
+        for cut in cuts.take_while(|cut| *cut < params.end).chain([params.end]) {
+            if cut > at {
+                parts.push(at..cut);
+                at = cut;
+            }
+        }
+        parts
+    }
+
+    /// Steps that a page may be behind the committed one: its gradients of as many are kept.
+    pub fn may_lag(&self, page: PageId) -> u64 {
+        match self.logged(self.page_range(page).start) {
+            Some(_) => u64::from(self.spec.log.steps) - 1,
+            None => 0,
+        }
+    }
+
     /// What the store was laid out from, its page size filled in.
     pub fn spec(&self) -> &StoreSpec {
         &self.spec
@@ -340,6 +397,39 @@ impl Layout {
     pub fn sections(&self) -> &Sections {
         &self.sections
     }
+}
+
+/// Where the gradients of the logged pages lie in the log.
+fn place_log(spec: &StoreSpec, span: u64, page_parameters: u32, page_count: u64) -> Result<Vec<LogRun>, StoreError> {
+    let (log, page) = (&spec.log, u64::from(page_parameters));
+    if log.is_none() {
+        return Ok(Vec::new());
+    }
+    if !(2..=GradientLog::STEPS_MAX).contains(&log.steps) || log.pages.is_empty() {
+        return Err(refuse(format!(
+            "a log of {} steps and {} runs of pages: 2 to {} steps, and pages, are allowed",
+            log.steps,
+            log.pages.len(),
+            GradientLog::STEPS_MAX
+        )));
+    }
+    if spec.gradients == GradientFormat::None {
+        return Err(refuse("a log of gradients that are not in the segment".into()));
+    }
+    let (mut runs, mut at, mut free) = (Vec::with_capacity(log.pages.len()), 0, None);
+    for pages in &log.pages {
+        if pages.is_empty() || u64::from(pages.end) > page_count || free.is_some_and(|free| pages.start <= free) {
+            return Err(refuse(format!(
+                "pages {pages:?} of the log do not follow those before them, or are not among the {page_count} there are"
+            )));
+        }
+        free = Some(pages.end);
+        let params = u64::from(pages.start) * page..(u64::from(pages.end) * page).min(span);
+        let len = params.end - params.start;
+        runs.push(LogRun { params, at });
+        at += len;
+    }
+    Ok(runs)
 }
 
 fn refuse(reason: String) -> StoreError {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::spec::{BlockSpec, GradientFormat, MomentFormat, TensorSpec};
+use crate::spec::{BlockSpec, GradientFormat, GradientLog, MomentFormat, TensorSpec};
 use proptest::prelude::*;
 
 fn tensor(name: &str, shape: &[u64], joined: bool) -> TensorSpec {
@@ -15,6 +15,7 @@ fn spec(blocks: Vec<BlockSpec>) -> StoreSpec {
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: 5000,
+        log: GradientLog::NONE,
         metadata: "{}".into(),
     }
 }
@@ -48,6 +49,56 @@ fn places_are_as_documented() {
     // Header, live words, manifest, table, 32 KiB of control words, 8 KiB of exchange, 4,608 B of gradients, 5 pages.
     let manifest = layout.sections().manifest.end.next_multiple_of(4096);
     assert_eq!(layout.bytes(), manifest + 4096 + 32768 + 8192 + 8192 + 5 * 12288);
+}
+
+#[test]
+fn gradients_of_logged_steps_have_places_of_their_own() {
+    let blocks = || vec![block("b", vec![tensor("t", &[5000], false)])];
+    let plain = Layout::new(&spec(blocks())).unwrap();
+    let with = |log| Layout::new(&StoreSpec { log, ..spec(blocks()) });
+    // Pages 0, 1 and the last, which is shorter.
+    let log = GradientLog::of(3, [0, 1, 4]);
+    assert_eq!(log.pages, [0..2, 4..5]);
+    let layout = with(log.clone()).unwrap();
+    let (span, logged) = (layout.span(), 2048 + 5056 - 4096);
+    assert_eq!((span, layout.logged_parameters(), layout.gradient_span(), plain.gradient_span()), (5056, logged, 5056 + 2 * logged, 5056));
+    let at = |parameter, step| layout.gradient_at(parameter, step);
+    assert_eq!([at(7, 3), at(7, 4), at(7, 5), at(7, 6)], [7, span + 7, span + logged + 7, 7]);
+    assert_eq!(
+        [at(2047, 4), at(2048, 4), at(4095, 5), at(4096, 4), at(span - 1, 5)],
+        [span + 2047, 2048, 4095, span + 2048, span + 2 * logged - 1]
+    );
+    assert!((0..9).all(|step| plain.gradient_at(7, step) == 7));
+    assert_eq!(layout.gradient_parts(100..5000), [100..2048, 2048..4096, 4096..5000]);
+    assert_eq!(layout.gradient_parts(0..2048), vec![0..2048]);
+    assert_eq!(layout.gradient_parts(2048..4096), vec![2048..4096]);
+    assert_eq!(layout.gradient_parts(3000..4097), [3000..4096, 4096..4097]);
+    assert_eq!(plain.gradient_parts(100..3000), vec![100..3000]);
+    assert!(layout.gradient_parts(5..5).is_empty());
+    assert_eq!([0, 1, 2, 3, 4].map(|page| layout.may_lag(page)), [2, 2, 0, 0, 2]);
+    // The store is larger by these gradients, and says so in its version; another is as it was.
+    assert_eq!(layout.sections().gradients.end - layout.sections().gradients.start, (5056 + 2 * logged) * 2);
+    let header = |l: &Layout| crate::format::header(l, &crate::format::manifest_bytes(l).unwrap());
+    let words = |l: &Layout| [1, 28, 29].map(|i| header(l)[i]);
+    assert_eq!((words(&layout), words(&plain)), ([3, 3, logged], [2, 0, 0]));
+    #[expect(clippy::single_range_in_vec_init)]
+    for (steps, pages) in [
+        (2, vec![]),
+        (1, vec![0..1]),
+        (0, vec![]),
+        (9, vec![0..1]),
+        (2, vec![0..6]),
+        (2, vec![1..1]),
+        (2, vec![0..2, 2..3]),
+        (2, vec![3..4, 0..1]),
+        (u32::MAX, vec![0..1]),
+    ] {
+        let log = GradientLog { steps, pages };
+        assert!(with(log.clone()).is_err(), "{log:?}");
+    }
+    assert!(with(GradientLog::of(8, 0..5)).is_ok());
+    assert_eq!((GradientLog::of(1, 0..5), GradientLog::of(4, [])), (GradientLog::NONE, GradientLog::NONE));
+    assert!(Layout::new(&StoreSpec { log, gradients: GradientFormat::None, ..spec(blocks()) }).is_err());
 }
 
 #[test]
@@ -121,7 +172,7 @@ fn specs() -> impl Strategy<Value = StoreSpec> {
             let mut blocks: Vec<_> = blocks.collect();
             blocks.push(block("last", vec![tensor("last", &[1], false)]));
             let (world_size, spare_pages_per_rank, page, exchange_bytes) = numbers;
-            StoreSpec {
+            let spec = StoreSpec {
                 blocks,
                 world_size,
                 moments,
@@ -129,8 +180,16 @@ fn specs() -> impl Strategy<Value = StoreSpec> {
                 page_parameters: page.map(|p| p * 1024),
                 spare_pages_per_rank,
                 exchange_bytes,
+                log: GradientLog::NONE,
                 metadata,
+            };
+            // Every other one keeps gradients of some steps, of pages here and there.
+            let Ok(layout) = Layout::new(&spec) else { return spec };
+            if gradients == GradientFormat::None || exchange_bytes % 2 == 0 {
+                return spec;
             }
+            let logged = (0..layout.page_count()).filter(|page| (exchange_bytes >> (page % 13)) & 1 == 1);
+            StoreSpec { log: GradientLog::of(2 + (exchange_bytes % 7) as u32, logged), ..spec }
         },
     )
 }
@@ -216,6 +275,20 @@ proptest! {
         prop_assert_eq!(back.spec(), layout.spec());
         prop_assert_eq!(back.tensors(), layout.tensors());
         prop_assert_eq!(back.sections(), layout.sections());
+        // No two gradients share a place, but for those of steps that are as far apart as the log is long, and of what has none.
+        let steps = u64::from(layout.spec().log.steps);
+        let mut places = std::collections::HashSet::new();
+        for step in 0..steps {
+            for p in (0..layout.span()).filter(|p| step == 0 || layout.may_lag(layout.pages_of(*p..p + 1).start) > 0) {
+                let at = layout.gradient_at(p, step);
+                prop_assert!(at < layout.gradient_span() && places.insert(at) && at == layout.gradient_at(p, step + steps));
+            }
+        }
+        for part in layout.gradient_parts(0..layout.span()) {
+            for step in 0..steps {
+                prop_assert_eq!(layout.gradient_at(part.end - 1, step) - layout.gradient_at(part.start, step), part.end - 1 - part.start);
+            }
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ fn a_new_segment_is_private_reserved_and_empty() {
     assert_eq!(file.blocks() * 512, file.len(), "every page is allocated");
     assert_eq!((store.len() as u64, store.base() as usize % 4096), (file.len(), 0));
     assert!((0..store.layout().page_count()).all(|p| store.entry(p).step == NEVER));
-    assert_eq!(store.record(), StepRecord { step: 0, phase: StepPhase::Loading, values: [0.0; 24] });
+    assert_eq!(store.record(), StepRecord { step: 0, phase: StepPhase::Loading, values: [0.0; 40] });
     assert_eq!((store.generation(), store.control().len()), (0, 4096));
     assert!(store.control().iter().all(|w| w.load(Ordering::Relaxed) == 0));
     assert!(matches!(store.read(0, Part::Weight, &mut [0.0]), Err(StoreError::Uninitialised(0))));

@@ -1,8 +1,8 @@
 //! What the tests share: segments that do not outlive them, and contents that tell what they are.
 
 use ramtorch_store::{
-    BlockSpec, GradientFormat, MomentFormat, MomentsMut, MomentsRef, Owner, PageId, PageMut, PageView, Store, StoreError, StoreSpec,
-    TensorSpec, split,
+    BlockSpec, GradientFormat, GradientLog, MomentFormat, MomentsMut, MomentsRef, Owner, PageId, PageMut, PageView, Store, StoreError,
+    StoreSpec, TensorSpec, split,
 };
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -65,6 +65,7 @@ pub fn spec(world_size: u32, moments: MomentFormat, gradients: GradientFormat) -
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: 4096,
+        log: GradientLog::NONE,
         metadata: r#"{"family":"test"}"#.into(),
     }
 }

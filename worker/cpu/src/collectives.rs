@@ -328,19 +328,22 @@ impl Gang for Collectives {
     }
 }
 
-/// Reads the gradients of page `page`. Only its owner calls this, after the reduction of the whole step.
-pub fn read_gradients<R>(store: &Store, page: u32, f: impl FnOnce(Gradients<'_>) -> R) -> R {
-    read_gradient_range(store, store.layout().page_range(page), f)
+/// Reads the gradients of page `page` at `step`. Only its owner calls this, after the reduction of the whole step.
+pub fn read_gradients<R>(store: &Store, page: u32, step: u64, f: impl FnOnce(Gradients<'_>) -> R) -> R {
+    read_gradient_range(store, store.layout().page_range(page), step, f)
 }
 
-/// Reads the gradients of parameters `range`, which lies in the store; nobody writes them meanwhile.
+/// Reads the gradients of parameters `range` at `step`, which lie in one piece
+/// ([`Layout::gradient_parts`](ramtorch_store::Layout::gradient_parts)); nobody writes them meanwhile.
 ///
 /// # Panics
-/// Where the range lies outside: a defect of the engine.
-pub fn read_gradient_range<R>(store: &Store, range: Range<u64>, f: impl FnOnce(Gradients<'_>) -> R) -> R {
-    assert!(range.start <= range.end && range.end <= store.layout().span(), "gradients {range:?} outside the store");
+/// Where the range lies outside the store or in several pieces: a defect of the engine.
+pub fn read_gradient_range<R>(store: &Store, range: Range<u64>, step: u64, f: impl FnOnce(Gradients<'_>) -> R) -> R {
+    let layout = store.layout();
+    assert!(range.start <= range.end && range.end <= layout.span(), "gradients {range:?} outside the store");
+    assert!(layout.gradient_parts(range.clone()).len() <= 1, "gradients {range:?} in pieces");
     let n = (range.end - range.start) as usize;
-    let p = store.gradient_ptr(range.start);
+    let p = store.gradient_ptr(layout.gradient_at(range.start, step));
     match store.layout().spec().gradients {
         GradientFormat::None => f(Gradients::None),
         // SAFETY: in bounds of the gradient array; whoever may write this range is done, and it is read now.
@@ -353,7 +356,7 @@ pub fn read_gradient_range<R>(store: &Store, range: Range<u64>, f: impl FnOnce(G
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ramtorch_store::{BlockSpec, MomentFormat, StoreSpec, TensorSpec};
+    use ramtorch_store::{BlockSpec, GradientLog, MomentFormat, StoreSpec, TensorSpec};
 
     fn store(tag: &str) -> Arc<Store> {
         let tensor = TensorSpec { name: "w".into(), shape: vec![64], joined: false, decay: true };
@@ -365,6 +368,7 @@ mod tests {
             page_parameters: Some(1024),
             spare_pages_per_rank: 1,
             exchange_bytes: 4096,
+            log: GradientLog::NONE,
             metadata: String::new(),
         };
         let name = format!("/ramtorch-collectives-{tag}-{}", std::process::id());
@@ -469,6 +473,7 @@ mod tests {
             page_parameters: Some(1024),
             spare_pages_per_rank: 1,
             exchange_bytes: Collectives::exchange_bytes(world) + Collectives::kept_bytes(kept),
+            log: GradientLog::NONE,
             metadata: String::new(),
         };
         for world in [1, 2] {

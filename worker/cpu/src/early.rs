@@ -48,15 +48,15 @@ fn keep(old: PageView<'_>, place: GradientsMut<'_>) {
     }
 }
 
-/// The old weights of `params`, which lie in pages that were updated early, as arithmetic in `dtype` wants them.
+/// The old weights of `params`, which lie in one page that was updated early to `step`, as arithmetic in `dtype` wants them.
 ///
 /// # Errors
 /// The place of gradients has no room for them: a defect of the plan.
 ///
 /// # Panics
 /// Where the range lies outside the store.
-pub fn kept_weights(store: &Store, dtype: Dtype, params: Range<u64>) -> Result<Vec<u8>, EngineError> {
-    read_gradient_range(store, params, |kept| match (kept, dtype) {
+pub fn kept_weights(store: &Store, dtype: Dtype, params: Range<u64>, step: u64) -> Result<Vec<u8>, EngineError> {
+    read_gradient_range(store, params, step, |kept| match (kept, dtype) {
         (Gradients::Bf16(hi), Dtype::Bf16) => Ok(hi.iter().flat_map(|x| x.to_le_bytes()).collect()),
         (Gradients::F32(master), Dtype::Bf16) => Ok(master.iter().flat_map(|x| split::split(*x).0.to_le_bytes()).collect()),
         (Gradients::F32(master), Dtype::F32) => Ok(master.iter().flat_map(|x| x.to_le_bytes()).collect()),
@@ -69,7 +69,7 @@ pub fn kept_weights(store: &Store, dtype: Dtype, params: Range<u64>) -> Result<V
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ramtorch_store::{BlockSpec, MomentFormat, MomentsMut, StoreSpec, TensorSpec};
+    use ramtorch_store::{BlockSpec, GradientLog, MomentFormat, MomentsMut, StoreSpec, TensorSpec};
 
     const PARAMETERS: u64 = 3000;
 
@@ -88,6 +88,7 @@ mod tests {
             page_parameters: Some(2048),
             spare_pages_per_rank: 1,
             exchange_bytes: 0,
+            log: GradientLog::NONE,
             metadata: String::new(),
         };
         let name = format!("/ramtorch-early-{tag}-{}", std::process::id());
@@ -156,9 +157,9 @@ mod tests {
             // Across the border of two pages.
             let params = 2000..2100u64;
             let half: Vec<u8> = params.clone().flat_map(|i| split::split(weight(i)).0.to_le_bytes()).collect();
-            assert_eq!(kept_weights(&early, Dtype::Bf16, params.clone()).unwrap(), half, "{tag}");
+            assert_eq!(kept_weights(&early, Dtype::Bf16, params.clone(), 1).unwrap(), half, "{tag}");
             let full: Vec<u8> = params.clone().flat_map(|i| weight(i).to_le_bytes()).collect();
-            let kept = kept_weights(&early, Dtype::F32, params.clone());
+            let kept = kept_weights(&early, Dtype::F32, params.clone(), 1);
             assert_eq!(keeps_weights(format, Dtype::F32), kept.is_ok(), "{tag}");
             assert!(keeps_weights(format, Dtype::Bf16) && kept.is_ok_and(|k| k == full) == (format == GradientFormat::F32));
         }

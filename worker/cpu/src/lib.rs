@@ -26,7 +26,7 @@ pub use adamw::{adamw_page, adamw_page_at, sum_of_squares, sum_of_squares_bf16};
 pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradient_range, read_gradients};
 pub use early::{keeps_weights, kept_weights, update_page_early};
 use memory::{Arena, Bf16, view, view_mut};
-pub use pages::{Kept, PagesUpdated, update_pages, update_pages_recorded, write_back};
+pub use pages::{Kept, PagesUpdated, replay_page, update_pages, update_pages_recorded, write_back};
 use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
 use ramtorch_store::{GradientFormat, Store};
@@ -222,18 +222,18 @@ impl Device for CpuDevice {
         stream: Stream,
         src: DevBuf,
         store: &Arc<Store>,
-        start: u64,
+        at: u64,
         count: u64,
         accumulate: bool,
     ) -> Result<(), EngineError> {
-        check_gradients(store, src, start, count, 4)?;
+        check_gradients(store, src, at, count, 4)?;
         let store = store.clone();
-        self.queue(stream).run(move || parameters::store_gradients(src, &store, start, count, accumulate))
+        self.queue(stream).run(move || parameters::store_gradients(src, &store, at, count, accumulate))
     }
-    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
-        check_gradients(store, src, start, count, store.layout().spec().gradients.bytes())?;
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, at: u64, count: u64) -> Result<(), EngineError> {
+        check_gradients(store, src, at, count, store.layout().spec().gradients.bytes())?;
         let store = store.clone();
-        self.queue(stream).run(move || parameters::store_packed_gradients(src, &store, start, count))
+        self.queue(stream).run(move || parameters::store_packed_gradients(src, &store, at, count))
     }
     fn join_gang(&mut self, gang: &Arc<dyn Gang>) -> Result<(), EngineError> {
         self.gang = Some(gang.clone());

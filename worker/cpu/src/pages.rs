@@ -23,7 +23,7 @@ use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
     AdamwStep, DecayRun, DevBuf, DeviceGradients, EngineError, GradientReader, HeldPage, PageGradients, PageUpdater, StagedPage,
 };
-use ramtorch_store::{Begun, PageId, SharedOwner, Update};
+use ramtorch_store::{Begun, PageId, SharedOwner, Store, Update};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -112,12 +112,13 @@ impl Queue {
 /// # Errors
 /// Those of the store and of the device. Pages that were published stay so; the others are at the old step.
 pub fn update_pages(owner: &SharedOwner<'_>, k: &AdamwStep, updater: Option<&mut dyn PageUpdater>) -> Result<PagesUpdated, EngineError> {
-    update_pages_recorded(owner, k, updater, Vec::new(), &mut [], None, &Recorder::default())
+    update_pages_recorded(owner, k, updater, Vec::new(), (&mut [], None), None, &Recorder::default())
 }
 
 /// As [`update_pages`]; the CPU's part of the work is recorded. `staged` are pages whose state at the step before lies in
 /// memory of the updater's device. `held` are those, ascending, whose state stays there: they are updated there and not
-/// published, which [`write_back`] does. `kept`: gradients are not in the segment.
+/// published, which [`write_back`] does; with their gradients where those are on the device too, all of them before anybody is told of the
+/// first. `kept`: gradients are not in the segment.
 ///
 /// # Errors
 /// Those of [`update_pages`].
@@ -126,7 +127,7 @@ pub fn update_pages_recorded(
     k: &AdamwStep,
     updater: Option<&mut dyn PageUpdater>,
     staged: Vec<StagedPage>,
-    held: &mut [HeldPage],
+    (held, held_gradients): (&mut [HeldPage], Option<&DeviceGradients>),
     kept: Option<Kept<'_>>,
     recorder: &Recorder,
 ) -> Result<PagesUpdated, EngineError> {
@@ -144,7 +145,7 @@ pub fn update_pages_recorded(
         None => cpu = on_cpu(owner, k, &queue, kept, recorder),
         Some(updater) => std::thread::scope(|scope| {
             let feeder = std::thread::Builder::new().name("optimizer-device".into()).spawn_scoped(scope, || {
-                let advanced = queue.watch(advance(owner, k, held, updater, gradients))?;
+                let advanced = queue.watch(advance(owner, k, held, updater, gradients, held_gradients))?;
                 let updated = if depth > 0 { queue.watch(on_device(owner, k, &queue, updater, gradients, depth))? } else { 0 };
                 Ok(advanced + updated)
             });
@@ -208,11 +209,28 @@ fn with_gradients<T>(
 const ADVANCING: usize = 3;
 
 /// Brings held pages to `k.step` on the device, but for those that the store has at that step already: they are read anew
-/// at the next.
+/// at the next. Those whose gradients are there come first, and nobody hears of them before all of them are done.
 fn advance(
     owner: &SharedOwner<'_>,
     k: &AdamwStep,
     held: &mut [HeldPage],
+    updater: &mut dyn PageUpdater,
+    kept: Option<&DeviceGradients>,
+    here: Option<&DeviceGradients>,
+) -> Result<u64, EngineError> {
+    let layout = owner.store().layout();
+    let is_here = |h: &HeldPage| here.is_some_and(|g| g.cover(&layout.page_range(h.page)));
+    let (mut at_once, mut others): (Vec<_>, Vec<_>) = held.iter_mut().partition(|h| is_here(h));
+    updater.hold_back(true);
+    let first = advance_some(owner, k, &mut at_once, updater, here);
+    updater.hold_back(false);
+    Ok(first? + advance_some(owner, k, &mut others, updater, kept)?)
+}
+
+fn advance_some(
+    owner: &SharedOwner<'_>,
+    k: &AdamwStep,
+    held: &mut [&mut HeldPage],
     updater: &mut dyn PageUpdater,
     kept: Option<&DeviceGradients>,
 ) -> Result<u64, EngineError> {
@@ -239,15 +257,40 @@ fn advance(
     Ok(done)
 }
 
-/// Writes held pages, which [`update_pages_recorded`] has brought to `step`, into the store, last page first: the next
-/// backward pass, which overwrites their gradients, begins there. One after the other: between two of them the device's copies
+/// Brings `page` to `k.step` from the step before, on the current rayon pool: an update that a device made, and took with it, made
+/// again from the log of gradients.
+///
+/// # Errors
+/// Those of the store, and of formats that AdamW does not know.
+pub fn replay_page(owner: &SharedOwner<'_>, k: &AdamwStep, page: PageId) -> Result<(), EngineError> {
+    let layout = owner.store().layout();
+    let runs = DecayRun::of(layout, &layout.page_range(page));
+    owner.update(page, k.step, |old, new, g| adamw_page(k, &runs, old, new, g)).map(drop)
+}
+
+/// Whether a held page is written back at `step`: all are where there is no log of gradients, otherwise each at every so many
+/// steps as the log has, some at every step.
+fn is_due(store: &Store, page: PageId, step: u64) -> bool {
+    let every = store.layout().may_lag(page) + 1;
+    (step + u64::from(page)).is_multiple_of(every) || store.entry(page).step + every <= step
+}
+
+/// Writes those held pages that are due, or all where `whole` says so, into the store, last page first: the next
+/// backward pass, which overwrites their gradients, begins there. [`update_pages_recorded`] has brought them to `step`. One after
+/// the other: between two of them the device's copies
 /// stand still, and the gradients that the backward pass wants to be rid of get their turn.
 ///
 /// # Errors
 /// Those of the store and of the device; what was published stays so.
-pub fn write_back(owner: &SharedOwner<'_>, step: u64, updater: &mut dyn PageUpdater, held: &[HeldPage]) -> Result<(), EngineError> {
-    for h in held.iter().rev().filter(|h| h.at == Some(step)) {
-        let Some(update) = owner.begin(h.page, step)? else { continue };
+pub fn write_back(
+    owner: &SharedOwner<'_>,
+    step: u64,
+    updater: &mut dyn PageUpdater,
+    held: &[HeldPage],
+    whole: bool,
+) -> Result<(), EngineError> {
+    for h in held.iter().rev().filter(|h| h.at == Some(step) && (whole || is_due(owner.store(), h.page, step))) {
+        let Some(update) = owner.begin_behind(h.page, step)? else { continue };
         updater.write_back(&update, h)?;
         updater.finish()?;
         owner.publish(update)?;

@@ -57,10 +57,10 @@ pub(crate) fn load_state(dst: DevBuf, store: &Arc<Store>, physical: u32, offset:
     }
 }
 
-/// Writes or adds `grads` to the store's gradient array from parameter `start` on. The caller owns that range for the
+/// Writes or adds `grads` to the store's gradient array from place `at` on. The caller owns that range for the
 /// time of the call.
-pub(crate) fn put_gradients(grads: &[f32], store: &Arc<Store>, start: u64, accumulate: bool) {
-    let p = store.gradient_ptr(start);
+pub(crate) fn put_gradients(grads: &[f32], store: &Arc<Store>, at: u64, accumulate: bool) {
+    let p = store.gradient_ptr(at);
     match store.layout().spec().gradients {
         GradientFormat::None => {}
         GradientFormat::F32 => {
@@ -76,14 +76,14 @@ pub(crate) fn put_gradients(grads: &[f32], store: &Arc<Store>, start: u64, accum
     }
 }
 
-pub(crate) fn store_gradients(src: DevBuf, store: &Arc<Store>, start: u64, count: u64, accumulate: bool) {
+pub(crate) fn store_gradients(src: DevBuf, store: &Arc<Store>, at: u64, count: u64, accumulate: bool) {
     // SAFETY: stream order.
-    put_gradients(unsafe { view::<f32>(src, count as usize) }, store, start, accumulate);
+    put_gradients(unsafe { view::<f32>(src, count as usize) }, store, at, accumulate);
 }
 
-/// Copies gradients that are in the store's format. `start..start + count` lies in the store, the bytes in `src`.
-pub(crate) fn store_packed_gradients(src: DevBuf, store: &Arc<Store>, start: u64, count: u64) {
+/// Copies gradients that are in the store's format. `at..at + count` lies in the store's array, the bytes in `src`.
+pub(crate) fn store_packed_gradients(src: DevBuf, store: &Arc<Store>, at: u64, count: u64) {
     let bytes = (count * store.layout().spec().gradients.bytes()) as usize;
     // SAFETY: stream order; the range is this rank's own (one writer a parameter) and as long as the source.
-    unsafe { std::slice::from_raw_parts_mut(store.gradient_ptr(start), bytes) }.copy_from_slice(unsafe { view::<u8>(src, bytes) });
+    unsafe { std::slice::from_raw_parts_mut(store.gradient_ptr(at), bytes) }.copy_from_slice(unsafe { view::<u8>(src, bytes) });
 }

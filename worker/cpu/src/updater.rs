@@ -7,7 +7,7 @@ use ramtorch_device::{
     AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, staged_parameters,
     state_bytes,
 };
-use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageMut, PagePtrs, PageView, Store, Update};
+use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageId, PageMut, PagePtrs, PageView, Store, Update};
 use std::ops::Range;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -36,6 +36,8 @@ struct Work {
     /// Where they are not in the segment.
     gradients: Option<(GradientFormat, Vec<GradientPiece>)>,
     direct: Option<Arc<DirectWeights>>,
+    /// Somebody else tells of its weights.
+    quiet: bool,
 }
 
 /// See the module.
@@ -45,6 +47,8 @@ pub(crate) struct Updater {
     done: mpsc::Receiver<Result<(), EngineError>>,
     direct: Option<Arc<DirectWeights>>,
     thread: Option<JoinHandle<()>>,
+    /// What has not been told of yet, while it is held back.
+    held_back: Option<Vec<(PageId, u64)>>,
 }
 
 impl Updater {
@@ -64,7 +68,7 @@ impl Updater {
             }
         };
         let thread = std::thread::Builder::new().name(format!("cpu{index}-adamw")).spawn(run).map_err(|e| failed(&e))?;
-        Ok(Updater { store: store.clone(), jobs: Some(jobs), done, direct: None, thread: Some(thread) })
+        Ok(Updater { store: store.clone(), jobs: Some(jobs), done, direct: None, thread: Some(thread), held_back: None })
     }
 }
 
@@ -164,7 +168,7 @@ fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
             }
         }
     }
-    if let (Some((direct, _)), false) = (direct, w.task == Task::WriteBack) {
+    if let (Some((direct, _)), false) = (direct, w.quiet || w.task == Task::WriteBack) {
         // Before `finish` returns, and so before the page is published.
         direct.deliver(w.page, w.k.step);
     }
@@ -174,7 +178,7 @@ fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
 /// Updates `params` of the page from `old` into `new`, piece by piece where gradients lie in several buffers.
 fn part(store: &Store, w: &Work, params: Range<u64>, old: Arrays, new: Arrays) -> Result<(), EngineError> {
     let Some((format, pieces)) = &w.gradients else {
-        let g = store.gradient_ptr(params.start);
+        let g = store.gradient_ptr(store.layout().gradient_at(params.start, w.k.step));
         return piece(store, w, params, old, new, (store.layout().spec().gradients, g));
     };
     let mut at = params.start;
@@ -262,6 +266,7 @@ impl Updater {
                 PageGradients::Device(format, pieces) => Some((format, pieces.to_vec())),
             },
             direct: self.direct.clone(),
+            quiet: false,
         }
     }
 }
@@ -285,7 +290,17 @@ impl PageUpdater for Updater {
 
     fn advance(&mut self, k: &AdamwStep, held: &HeldPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError> {
         let task = Task::Advance { current: held.is_before(k.step) };
-        self.send(self.work(task, held.page, k, runs, &held.state, gradients))
+        let params = self.store.layout().page_range(held.page);
+        let has_places = self.direct.as_ref().is_some_and(|d| d.pieces(params).is_some());
+        let quiet = match &mut self.held_back {
+            Some(told) => {
+                told.extend(has_places.then_some((held.page, k.step)));
+                true
+            }
+            None => false,
+        };
+        let work = self.work(task, held.page, k, runs, &held.state, gradients);
+        self.send(Work { quiet, ..work })
     }
 
     fn write_back(&mut self, update: &Update, held: &HeldPage) -> Result<(), EngineError> {
@@ -295,6 +310,15 @@ impl PageUpdater for Updater {
 
     fn deliver_to(&mut self, weights: Arc<DirectWeights>) {
         self.direct = Some(weights);
+    }
+
+    fn hold_back(&mut self, hold: bool) {
+        let told = std::mem::replace(&mut self.held_back, hold.then(Vec::new));
+        for (page, step) in told.into_iter().flatten() {
+            if let Some(direct) = &self.direct {
+                direct.deliver(page, step);
+            }
+        }
     }
 
     fn finish(&mut self) -> Result<(), EngineError> {

@@ -145,16 +145,16 @@ pub(crate) fn store_packed_gradients(
     stream: Stream,
     src: DevBuf,
     store: &Arc<Store>,
-    start: u64,
+    first: u64,
     count: u64,
 ) -> Result<(), EngineError> {
     let each = store.layout().spec().gradients.bytes();
-    check_gradients(store, src, start, count, each)?;
+    check_gradients(store, src, first, count, each)?;
     let bytes = count * each;
     if bytes == 0 {
         return Ok(());
     }
-    let host = store.gradient_ptr(start).cast::<c_void>();
+    let host = store.gradient_ptr(first).cast::<c_void>();
     cu!("gradients", cuMemcpyDtoHAsync_v2(host, src.ptr, bytes as usize, d.stream(stream).0))
 }
 
@@ -163,11 +163,11 @@ pub(crate) fn store_gradients(
     stream: Stream,
     src: DevBuf,
     store: &Arc<Store>,
-    start: u64,
+    first: u64,
     count: u64,
     accumulate: bool,
 ) -> Result<(), EngineError> {
-    check_gradients(store, src, start, count, 4)?;
+    check_gradients(store, src, first, count, 4)?;
     let (size, kernel) = match store.layout().spec().gradients {
         GradientFormat::None => return Err(EngineError::internal("the store keeps no gradients")),
         GradientFormat::F32 => (4, "stage_gradient_f32"),
@@ -177,7 +177,7 @@ pub(crate) fn store_gradients(
     if count == 0 {
         return Ok(());
     }
-    let host = store.gradient_ptr(start);
+    let host = store.gradient_ptr(first);
     if size == 4 && !accumulate {
         return cu!("gradients", cuMemcpyDtoHAsync_v2(host.cast::<c_void>(), src.ptr, count as usize * 4, s.0));
     }
@@ -186,7 +186,7 @@ pub(crate) fn store_gradients(
     let mut done = 0u64;
     while done < count {
         let n = piece.min(count - done);
-        // SAFETY: start + done + n lies inside the gradient array.
+        // SAFETY: first + done + n lies inside the gradient array.
         let at = unsafe { host.add((done * size) as usize) }.cast::<c_void>();
         let (bytes, gradient, adding) = ((n * size) as usize, src.ptr + done * 4, accumulate as i32);
         if accumulate {

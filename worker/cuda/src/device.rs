@@ -349,14 +349,14 @@ impl Device for CudaDevice {
         stream: Stream,
         src: DevBuf,
         store: &Arc<Store>,
-        start: u64,
+        at: u64,
         count: u64,
         accumulate: bool,
     ) -> Result<(), EngineError> {
-        self.operation("store_gradients", stream, || copies::store_gradients(self, stream, src, store, start, count, accumulate))
+        self.operation("store_gradients", stream, || copies::store_gradients(self, stream, src, store, at, count, accumulate))
     }
-    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError> {
-        self.operation("store_packed_gradients", stream, || copies::store_packed_gradients(self, stream, src, store, start, count))
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, at: u64, count: u64) -> Result<(), EngineError> {
+        self.operation("store_packed_gradients", stream, || copies::store_packed_gradients(self, stream, src, store, at, count))
     }
     fn join_gang(&mut self, gang: &Arc<dyn Gang>) -> Result<(), EngineError> {
         self.enter()?;

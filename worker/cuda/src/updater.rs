@@ -143,6 +143,8 @@ pub(crate) struct Updater {
     pages: VecDeque<InHand>,
     /// Weights that are written here as well.
     direct: Option<Arc<DirectWeights>>,
+    /// What has not been told of yet, while it is held back.
+    held_back: Option<Vec<(PageId, u64)>>,
     spare_events: Vec<RawEvent>,
     timing: Timing,
     /// Step that the clocks were tied together in, where a trace is on.
@@ -193,6 +195,7 @@ impl Updater {
             fetched,
             pages: VecDeque::new(),
             direct: None,
+            held_back: None,
             spare_events: Vec::new(),
             timing: Timing::new(recorder),
             anchored: None,
@@ -336,7 +339,8 @@ impl Updater {
             }
         }
         if in_segment {
-            cu!(what, cuMemcpyHtoDAsync_v2(in_slot, store.gradient_ptr(start).cast::<c_void>(), (len * gb) as usize, self.up.0))?;
+            let from = store.gradient_ptr(store.layout().gradient_at(start, k.step)).cast::<c_void>();
+            cu!(what, cuMemcpyHtoDAsync_v2(in_slot, from, (len * gb) as usize, self.up.0))?;
         }
         if let Some(span) = span {
             self.timing.end(&self.up, span)?;
@@ -453,14 +457,25 @@ impl PageUpdater for Updater {
         self.direct = Some(weights);
     }
 
+    fn hold_back(&mut self, hold: bool) {
+        let told = std::mem::replace(&mut self.held_back, hold.then(Vec::new));
+        for (page, step) in told.into_iter().flatten() {
+            if let Some(direct) = &self.direct {
+                direct.deliver(page, step);
+            }
+        }
+    }
+
     fn finish(&mut self) -> Result<(), EngineError> {
         self.context.enter()?;
         let Some((done, page, delivered)) = self.pages.pop_front() else {
             return Err(EngineError::internal("no page is in the device's hand"));
         };
         done.synchronize()?;
-        if let (Some(direct), Some(step)) = (&self.direct, delivered) {
-            direct.deliver(page, step);
+        match (&self.direct, delivered, &mut self.held_back) {
+            (Some(_), Some(step), Some(told)) => told.push((page, step)),
+            (Some(direct), Some(step), None) => direct.deliver(page, step),
+            _ => {}
         }
         self.spare_events.push(done);
         self.timing.resolve()?;

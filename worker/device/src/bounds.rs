@@ -24,14 +24,14 @@ pub fn check_load(store: &Store, dst: DevBuf, offset: u64, count: u64, each: u64
     check_room(dst, count * each, what)
 }
 
-/// Gradients `start..start + count` are the store's, and `src` holds them at `each` bytes.
+/// Places `at..at + count` are of the store's array of gradients, and `src` holds them at `each` bytes.
 ///
 /// # Errors
 /// They are not, or it does not.
-pub fn check_gradients(store: &Store, src: DevBuf, start: u64, count: u64, each: u64) -> Result<(), EngineError> {
-    let span = store.layout().span();
-    if start.checked_add(count).is_none_or(|end| end > span) {
-        return Err(EngineError::internal(format!("gradients {start}+{count}, past the end of the store's {span}")));
+pub fn check_gradients(store: &Store, src: DevBuf, at: u64, count: u64, each: u64) -> Result<(), EngineError> {
+    let span = store.layout().gradient_span();
+    if at.checked_add(count).is_none_or(|end| end > span) {
+        return Err(EngineError::internal(format!("gradients {at}+{count}, past the end of the store's {span}")));
     }
     check_room(src, count * each, "gradients")
 }
@@ -39,7 +39,7 @@ pub fn check_gradients(store: &Store, src: DevBuf, start: u64, count: u64, each:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, StoreSpec, TensorSpec};
+    use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, StoreSpec, TensorSpec};
 
     #[test]
     fn what_lies_inside_passes_and_what_does_not_is_refused() {
@@ -52,6 +52,7 @@ mod tests {
             page_parameters: Some(1024),
             spare_pages_per_rank: 1,
             exchange_bytes: 4096,
+            log: GradientLog::NONE,
             metadata: String::new(),
         };
         let name = format!("/ramtorch-bounds-{}", std::process::id());

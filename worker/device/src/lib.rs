@@ -393,20 +393,21 @@ pub trait Device: Send {
         offset: u64,
         count: u64,
     ) -> Result<(), EngineError>;
-    /// Writes `count` f32 gradients from `src` into the store's gradient array from parameter `start` on, in the
-    /// store's gradient format (rounded to nearest), or adds them to what is there.
+    /// Writes `count` f32 gradients from `src` into the store's array of gradients from place `at` on
+    /// ([`Layout::gradient_at`](ramtorch_store::Layout::gradient_at)), in the store's gradient format (rounded to nearest), or
+    /// adds them to what is there.
     fn store_gradients(
         &self,
         stream: Stream,
         src: DevBuf,
         store: &Arc<Store>,
-        start: u64,
+        at: u64,
         count: u64,
         accumulate: bool,
     ) -> Result<(), EngineError>;
-    /// Copies `count` gradients that are in the store's format already into its gradient array from parameter `start` on.
+    /// Copies `count` gradients that are in the store's format already into its array of gradients from place `at` on.
     /// For devices that would otherwise convert on a copy stream, where a kernel waits for arithmetic to make room.
-    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, start: u64, count: u64) -> Result<(), EngineError>;
+    fn store_packed_gradients(&self, stream: Stream, src: DevBuf, store: &Arc<Store>, at: u64, count: u64) -> Result<(), EngineError>;
     /// Connects this device with those of the gang's other ranks; all ranks call it at the same place, once, and only where
     /// there are several. It must be dropped no later than the gang ends. Once [`Gang::aborted`] says that the rank has given
     /// up, what waits for peers on the device ends within a second, its results worthless.

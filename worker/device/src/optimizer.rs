@@ -149,6 +149,9 @@ pub trait PageUpdater: Send {
     /// From now on, new weights of pages that lie whole in `weights` are written there as well. Nobody may read them there from
     /// the first submission of a step to the last of its pages.
     fn deliver_to(&mut self, weights: Arc<DirectWeights>);
+    /// Whether pages that are advanced from now on tell nobody of their new weights until this is taken back, which tells of all of
+    /// them. Beside the arithmetic that begins when the first weights are there, each launch would wait for it.
+    fn hold_back(&mut self, hold: bool);
     /// Blocks until the oldest page in hand is done: whole in its spare and visible to the calling thread, or, where it was
     /// advanced, at the new step on the device.
     ///
@@ -181,6 +184,17 @@ impl DeviceGradients {
     pub fn new(format: GradientFormat, pieces: Vec<GradientPiece>) -> DeviceGradients {
         debug_assert!(pieces.windows(2).all(|w| w[0].end == w[1].first));
         DeviceGradients { format, pieces }
+    }
+
+    /// As [`DeviceGradients::new`], of some parameters only: `pieces` ascend and may leave gaps.
+    pub fn of_some(format: GradientFormat, pieces: Vec<GradientPiece>) -> DeviceGradients {
+        debug_assert!(pieces.windows(2).all(|w| w[0].end <= w[1].first));
+        DeviceGradients { format, pieces }
+    }
+
+    /// Whether all of `params` are there.
+    pub fn cover(&self, params: &Range<u64>) -> bool {
+        self.of(params).iter().map(|p| p.end - p.first).sum::<u64>() == params.end - params.start
     }
 
     /// Their format.
@@ -386,7 +400,7 @@ pub fn staging_bytes(store: &StoreSpec, page_parameters: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, TensorSpec};
+    use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, TensorSpec};
 
     fn layout() -> Layout {
         let tensor = |name: &str, len: u64, joined, decay| TensorSpec { name: name.into(), shape: vec![len], joined, decay };
@@ -400,6 +414,7 @@ mod tests {
             page_parameters: Some(1024),
             spare_pages_per_rank: 1,
             exchange_bytes: 4096,
+            log: GradientLog::NONE,
             metadata: String::new(),
         })
         .unwrap()

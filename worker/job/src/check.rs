@@ -3,6 +3,9 @@
 use crate::{DataFormat, GradientPlace, JobSpec, OneOrMany};
 use std::path::{Path, PathBuf};
 
+/// Steps whose gradients a parameter store can keep.
+const WRITE_BACK_STEPS_MAX: u32 = 8;
+
 /// What is wrong with a job file, where, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -133,6 +136,9 @@ impl JobSpec {
         if let Some(gib) = t.held_state_gib.filter(|gib| !(0.0..=1e6).contains(gib)) {
             return no("train.held_state_gib", format!("{gib} is not between 0 and 1000000"));
         }
+        if let Some(n) = t.write_back_steps.filter(|n| !(1..=WRITE_BACK_STEPS_MAX).contains(n)) {
+            return no("train.write_back_steps", format!("{n} is not between 1 and {WRITE_BACK_STEPS_MAX}"));
+        }
         if t.gradients_in == Some(GradientPlace::Device) && self.device.ranks.is_some_and(|n| n > 1) {
             return no(
                 "train.gradients_in",
@@ -255,6 +261,7 @@ mod tests {
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = -1", "checkpoint.staging_gib", 12),
             ("batch_size = 2", "batch_size = 2\n[optimizer]\nearly_updates = true", "optimizer.early_updates", 12),
             ("batch_size = 2", "batch_size = 2\nheld_state_gib = -1", "train.held_state_gib", 11),
+            ("batch_size = 2", "batch_size = 2\nwrite_back_steps = 9", "train.write_back_steps", 11),
             ("batch_size = 2", "batch_size = 2\ngradients_in = \"device\"\n[device]\nranks = 2", "train.gradients_in", 11),
             ("batch_size = 2", "batch_size = 2\n[checkpoint]\nstaging_gib = nan", "checkpoint.staging_gib", 12),
         ] {

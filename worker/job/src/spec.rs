@@ -202,10 +202,14 @@ pub struct TrainSpec {
     /// each copies all of them; the plan chooses without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gather_weights: Option<bool>,
-    /// GiB of a GPU's memory in which optimizer state of the first pages may stay, at most; the plan chooses how much is used. One
-    /// GPU, bf16.
+    /// GiB of a device's memory in which optimizer state of the first pages may stay, at most. On GPUs the plan chooses how much is
+    /// used; on CPU devices, where it gains nothing, as much as fits is. bf16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_state_gib: Option<f64>,
+    /// State that stays on a device is written back at every so many steps; gradients of the steps since are kept in the segment.
+    /// The plan chooses without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_back_steps: Option<u32>,
     /// Format in which gradients go from device to device to be added up. Default: fp32. bf16 halves the traffic where
     /// gradients wait in bf16 anyway, and leave the device once a step.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -4,7 +4,7 @@ use crate::arch::Architecture;
 use crate::config::parse_config;
 use crate::fill::fill_page;
 use crate::source::WeightSource;
-use ramtorch_store::{GradientFormat, MomentFormat, Store, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, MomentFormat, Store, StoreSpec};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -62,6 +62,7 @@ pub(crate) fn store_spec(architecture: &Architecture, ranks: u32, moments: Momen
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: 0,
+        log: GradientLog::NONE,
         metadata: String::new(),
     }
 }

@@ -1,6 +1,6 @@
 use super::*;
 use ramtorch_device::{Device, Stream};
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, StoreSpec, TensorSpec};
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, StoreSpec, TensorSpec};
 
 /// Blocks of these lengths, pages of 1024 parameters.
 fn layout(blocks: &[u64]) -> Layout {
@@ -20,6 +20,7 @@ fn spec(blocks: &[u64]) -> StoreSpec {
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: Collectives::kept_bytes(100),
+        log: GradientLog::NONE,
         metadata: String::new(),
     }
 }

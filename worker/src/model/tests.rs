@@ -3,7 +3,7 @@
 use super::*;
 use ramtorch_cpu::CpuDevice;
 use ramtorch_device::Stream;
-use ramtorch_store::{GradientFormat, MomentFormat, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, MomentFormat, StoreSpec};
 use std::path::Path;
 
 /// Runs a decoder layer forward and backward; the bits of its output, the gradient of its input and its parameters' gradients.
@@ -18,6 +18,7 @@ fn run(config: &str, dtype: Dtype, keep: Keep) -> [Vec<u8>; 3] {
         page_parameters: None,
         spare_pages_per_rank: 1,
         exchange_bytes: 0,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let model = Model::new(&a, &Layout::new(&spec).unwrap(), dtype).unwrap();

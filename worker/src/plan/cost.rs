@@ -9,7 +9,7 @@
 //!   processor                                                       norm of n-1 … 0 │ ─ the period of a step
 //! ```
 //! Pages whose state is held on the device are updated first, in little more time than their gradients take to come, and go out
-//! after all others, last block first. A block's gradients leave when its pages are published. Without clipping, the processor
+//! after all others, last block first; with a log of gradients, at every few steps only. A block's gradients leave when its pages are published. Without clipping, the processor
 //! has updated pages of the last blocks before this begins ([`Cost::early`]).
 //!
 //! On CPU devices everything shares the same cores: there the parts are added up.
@@ -263,9 +263,8 @@ impl Cost {
 
     /// The device may hold the state of pages from step to step.
     pub fn holds(&self, p: &EnginePlan) -> bool {
-        self.overlapped()
-            && p.optimizer_split
-            && self.adamw_gpu > 0.0
+        p.optimizer_split
+            && (self.adamw_gpu > 0.0 || !self.overlapped())
             && (p.world == 1 || p.gather_weights)
             && p.dtype == Dtype::Bf16
             && p.device_gradients.is_none()
@@ -278,7 +277,7 @@ impl Cost {
     }
 
     /// Parameters of each block whose state is held, by all ranks.
-    fn held(&self, model: &Model, p: &EnginePlan) -> Vec<f64> {
+    pub fn held(&self, model: &Model, p: &EnginePlan) -> Vec<f64> {
         let page = p.store.page_parameters.map_or(0, u64::from);
         let mut left = p.held_pages as u64 * page * p.world as u64;
         let of_block = |b: usize| {
@@ -567,6 +566,8 @@ struct Run<'a> {
     t: &'a Times,
     /// Micro-batches a group, on average.
     count: f64,
+    /// Parameters of each block whose state, and so weights, the device has.
+    held: &'a [f64],
     /// When each block's weights can be had.
     updated: Vec<f64>,
     /// When each block's pages are published, but for the time in which gradients of blocks behind it go out.
@@ -589,13 +590,20 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// `held` parameters of each block are updated where they are, `early` ones have been, the others are at `rate` a second.
-    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &[f64], early: &[f64]) -> Self {
+    fn new(cost: &'a Cost, model: &'a Model, p: &'a EnginePlan, t: &'a Times, rate: f64, held: &'a [f64], early: &[f64]) -> Self {
         let (mut advanced, mut others) = (0.0, 0.0);
         let n = p.world as f64;
+        let state = ramtorch_device::state_bytes(&p.store) as f64;
+        // Where gradients are there, in one go before the first forward visit: what the device's memory takes.
+        let here = |b: usize| p.keeps_packed(b);
+        let at_once: f64 = (0..held.len()).filter(|b| here(*b)).map(|b| held[b]).sum::<f64>() / n * (2.0 * state + 2.0) / cost.memory;
+        advanced += at_once;
         let mut updated: Vec<f64> = Vec::with_capacity(model.len());
-        for (((_, len), held), early) in model.places.iter().zip(held).zip(early) {
+        for (b, (((_, len), held), early)) in model.places.iter().zip(held).zip(early).enumerate() {
             let rest = *len as f64 - held - early;
-            advanced += held / n * p.store.gradients.bytes() as f64 / cost.both[0];
+            if !here(b) {
+                advanced += held / n * p.store.gradients.bytes() as f64 / cost.both[0];
+            }
             others += rest / rate;
             updated.push(match (*held > 0.0, rest > 0.0) {
                 (true, true) => others.max(advanced),
@@ -605,11 +613,11 @@ impl<'a> Run<'a> {
         }
         // Held pages go out when all others have.
         let end = updated.iter().copied().fold(0.0, f64::max);
-        let state = ramtorch_device::state_bytes(&p.store) as f64;
         let mut written_back = 0.0;
         let mut published = updated.clone();
         for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {
-            written_back += held[b] / n * state / (cost.both[1] * WRITE_BACK);
+            // With a log, so many steps share the way out among them.
+            written_back += held[b] / n * state / f64::from(p.store.log.steps) / (cost.both[1] * WRITE_BACK);
             published[b] = end + written_back;
         }
         Run {
@@ -617,6 +625,7 @@ impl<'a> Run<'a> {
             model,
             p,
             t,
+            held,
             count: p.sequences as f64 / p.micro_batch as f64 / p.groups as f64,
             updated,
             published,
@@ -660,9 +669,12 @@ impl<'a> Run<'a> {
             } else if !first {
                 continue;
             }
-            let bytes = self.model.places[b].1 as f64 * self.p.dtype.size() as f64;
+            let bytes = |parameters: f64| parameters * self.p.dtype.size() as f64;
+            let len = self.model.places[b].1 as f64;
             let n = self.p.loading_ranks().world as f64;
-            let (seconds, gather) = (bytes / n / rate, self.between(bytes, n));
+            // Weights of held pages are where they belong.
+            let loaded = if self.p.resident[b] { len - self.held[b] } else { len };
+            let (seconds, gather) = (bytes(loaded) / n / rate, self.between(bytes(len), n));
             let mut start = self.copy_in.max(free);
             if first {
                 start = start.max(self.updated[b] + NOTICE);

@@ -23,7 +23,7 @@ use ramtorch_cpu::Collectives;
 use ramtorch_device::{AttentionShape, DevBuf, Dtype, HeldPage, Ranks};
 use ramtorch_job::{GradientPlace, JobSpec, Precision};
 use ramtorch_modelio::Architecture;
-use ramtorch_store::{GradientFormat, Layout, MomentFormat, StoreError, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, Layout, MomentFormat, PageId, StoreError, StoreSpec};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of logits that the head makes at once: enough rows for efficient products on either kind.
@@ -89,6 +89,10 @@ pub(crate) struct EnginePlan {
     /// are published beside the sweeps of the next step.
     #[serde(default)]
     pub held_pages: usize,
+    /// Blocks (or empty: none) whose rounded gradients stay on the device until the next backward pass, beside those in the segment: held
+    /// pages are updated from there, all at once before the next forward pass.
+    #[serde(default)]
+    pub held_gradients: Vec<bool>,
     /// The device squares gradients before they leave, where what leaves is what is stored.
     #[serde(default)]
     pub squares_on_device: bool,
@@ -190,6 +194,11 @@ impl EnginePlan {
         self.store.gradients == GradientFormat::None && self.device_gradients.is_none()
     }
 
+    /// Rounded gradients of block `b` have a buffer of their own.
+    pub fn keeps_packed(&self, b: usize) -> bool {
+        self.packs() && self.held_gradients.get(b).is_some_and(|keeps| *keeps)
+    }
+
     pub fn shape(&self) -> Shape {
         Shape { sequences: self.micro_batch, seq: self.seq, head_rows: self.head_rows }
     }
@@ -279,8 +288,10 @@ pub(crate) fn device_use(
         ring + if model.tied() { gradient(0) } else { 0 }
     };
     if p.packs() && p.store.gradients != GradientFormat::None {
-        let largest = (0..model.len()).map(|b| rounded(ranks.padded(model.places[b].1) * p.store.gradients.bytes())).max().unwrap_or(0);
-        u.gradients += largest * GRADIENT_RING as u64;
+        let packed = |b: usize| rounded(ranks.padded(model.places[b].1) * p.store.gradients.bytes());
+        let (own, others): (Vec<usize>, Vec<usize>) = (0..model.len()).partition(|b| p.keeps_packed(*b));
+        u.gradients += own.into_iter().map(packed).sum::<u64>();
+        u.gradients += others.into_iter().map(packed).max().unwrap_or(0) * GRADIENT_RING as u64;
     }
     if p.keeps_rounded() {
         u.gradients += (0..model.len()).map(|b| rounded(ranks.padded(model.places[b].1) * GradientFormat::Bf16.bytes())).sum::<u64>();
@@ -379,6 +390,7 @@ fn store_of(spec: &JobSpec, architecture: &Architecture, world: usize, dtype: Dt
         page_parameters: None,
         spare_pages_per_rank: 1,
         exchange_bytes: Collectives::exchange_bytes(world),
+        log: GradientLog::NONE,
         metadata,
     }
 }
@@ -431,7 +443,9 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     }
     let dtype = dtype_of(spec, first.kind);
     let mut store = store_spec(spec, prepared, &architecture, world, dtype);
-    let optimizer_split = first.kind == DeviceKind::Cuda;
+    // On CPU devices only to hold state, where a job asks for it: that is how it is tried out on any machine.
+    let asked = spec.train.held_state_gib.is_some_and(|gib| gib > 0.0) && dtype == Dtype::Bf16;
+    let optimizer_split = first.kind == DeviceKind::Cuda || asked;
     if optimizer_split {
         store = split_optimizer(store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     }
@@ -502,6 +516,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         kind: first.kind,
         world,
         budget,
+        // The other half is for what else needs RAM: checkpoints on their way, other jobs.
+        log_bytes: (request.segment_bytes_available - layout.bytes()) / 2,
         cost: &cost,
         workspace: &workspace,
     };
@@ -523,6 +539,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     let p = &found.plan;
     let of_rank = |rank| held_pages(&layout, &p.resident, p.held_pages, Ranks { rank, world }).len();
     found.plan.held_pages = (0..world).map(of_rank).max().unwrap_or(0);
+    found.plan.store.log = logged(&layout, &found.plan, request.segment_bytes_available);
+    layout = Layout::new(&found.plan.store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     found.plan.uses = device_use(&model, &found.plan, &workspace)?;
     found.plan.bus_ids = devices.iter().map(|d| d.bus_id.clone()).collect();
     let device = found.plan.uses.total();
@@ -550,6 +568,18 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         text,
         detail: serde_json::to_value(p).map_err(EngineError::internal)?,
     })
+}
+
+/// The log of gradients of the pages that `p` holds, as long as it chose, or as has room in `available` bytes beside the rest.
+fn logged(layout: &Layout, p: &EnginePlan, available: u64) -> GradientLog {
+    let of_rank = |rank| held_pages(layout, &p.resident, p.held_pages, Ranks { rank, world: p.world });
+    let pages: std::collections::BTreeSet<PageId> = (0..p.world).flat_map(of_rank).collect();
+    let parameters: u64 = pages.iter().map(|page| layout.page_range(*page)).map(|r| r.end - r.start).sum();
+    let bytes = |steps: u32| u64::from(steps - 1) * parameters * p.store.gradients.bytes();
+    // Sections are rounded up, and the manifest names the pages.
+    let room = available.saturating_sub(layout.bytes() + (1 << 20));
+    let steps = (2..=p.store.log.steps).rev().find(|steps| bytes(*steps) <= room).unwrap_or(1);
+    GradientLog::of(steps, pages)
 }
 
 /// Slots that a visit of any block, with the next one on its way, needs.
@@ -597,6 +627,7 @@ pub(crate) fn inference(
         bus_ids: Vec::new(),
         staged_pages: Vec::new(),
         held_pages: 0,
+        held_gradients: Vec::new(),
         squares_on_device: false,
         early_updates: false,
         uses: DeviceUse { libraries: library_bytes(kind, true, 1), ..Default::default() },

@@ -11,7 +11,7 @@ use crate::api::{DeviceKind, EngineError};
 use crate::model::{Block, Keep, Model};
 use ramtorch_device::{AttentionShape, HeldPage};
 use ramtorch_job::{JobSpec, Precision, Recompute};
-use ramtorch_store::{GradientFormat, StoreSpec};
+use ramtorch_store::{GradientFormat, GradientLog, StoreSpec};
 
 /// What the search goes through, and by what it judges.
 pub(super) struct Space<'a> {
@@ -30,6 +30,8 @@ pub(super) struct Space<'a> {
     pub world: usize,
     /// Bytes of a device.
     pub budget: u64,
+    /// Bytes of RAM that a log of gradients may take.
+    pub log_bytes: u64,
     pub cost: &'a Cost,
     pub workspace: &'a dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
 }
@@ -39,6 +41,8 @@ pub(super) struct Space<'a> {
 pub(super) struct Found {
     pub plan: EnginePlan,
     pub parts: Breakdown,
+    /// What the plans are compared by: the seconds of a step, and a little for the RAM of a log.
+    judged: f64,
     /// Combinations that were played.
     pub played: usize,
 }
@@ -57,6 +61,9 @@ const GROUPS_MAX: usize = 64;
 const RESIDENT_STEPS: usize = 36;
 /// Numbers of pages that are held on the device are gone through in about so many steps.
 const HOLDINGS: usize = 24;
+/// Numbers of steps whose gradients may be kept, and what each step more has to gain to be worth its RAM.
+const LOGS: [u32; 6] = [1, 2, 3, 4, 6, 8];
+pub(super) const LOG_WORTH: f64 = 2e-3;
 /// A larger plan has to be better by this share; among equals the first found stays, which has the larger micro-batch.
 const BETTER: f64 = 1e-9;
 
@@ -229,6 +236,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             bus_ids: Vec::new(),
             staged_pages: Vec::new(),
             held_pages: 0,
+            held_gradients: Vec::new(),
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             early_updates: s.early_updates,
             uses: DeviceUse { libraries: library_bytes(s.kind, s.spec.train.deterministic, s.world), ..Default::default() },
@@ -247,7 +255,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
     }
     Ok(match best {
         Some(mut found) => {
-            found.plan.store = s.store.clone();
+            found.plan.store = StoreSpec { log: found.plan.store.log.clone(), ..s.store.clone() };
             Ok(Found { played, ..found })
         }
         None => Err(least),
@@ -283,24 +291,43 @@ impl Combination<'_> {
                 let slots: &[usize] = if count == n { &[0] } else { &[few, few + 1, few + 2] };
                 for &slots in slots.iter().filter(|x| **x <= n) {
                     p.slots = slots;
-                    for held in self.holdings(&p) {
-                        p.held_pages = held;
-                        // What none has room for, more have no room for either.
-                        let Some(keep) = self.keep(&mut p, least)? else { break };
+                    // What there is no room for, without and with gradients: more has none either.
+                    let mut too_many = [usize::MAX; 2];
+                    for (held, here) in self.holdings(&p) {
+                        if held >= too_many[usize::from(here)] {
+                            continue;
+                        }
+                        (p.held_pages, p.store.log) = (held, GradientLog::NONE);
+                        p.held_gradients =
+                            if here { s.cost.held(s.model, &p).iter().map(|held| *held > 0.0).collect() } else { Vec::new() };
+                        let Some(keep) = self.keep(&mut p, least)? else {
+                            too_many[usize::from(here)] = held;
+                            continue;
+                        };
                         p.keep = keep;
                         let (compute, _) = s.cost.compute(s.model, &p, self.times);
-                        if best.as_ref().is_some_and(|b| compute >= b.parts.step) {
+                        if best.as_ref().is_some_and(|b| compute >= b.judged) {
                             continue;
                         }
                         p.uses = device_use(s.model, &p, self.workspace)?;
                         if p.uses.total() > s.budget {
                             continue; // layers of unequal sizes
                         }
-                        *played += 1;
                         p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
-                        let parts = s.cost.step(s.model, &p, self.times);
-                        if best.as_ref().is_none_or(|b| parts.step < b.parts.step * (1.0 - BETTER)) {
-                            *best = Some(Found { plan: p.clone(), parts, played: 0 });
+                        let mut shorter = f64::INFINITY;
+                        for steps in self.logs(&p) {
+                            *played += 1;
+                            p.store.log.steps = steps;
+                            let parts = s.cost.step(s.model, &p, self.times);
+                            let judged = parts.step * (1.0 + LOG_WORTH * f64::from(steps - 1));
+                            if best.as_ref().is_none_or(|b| judged < b.judged * (1.0 - BETTER)) {
+                                *best = Some(Found { plan: p.clone(), parts, judged, played: 0 });
+                            }
+                            // What a longer log does not gain, an even longer one does not either.
+                            if judged >= shorter {
+                                break;
+                            }
+                            shorter = judged;
                         }
                     }
                 }
@@ -309,15 +336,35 @@ impl Combination<'_> {
         Ok(())
     }
 
-    /// Numbers of pages to hold on the device. Only where their weights need not leave it, and gradients of pages that are not
+    /// Numbers of pages to hold on the device, and whether their gradients are too. Only where their weights need not leave it, and gradients of pages that are not
     /// published yet outlive the process.
-    fn holdings(&self, p: &EnginePlan) -> Vec<usize> {
-        let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![0] };
+    fn holdings(&self, p: &EnginePlan) -> Vec<(usize, bool)> {
+        let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![(0, false)] };
         let (page, n) = (u64::from(page), self.s.model.len());
         let stay = (0..n).map(|b| Cost::holdable(p, page, self.s.model, b)).sum::<u64>() / p.world as u64;
         let allowed = self.s.spec.train.held_state_gib.map_or(u64::MAX, |gib| (gib * f64::from(1 << 30)) as u64);
         let most = (stay / page).min(allowed / HeldPage::bytes(&p.store, page)) as usize;
-        (0..=most).step_by((most / HOLDINGS).max(1)).collect()
+        if self.s.kind == DeviceKind::Cpu {
+            // It gains nothing and is done where the job says so; what has room is tried first.
+            return vec![(most, p.packs())];
+        }
+        let numbers = (0..=most).step_by((most / HOLDINGS).max(1));
+        // All of them, too, where their gradients stay: then nothing is left for the processor.
+        let all = numbers.clone().chain([most]);
+        numbers.map(|held| (held, false)).chain(all.filter(|held| *held > 0 && p.packs()).map(|held| (held, true))).collect()
+    }
+
+    /// Lengths of a log of gradients to look at for a plan that holds pages. Which pages have it, is worked out for the last plan only.
+    fn logs(&self, p: &EnginePlan) -> Vec<u32> {
+        if p.held_pages == 0 {
+            return vec![1];
+        }
+        if let Some(steps) = self.s.spec.train.write_back_steps {
+            return vec![steps];
+        }
+        let held = p.held_pages as u64 * p.world as u64 * p.store.page_parameters.map_or(0, u64::from);
+        let bytes = |steps: u32| u64::from(steps - 1) * held * p.store.gradients.bytes();
+        LOGS.into_iter().take_while(|steps| bytes(*steps) <= self.s.log_bytes).collect()
     }
 
     /// How activations are best kept in what `p` leaves; nothing where `p` does not fit, which tells `least`.

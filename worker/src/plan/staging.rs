@@ -61,7 +61,7 @@ pub(crate) fn staged_pages(layout: &Layout, rank: u32, places: &[(u64, u64)], ro
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, StoreSpec, TensorSpec};
+    use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, StoreSpec, TensorSpec};
 
     proptest! {
         #[test]
@@ -74,7 +74,7 @@ mod tests {
             }).collect();
             let layout = Layout::new(&StoreSpec {
                 blocks, world_size: world, moments: MomentFormat::F32, gradients: GradientFormat::F32, page_parameters: Some(1024),
-                spare_pages_per_rank: 1, exchange_bytes: 4096, metadata: String::new(),
+                spare_pages_per_rank: 1, exchange_bytes: 4096, log: GradientLog::NONE, metadata: String::new(),
             }).unwrap();
             let places: Vec<(u64, u64)> = layout.blocks().iter().map(|b| (b.start, b.len)).collect();
             let rooms = vec![room; places.len() - 1];

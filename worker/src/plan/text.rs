@@ -77,13 +77,13 @@ pub(crate) fn describe(
         let share = 100.0 * staged as f64 / all.max(1) as f64;
         let _ = writeln!(t, "host         {} of RAM beside it hold {share:.0} % of a checkpoint until it is on the disk", size(staged));
     }
-    choice(&mut t, model, found, forced);
+    choice(&mut t, model, layout, found, forced);
     time(&mut t, found, devices.first().map_or(DeviceKind::Cpu, |d| d.kind), prepared, cost);
     t
 }
 
 /// What was chosen, and why.
-fn choice(t: &mut String, model: &Model, found: &Found, forced: bool) {
+fn choice(t: &mut String, model: &Model, layout: &Layout, found: &Found, forced: bool) {
     let p = &found.plan;
     let _ = writeln!(
         t,
@@ -143,6 +143,20 @@ fn choice(t: &mut String, model: &Model, found: &Found, forced: bool) {
                 p.held_pages,
                 s(p.held_pages)
             );
+            if p.held_gradients.contains(&true) && p.packs() {
+                let _ =
+                    writeln!(t, "             their gradients stay there too: all of them are updated before the next forward pass begins");
+            }
+            let log = &p.store.log;
+            if log.steps > 1 {
+                let bytes = u64::from(log.steps - 1) * layout.logged_parameters() * p.store.gradients.bytes();
+                let _ = writeln!(
+                    t,
+                    "             of these at every step one in {}: {} in the segment keep the gradients of the steps since, from which a death has them made again",
+                    log.steps,
+                    size(bytes)
+                );
+            }
         }
         let staged: usize = p.staged_pages.iter().sum();
         if staged > 0 {

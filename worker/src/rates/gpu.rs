@@ -15,7 +15,7 @@ use crate::session::rope_table;
 use ramtorch_cpu::{read_gradients, update_pages};
 use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, Gemm, Stream, TokenIndex};
 use ramtorch_job::OptimizerSpec;
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, SharedOwner, Store, StoreSpec, TensorSpec};
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, SharedOwner, Store, StoreSpec, TensorSpec};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -269,6 +269,7 @@ fn store(moments: MomentFormat) -> Result<Arc<Store>, EngineError> {
         page_parameters: Some((PARAMETERS / 4) as u32),
         spare_pages_per_rank: 1,
         exchange_bytes: 0,
+        log: GradientLog::NONE,
         metadata: String::from("{}"),
     };
     let name = format!("/ramtorch-rates-{}", std::process::id());
@@ -337,7 +338,7 @@ fn processor(store: &Store, threads: usize) -> Option<[f64; 2]> {
         pool.install(|| update_pages(&owner, &k, None)).ok()?;
         adamw = adamw.max(PARAMETERS as f64 / begin.elapsed().as_secs_f64());
     }
-    let squares = || pool.install(|| pages.iter().map(|p| read_gradients(store, *p, sum_of_squares)).sum::<f64>());
+    let squares = || pool.install(|| pages.iter().map(|p| read_gradients(store, *p, 0, sum_of_squares)).sum::<f64>());
     let mut norm = 0f64;
     for _ in 0..ROUNDS {
         let begin = Instant::now();
@@ -485,6 +486,7 @@ mod tests {
             page_parameters: None,
             spare_pages_per_rank: 1,
             exchange_bytes: 0,
+            log: GradientLog::NONE,
             metadata: String::new(),
         };
         Model::new(&a, &Layout::new(&spec).unwrap(), Dtype::F32).unwrap()

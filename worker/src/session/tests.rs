@@ -8,7 +8,7 @@ use ramtorch_data::Dataset;
 use ramtorch_device::{AdamwStep, DecayRun, PageGradients, PageUpdater};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::{TransformerConfig, fill_page, open_weights, parse_config};
-use ramtorch_store::{SharedOwner, StoreSpec};
+use ramtorch_store::{GradientLog, Layout, SharedOwner, StoreSpec};
 use std::path::Path;
 
 const VOCABULARY: usize = 97;
@@ -32,11 +32,13 @@ struct Run {
     squares: Vec<u64>,
     staged: usize,
     device: u64,
+    /// Pages that were behind the committed step when a gang died.
+    behind: usize,
 }
 
 /// Four steps of a tiny model in bf16, pages updated by the CPU and by the device's updater beside the next forward pass.
 fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
-    run_on(tag, tied, train, (staged_pages, 0), false)
+    run_on(tag, tied, train, (staged_pages, 0, 1), false)
 }
 
 /// Every page through the device, two in hand.
@@ -117,15 +119,29 @@ fn adamw(step: u64) -> AdamwStep {
     }
 }
 
-/// As [`run`], with pages whose state is `held` on the device; with `alone` the device's updater does all pages.
-fn run_on(tag: &str, tied: bool, train: &str, (staged_pages, held): (usize, usize), alone: bool) -> Run {
-    run_interrupted(tag, tied, train, (staged_pages, held), alone, None)
+/// Whose pages are the device's: how many of each block are staged, how many are held, and for how many steps gradients of those
+/// are kept.
+type Pages = (usize, usize, u32);
+
+/// As [`run`], with pages of the device; with `alone` the device's updater does all pages.
+fn run_on(tag: &str, tied: bool, train: &str, pages: Pages, alone: bool) -> Run {
+    run_interrupted(tag, tied, train, pages, alone, Death::Never)
 }
 
-/// Bits of all gradients in the store, or of what lies in their place, by page.
-fn gradients_by_page(store: &Store) -> Vec<Vec<u32>> {
+/// When a gang dies, and another one goes on.
+#[derive(Clone, Copy)]
+enum Death<'a> {
+    Never,
+    /// In the second step, of which it has updated the pages that are named.
+    Early(&'a dyn Fn(PageId) -> bool),
+    /// After a step was committed, with all that the device holds.
+    After(u64),
+}
+
+/// Bits of all gradients of a step in the store, or of what lies in their place, by page.
+fn gradients_by_page(store: &Store, step: u64) -> Vec<Vec<u32>> {
     let bits = |page| {
-        ramtorch_cpu::read_gradients(store, page, |g| match g {
+        ramtorch_cpu::read_gradients(store, page, step, |g| match g {
             ramtorch_store::Gradients::None => Vec::new(),
             ramtorch_store::Gradients::F32(g) => g.iter().map(|x| x.to_bits()).collect(),
             ramtorch_store::Gradients::Bf16(g) => g.iter().map(|x| u32::from(*x)).collect(),
@@ -134,16 +150,8 @@ fn gradients_by_page(store: &Store) -> Vec<Vec<u32>> {
     (0..store.layout().page_count()).map(bits).collect()
 }
 
-/// As [`run_on`]; with `early`, the gang of the second step has brought the pages that it names to that step when it dies, and
-/// another one runs the step again.
-fn run_interrupted(
-    tag: &str,
-    tied: bool,
-    train: &str,
-    (staged_pages, held): (usize, usize),
-    alone: bool,
-    early: Option<&dyn Fn(PageId) -> bool>,
-) -> Run {
+/// As [`run_on`], with a death.
+fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log): Pages, alone: bool, death: Death<'_>) -> Run {
     let dir = tempfile::tempdir().unwrap();
     let a = architecture(tied);
     let (mut p, dataset) = planned(dir.path(), tied, train, 1);
@@ -152,6 +160,12 @@ fn run_interrupted(
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
     (p.staged_pages, p.squares_on_device) = (vec![staged_pages; p.keep.len() - 1], true);
     p.held_pages = held;
+    if log > 1 {
+        // Pages that are held are among the first; of the others some have a log, which changes nothing.
+        p.store.log = GradientLog::of(log, (0..held as PageId).chain((held as PageId..31).step_by(3)));
+        // Gradients of some blocks stay for them.
+        p.held_gradients = (0..p.keep.len()).map(|b| b != 1).collect();
+    }
     let name = format!("/ramtorch-session-{tag}-{tied}-{}", std::process::id());
     let store = Arc::new(Store::create(&name, &p.store).unwrap());
     Store::unlink(&name).unwrap();
@@ -171,25 +185,30 @@ fn run_interrupted(
     updater.deliver_to(session.weights.direct());
     let mut held = session.take_held();
     assert_eq!(held.len(), p.held_pages);
+    let here = session.held_gradients();
+    assert_eq!(here.is_some(), log > 1 && p.packs());
     let gradients = session.device_gradients();
     assert_eq!(gradients.is_some(), p.device_gradients.is_some());
     let mut reader = gradients.as_ref().map(|g| session.dev.gradient_reader(g.format(), 1024).unwrap());
     let reader_of = Reader { data: &data, seq: SEQ, document_mask: false, padding: None };
     let batches = StepBatches::new(&[3, 1, 4, 15, 9, 2, 6, 5], p.micro_batch, p.group_len);
-    let mut end = Run { state: Vec::new(), losses: Vec::new(), squares: Vec::new(), staged: 0, device: 0 };
+    let mut end = Run { state: Vec::new(), losses: Vec::new(), squares: Vec::new(), staged: 0, device: 0, behind: 0 };
     let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
     for step in 1..=STEPS + 1 {
         end.device += std::thread::scope(|scope| {
             let (owner, updater, gradients, reader, held) = (&owner, updater.as_mut(), gradients.as_ref(), reader.as_mut(), &mut held);
+            let here = here.as_ref();
             let update = move |(k, staged): (AdamwStep, Vec<StagedPage>)| {
                 if alone {
                     return by_device(owner, &k, updater, &staged, gradients);
                 }
                 let kept = gradients.zip(reader).map(|(gradients, reader)| Kept { gradients, reader: reader.as_mut() });
-                let done = update_pages_recorded(owner, &k, Some(&mut *updater), staged, held, kept, &Default::default()).unwrap();
+                let done =
+                    update_pages_recorded(owner, &k, Some(&mut *updater), staged, (held.as_mut_slice(), here), kept, &Default::default())
+                        .unwrap();
                 // Gradients of the next step come in between.
                 std::thread::sleep(std::time::Duration::from_millis(2));
-                write_back(owner, k.step, updater, held).unwrap();
+                write_back(owner, k.step, updater, held, k.step == STEPS).unwrap();
                 done.device
             };
             // Beside the sweep, which waits for each page before its gradient leaves.
@@ -210,12 +229,12 @@ fn run_interrupted(
             let staged = session.take_staged().unwrap();
             end.staged += staged.len();
             let k = adamw(step);
-            if let Some(early) = early.filter(|_| step == 2) {
-                let gradients = gradients_by_page(&store);
+            if let (Death::Early(early), 2) = (death, step) {
+                let gradients = gradients_by_page(&store, step);
                 for page in owner.pages().filter(|page| early(*page)) {
                     ramtorch_cpu::update_page_early(&owner, &k, page).unwrap();
                 }
-                let kept = gradients_by_page(&store);
+                let kept = gradients_by_page(&store, step);
                 let ahead = Arc::new(Ahead::find(&store, step));
                 let pages = owner.pages().filter(|p| early(*p)).count();
                 assert!(pages > 0 && ahead.count().0 == pages && kept != gradients);
@@ -225,7 +244,8 @@ fn run_interrupted(
                 junk.upload(Stream::CopyOut, buf, &[0x55; 4 * 1024]).unwrap();
                 for range in owner.pages().filter(|page| !early(*page)).map(|page| store.layout().page_range(page)) {
                     let n = range.end - range.start;
-                    junk.store_gradients(Stream::CopyOut, buf.slice(0, n * 4), &store, range.start, n, false).unwrap();
+                    let at = store.layout().gradient_at(range.start, step);
+                    junk.store_gradients(Stream::CopyOut, buf.slice(0, n * 4), &store, at, n, false).unwrap();
                 }
                 junk.synchronize(Stream::CopyOut).unwrap();
                 let dev = CpuDevice::open(0, p.dtype, 1, p.uses.allocated()).unwrap();
@@ -239,13 +259,37 @@ fn run_interrupted(
                 again.finish_gradients().unwrap();
                 assert_eq!(Some(&again.sum_losses(&batches).unwrap().to_bits()), end.losses.last(), "the loss of the step run again");
                 assert_eq!(Some(&again.squares_by_device().unwrap().to_bits()), end.squares.last());
-                for (page, after) in (0..).zip(gradients_by_page(&store)) {
+                for (page, after) in (0..).zip(gradients_by_page(&store, step)) {
                     let want = if early(page) { &kept } else { &gradients };
                     assert!(after == want[page as usize], "page {page}, early: {}", early(page));
                 }
                 again.close();
             }
             due = Some((k, staged));
+            if let Death::After(last) = death {
+                if step == last {
+                    // The step is committed, and all that is on the device is gone.
+                    let (k, staged) = due.take().unwrap();
+                    update_pages_recorded(
+                        &owner,
+                        &k,
+                        Some(updater.as_mut()),
+                        staged,
+                        (&mut held, here.as_ref()),
+                        None,
+                        &Default::default(),
+                    )
+                    .unwrap();
+                    write_back(&owner, step, updater.as_mut(), &held, false).unwrap();
+                    let lags = |page: &PageId| step - store.entry(*page).step;
+                    end.behind = owner.pages().filter(|page| lags(page) > 0).count();
+                    assert!(owner.pages().all(|page| lags(&page) <= store.layout().may_lag(page)), "further behind than the log reaches");
+                    held.iter_mut().for_each(|h| h.at = None);
+                    for page in owner.pages() {
+                        (store.entry(page).step + 1..=step).for_each(|step| ramtorch_cpu::replay_page(&owner, &adamw(step), page).unwrap());
+                    }
+                }
+            }
         }
     }
     drop((updater, reader));
@@ -282,7 +326,7 @@ fn staged_pages_change_nothing() {
         assert!(plain.losses.windows(2).all(|w| f64::from_bits(w[1]) < f64::from_bits(w[0])), "it learns");
         for most in [1, 3, 40] {
             for alone in [false, true] {
-                let staged = run_on(&format!("staged-{most}-{alone}"), tied, "groups = 1\n", (most, 0), alone);
+                let staged = run_on(&format!("staged-{most}-{alone}"), tied, "groups = 1\n", (most, 0, 1), alone);
                 assert!(staged.staged >= STEPS as usize * 3, "{} pages were staged", staged.staged);
                 assert!(staged.device > 0 || !alone);
                 assert_same(&staged, &plain, &format!("{most} pages a block, tied: {tied}, alone: {alone}"));
@@ -300,13 +344,34 @@ fn held_pages_change_nothing() {
         let plain = run("unheld", tied, "groups = 1\n", 0);
         for held in [1, 7, 30] {
             for staged in [0, 3] {
-                let run = run_on(&format!("held-{held}-{staged}"), tied, "groups = 1\n", (staged, held), false);
+                let run = run_on(&format!("held-{held}-{staged}"), tied, "groups = 1\n", (staged, held, 1), false);
                 assert!(run.device >= STEPS * held as u64, "{} pages by the device", run.device);
                 assert_same(&run, &plain, &format!("{held} pages held, {staged} staged, tied: {tied}"));
             }
         }
         let groups = run("groups-unheld", tied, "groups = 2\n", 0);
-        assert_same(&run_on("groups-held", tied, "groups = 2\n", (2, 9), false), &groups, "two groups");
+        assert_same(&run_on("groups-held", tied, "groups = 2\n", (2, 9, 1), false), &groups, "two groups");
+    }
+}
+
+/// Pages that are written back at some steps only, and a death that takes with it what was not: it is made again from the log.
+#[test]
+fn a_log_of_gradients_changes_nothing() {
+    for tied in [false, true] {
+        for groups in [1, 2] {
+            let train = format!("groups = {groups}\n");
+            let plain = run(&format!("unlogged-{groups}"), tied, &train, 0);
+            for (held, log) in [(1, 2), (9, 3), (30, 4), (30, 8)] {
+                let what = format!("{held} pages held, {log} steps kept, {groups} groups, tied: {tied}");
+                let tag = format!("log-{held}-{log}-{groups}");
+                assert_same(&run_on(&tag, tied, &train, (2, held, log), false), &plain, &what);
+                for last in 1..STEPS {
+                    let died = run_interrupted(&format!("{tag}-{last}"), tied, &train, (0, held, log), false, Death::After(last));
+                    assert!(died.behind > 0 || held == 1, "no page was behind; {what}");
+                    assert_same(&died, &plain, &format!("{what}, dead after step {last}"));
+                }
+            }
+        }
     }
 }
 
@@ -317,7 +382,7 @@ fn gradients_that_stay_on_the_device_change_nothing() {
         let segment = run("segment", tied, "groups = 1\n", 0);
         for (staged, alone) in [(0, false), (3, false), (0, true), (3, true)] {
             let train = "groups = 1\ngradients_in = \"device\"\n";
-            let device = run_on(&format!("device-{staged}-{alone}"), tied, train, (staged, 0), alone);
+            let device = run_on(&format!("device-{staged}-{alone}"), tied, train, (staged, 0, 1), alone);
             assert_same(&device, &segment, &format!("{staged} staged, tied: {tied}, alone: {alone}"));
         }
     }
@@ -332,7 +397,7 @@ fn a_step_is_run_again_with_pages_ahead_of_it() {
             let plain = run("never-early", tied, train, 0);
             let some: [&dyn Fn(PageId) -> bool; 3] = [&|page| page % 3 != 0, &|page| page > 20, &|_| true];
             for (i, early) in some.into_iter().enumerate() {
-                let run = run_interrupted(&format!("early-{i}"), tied, train, (0, 0), false, Some(early));
+                let run = run_interrupted(&format!("early-{i}"), tied, train, (0, 0, 1), false, Death::Early(early));
                 assert_same(&run, &plain, &format!("{train}, pages {i}, tied: {tied}"));
             }
         }

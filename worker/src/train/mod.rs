@@ -22,7 +22,8 @@
 //!                       ─► Committed(c); lines past c are cut off the metrics file and written again
 //! ```
 //! The optimizer of step s runs on a thread of its own beside the sweeps of step s+1, which take each page's weights as soon
-//! as they are made. Pages whose state is held on the device are published last, beside the backward pass. What leaves the
+//! as they are made. Pages whose state is held on the device are published last, beside the backward pass, or, where the segment
+//! has a log of gradients, at every few steps only: Committed(s) then says that a page is at s or can be made so from the log. What leaves the
 //! device of step s+1 are gradients of pages that are published at s: those of s are not needed any more, neither to
 //! update them nor to do so again after a crash. GradientsComplete(s+1) comes after Committed(s). A checkpoint of step s is
 //! begun on the same thread as soon as s is committed, and written beside the steps that follow (`checkpoint::writer`).
@@ -98,6 +99,7 @@ pub(crate) fn run(
     rank.settle(&mut owner)?;
     rank.load(&mut owner)?;
     let owner = SharedOwner::new(owner);
+    rank.replay(&owner)?;
     rank.recover(&owner)?;
     let rerun = rank.interrupted();
     let filled = begun.elapsed() - mapped;
@@ -158,7 +160,7 @@ impl Rank<'_> {
             self.control.event(Level::Info, &started(opening.elapsed()));
         }
         let device_pages = session.device_pages();
-        let mut tools = Tools { updater, kept, held: session.take_held() };
+        let mut tools = Tools { updater, kept, held: session.take_held(), held_gradients: session.held_gradients() };
         let recorded = match &rerun {
             Some((numbers, ahead)) => {
                 session.set_ahead(ahead.clone());
@@ -211,6 +213,7 @@ impl Rank<'_> {
             owed: false,
             tokens_total: recorded.tokens_total,
             swept: 0,
+            previous: recorded,
             tracing: Tracing::new(self.recorder.clone(), rank, device, self.prepared.steps),
             pool: &pool,
         };

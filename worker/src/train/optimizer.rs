@@ -34,6 +34,8 @@ pub(super) struct OptimizerJob {
     pub(super) sent: Instant,
     /// A checkpoint of this step is due; one above the request that asked for it, or 0.
     pub(super) checkpoint: Option<u64>,
+    /// Every page is to be at the step in the segment, held ones too.
+    pub(super) whole: bool,
 }
 
 /// What the optimizer's thread has of the device.
@@ -41,8 +43,9 @@ pub(super) struct Tools {
     pub(super) updater: Option<Box<dyn PageUpdater>>,
     /// Where gradients stay on the device: who brings them to the processor, and where they are.
     pub(super) kept: Option<(Box<dyn GradientReader>, DeviceGradients)>,
-    /// Pages whose state stays on the device.
+    /// Pages whose state stays on the device, and gradients of some of them that do.
     pub(super) held: Vec<HeldPage>,
+    pub(super) held_gradients: Option<DeviceGradients>,
 }
 
 /// What the optimizer's thread answers.
@@ -70,7 +73,8 @@ impl Rank<'_> {
             None => None,
         };
         let kept = tools.kept.as_mut().map(|(reader, gradients)| Kept { gradients, reader: reader.as_mut() });
-        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, &mut tools.held, kept, &self.recorder)
+        let held = (tools.held.as_mut_slice(), tools.held_gradients.as_ref());
+        update_pages_recorded(owner, &factors(&self.spec.optimizer, &scalars), updater, staged, held, kept, &self.recorder)
     }
 
     pub(super) fn commit(
@@ -89,7 +93,7 @@ impl Rank<'_> {
         drop(span);
         if let (Some(updater), false) = (&mut tools.updater, tools.held.is_empty()) {
             let _span = self.recorder.scope(Row::Optimizer, Label::work("write back held pages").step(step));
-            write_back(owner, step, updater.as_mut(), &tools.held)?;
+            write_back(owner, step, updater.as_mut(), &tools.held, job.whole)?;
         }
         job.numbers.checkpoint_wait = (late + owner.waited().saturating_sub(waited)).as_secs_f64();
         hit(Point::OptimizerUpdated);

@@ -6,14 +6,17 @@
 //!            GradientsComplete(s) ───► pages at s-1 updated ─► Committed(s)         gradients on the device: see the parent
 //!            Updating(s) ────────────► step s again, with old weights of the pages at s (`early`)
 //! ```
+//! Before any of these, pages whose state was held on a device and not written back at every step are brought to the committed
+//! step by the updates that were made there, again: their gradients are in the log, the factors in the record.
 
 use super::Rank;
 use super::optimizer::Tools;
 use crate::api::{EngineError, Level};
 use crate::checkpoint;
 use crate::early::Ahead;
+use crate::optimizer::{StepScalars, factors};
 use crate::record::{StepNumbers, goes_back, going_back};
-use ramtorch_cpu::Channel;
+use ramtorch_cpu::{Channel, replay_page};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_store::{Owner, SharedOwner, StepPhase};
 use std::sync::Arc;
@@ -116,6 +119,43 @@ impl Rank<'_> {
         Ok(())
     }
 
+    /// Brings pages that are behind the committed step to it.
+    pub(super) fn replay(&self, owner: &SharedOwner<'_>) -> Result<(), EngineError> {
+        let record = self.store.record();
+        let committed = match record.phase {
+            StepPhase::Loading => return Ok(()),
+            StepPhase::Committed => record.step,
+            StepPhase::Computing | StepPhase::GradientsComplete | StepPhase::Updating => record.step.saturating_sub(1),
+        };
+        let numbers = StepNumbers::from_record(&record);
+        let behind: Vec<u32> = owner.pages().filter(|p| self.store.entry(*p).step < committed).collect();
+        let begin = Instant::now();
+        let mut updates = 0;
+        for page in &behind {
+            self.control.heartbeat(committed, "recovering");
+            for step in self.store.entry(*page).step + 1..=committed {
+                let lost =
+                    || EngineError::internal(format!("page {page} is behind step {committed}, and step {step} cannot be made again"));
+                let [lr, scale] = numbers.scalars(step).ok_or_else(lost)?;
+                let k = factors(&self.spec.optimizer, &StepScalars { step, lr, gradient_scale: scale as f32 });
+                replay_page(owner, &k, *page)?;
+                updates += 1;
+                hit(Point::RecoverReplayed);
+            }
+        }
+        // Nobody sweeps before all pages are there.
+        let made = self.comm.gather(Channel::Step, [f64::from(updates), 0.0, 0.0, 0.0])?;
+        let all: f64 = made.iter().map(|v| v[0]).sum();
+        if self.leader() && all > 0.0 {
+            let text = format!(
+                "pages whose state was on the device are at step {committed} again: {all} updates from the log of gradients, in {:.1} s",
+                begin.elapsed().as_secs_f64()
+            );
+            self.control.event(Level::Info, &text);
+        }
+        Ok(())
+    }
+
     /// Finishes a step that was interrupted after its gradients were complete.
     pub(super) fn recover(&self, owner: &SharedOwner<'_>) -> Result<(), EngineError> {
         let record = self.store.record();
@@ -126,7 +166,12 @@ impl Rank<'_> {
         hit(Point::RecoverBegun);
         let mut numbers = StepNumbers::from_record(&record);
         // On the CPU alone: the device is not open yet, and the bits are the same.
-        let done = self.update_pages(owner, &numbers, &mut Tools { updater: None, kept: None, held: Vec::new() }, Vec::new())?;
+        let done = self.update_pages(
+            owner,
+            &numbers,
+            &mut Tools { updater: None, kept: None, held: Vec::new(), held_gradients: None },
+            Vec::new(),
+        )?;
         numbers.optimizer_seconds = done.elapsed.as_secs_f64();
         (numbers.optimizer_pages_cpu, numbers.optimizer_pages_device) = (done.cpu, done.device);
         hit(Point::RecoverUpdated);

@@ -39,6 +39,8 @@ pub(super) struct Loop<'a> {
     pub(super) tokens_total: u64,
     /// Steps that this gang has swept.
     pub(super) swept: u64,
+    /// Of the last step that was swept, or committed before.
+    pub(super) previous: StepNumbers,
     pub(super) tracing: Tracing,
     pub(super) pool: &'a rayon::ThreadPool,
 }
@@ -175,7 +177,9 @@ impl Loop<'_> {
             }
             wishes.checkpoint = 0;
             let staged = self.session.take_staged()?;
-            let job = OptimizerJob { numbers, early, line_later: validation_due, begun, staged, sent: Instant::now(), checkpoint };
+            // What reads the segment after this step finds all of it at the step.
+            let whole = checkpoint.is_some() || stop || step == steps;
+            let job = OptimizerJob { numbers, early, line_later: validation_due, begun, staged, sent: Instant::now(), checkpoint, whole };
             to_optimizer.send(Job::Commit(job)).map_err(|_| gone())?;
             pending = true;
             if validation_due || wishes.stop || step == steps {
@@ -257,6 +261,7 @@ impl Loop<'_> {
             tokens: tokens as u64,
             tokens_total: self.tokens_total + tokens as u64,
             gradient_scale: 1.0,
+            past: self.previous.past_of_next(),
             epoch: (step * batch) as f64 / r.prepared.train_sequences.max(1) as f64,
             validation_loss: f64::NAN,
             initial_validation_loss: if step == 1 { self.initial_validation } else { f64::NAN },
@@ -348,6 +353,7 @@ impl Loop<'_> {
             optimizer_wait: waits.pages,
             ..known
         };
+        self.previous = numbers;
         Ok((numbers, early))
     }
 

@@ -8,7 +8,7 @@ use ramtorch_device::trace::Recorder;
 use ramtorch_device::{
     DevBuf, Device, DeviceGradients, DirectWeights, Dtype, GradientPiece, GradientReader, HeldPage, StagedPage, Stream, staged_rooms,
 };
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Part, SharedOwner, Store, StoreSpec, TensorSpec, split};
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, Part, SharedOwner, Store, StoreSpec, TensorSpec, split};
 use std::sync::Arc;
 
 const K: AdamwStep = AdamwStep {
@@ -246,6 +246,7 @@ fn store(tag: &str, moments: MomentFormat, gradients: GradientFormat, spares: u3
         page_parameters: Some(1024),
         spare_pages_per_rank: spares,
         exchange_bytes: 4096,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let name = format!("/ramtorch-adamw-{tag}-{}", std::process::id());
@@ -344,7 +345,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                     if step == 3 && on_device_only {
                         let runs = DecayRun::of(store.layout(), &store.layout().page_range(4));
                         let update = |g: Gradients| owner.update(4, 3, |old, new, _| adamw_page(&k, &runs, old, new, g)).unwrap();
-                        assert!(crate::read_gradients(&elsewhere[0], 4, update));
+                        assert!(crate::read_gradients(&elsewhere[0], 4, 0, update));
                     } else if step == 3 {
                         // One page was updated before a crash.
                         let runs = DecayRun::of(store.layout(), &store.layout().page_range(4));
@@ -359,7 +360,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                                 &k,
                                 None,
                                 Vec::new(),
-                                &mut [],
+                                (&mut [], None),
                                 kept(&stays, &mut reader),
                                 &Recorder::default(),
                             )
@@ -381,7 +382,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                                 &k,
                                 Some(updater),
                                 staged,
-                                &mut [],
+                                (&mut [], None),
                                 kept(&stays, &mut reader),
                                 &Recorder::default(),
                             )
@@ -390,13 +391,14 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         }
                         "held" => {
                             let kept = kept(&stays, &mut reader);
-                            let done = update_pages_recorded(&owner, &k, Some(updater), Vec::new(), &mut held, kept, &Recorder::default())
-                                .unwrap();
+                            let done =
+                                update_pages_recorded(&owner, &k, Some(updater), Vec::new(), (&mut held, None), kept, &Recorder::default())
+                                    .unwrap();
                             assert_eq!(done.cpu + done.device, pages);
                             // Everybody else still sees those held as they were.
                             let behind = held.iter().filter(|h| h.at == Some(step)).map(|h| store.entry(h.page).step).collect::<Vec<_>>();
                             assert!(behind.len() + usize::from(step == 3) == held.len() && behind.iter().all(|s| s + 1 == step));
-                            write_back(&owner, step, updater, &held).unwrap();
+                            write_back(&owner, step, updater, &held, false).unwrap();
                         }
                         _ => {
                             let done = update_pages_recorded(
@@ -404,7 +406,7 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                                 &k,
                                 Some(updater),
                                 Vec::new(),
-                                &mut [],
+                                (&mut [], None),
                                 kept(&stays, &mut reader),
                                 &Recorder::default(),
                             )
@@ -429,9 +431,17 @@ fn pages_shared_with_a_device_have_the_bits_of_the_cpu() {
                         }
                     }
                     assert_eq!(
-                        update_pages_recorded(&owner, &k, None, Vec::new(), &mut [], kept(&stays, &mut reader), &Recorder::default())
-                            .unwrap()
-                            .cpu,
+                        update_pages_recorded(
+                            &owner,
+                            &k,
+                            None,
+                            Vec::new(),
+                            (&mut [], None),
+                            kept(&stays, &mut reader),
+                            &Recorder::default()
+                        )
+                        .unwrap()
+                        .cpu,
                         0
                     );
                 }

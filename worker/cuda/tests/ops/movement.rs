@@ -5,7 +5,7 @@ use crate::rig::{Rig, compare, formats};
 use half::bf16;
 use ramtorch_cuda::CudaDevice;
 use ramtorch_device::*;
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Store, StoreSpec, TensorSpec, split};
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, Store, StoreSpec, TensorSpec, split};
 use std::sync::Arc;
 
 pub const TESTS: &[Test] = &[
@@ -111,6 +111,7 @@ fn store(gradients: GradientFormat, tag: &str) -> Arc<Store> {
         page_parameters: Some(65536),
         spare_pages_per_rank: 1,
         exchange_bytes: 4096,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let name = format!("ramtorch-test-cuda-{}-{tag}", std::process::id());

@@ -70,6 +70,7 @@ pub fn store(tag: &str, rows: u64, page: u32, moments: MomentFormat, gradients: 
         page_parameters: Some(page),
         spare_pages_per_rank: 3,
         exchange_bytes: 4096,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let tag: String = tag.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
@@ -195,16 +196,31 @@ fn agree(rows: u64, page: u32, steps: u64) {
                         }
                         "both, staged" => {
                             let staged = stage(&d, &s, room, 3);
-                            update_pages_recorded(&owner, &k(step), Some(updater.as_mut()), staged, &mut [], None, &Default::default())
-                                .unwrap()
+                            update_pages_recorded(
+                                &owner,
+                                &k(step),
+                                Some(updater.as_mut()),
+                                staged,
+                                (&mut [], None),
+                                None,
+                                &Default::default(),
+                            )
+                            .unwrap()
                         }
                         "held" => {
                             let updater = updater.as_mut();
-                            let done =
-                                update_pages_recorded(&owner, &k(step), Some(updater), Vec::new(), &mut held, None, &Default::default())
-                                    .unwrap();
+                            let done = update_pages_recorded(
+                                &owner,
+                                &k(step),
+                                Some(updater),
+                                Vec::new(),
+                                (&mut held, None),
+                                None,
+                                &Default::default(),
+                            )
+                            .unwrap();
                             assert!(held.iter().all(|h| s.entry(h.page).step + 1 == step && h.at == Some(step)));
-                            write_back(&owner, step, updater, &held).unwrap();
+                            write_back(&owner, step, updater, &held, false).unwrap();
                             done
                         }
                         "gpu" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },
@@ -320,14 +336,17 @@ fn kept(rows: u64, page: u32, steps: u64) {
                     let staged = if who.ends_with("staged") { stage(&d, &s, room, 2) } else { Vec::new() };
                     let from = Kept { gradients: &kept, reader: reader.as_mut() };
                     let done = match who {
-                        "cpu" => update_pages_recorded(&owner, &k(step), None, staged, &mut [], Some(from), &Default::default()).unwrap(),
+                        "cpu" => {
+                            update_pages_recorded(&owner, &k(step), None, staged, (&mut [], None), Some(from), &Default::default()).unwrap()
+                        }
                         "gpu" | "gpu, staged" => {
                             let device = by_device_from(&owner, &k(step), updater.as_mut(), &staged, Some(&kept));
                             PagesUpdated { device, ..Default::default() }
                         }
                         _ => {
                             let updater = Some(updater.as_mut() as &mut dyn PageUpdater);
-                            update_pages_recorded(&owner, &k(step), updater, staged, &mut [], Some(from), &Default::default()).unwrap()
+                            update_pages_recorded(&owner, &k(step), updater, staged, (&mut [], None), Some(from), &Default::default())
+                                .unwrap()
                         }
                     };
                     assert_eq!(done.cpu + done.device, u64::from(s.layout().page_count()));
@@ -464,7 +483,7 @@ pub fn bench() {
                 let from = Kept { gradients: &kept, reader: reader.as_mut() };
                 last = pool.install(|| match who {
                     "kept, CPU" => {
-                        update_pages_recorded(&owner, &k(step), None, Vec::new(), &mut [], Some(from), &Default::default()).unwrap()
+                        update_pages_recorded(&owner, &k(step), None, Vec::new(), (&mut [], None), Some(from), &Default::default()).unwrap()
                     }
                     "kept, GPU" => {
                         let device = by_device_from(&owner, &k(step), updater.as_mut(), &[], Some(&kept));
@@ -472,7 +491,8 @@ pub fn bench() {
                     }
                     "kept, both" => {
                         let updater = Some(updater.as_mut() as &mut dyn PageUpdater);
-                        update_pages_recorded(&owner, &k(step), updater, Vec::new(), &mut [], Some(from), &Default::default()).unwrap()
+                        update_pages_recorded(&owner, &k(step), updater, Vec::new(), (&mut [], None), Some(from), &Default::default())
+                            .unwrap()
                     }
                     "CPU" => update_pages(&owner, &k(step), None).unwrap(),
                     "GPU" => PagesUpdated { device: by_device(&owner, &k(step), updater.as_mut(), &[]), ..Default::default() },

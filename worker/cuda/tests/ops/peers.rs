@@ -4,7 +4,7 @@ use crate::Test;
 use ramtorch_cpu::{Channel, Collectives};
 use ramtorch_cuda::CudaDevice;
 use ramtorch_device::{DevBuf, Device, Dtype, Gang, Stream};
-use ramtorch_store::{BlockSpec, GradientFormat, MomentFormat, Store, StoreSpec, TensorSpec};
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, Store, StoreSpec, TensorSpec};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ fn gang<T: Send>(tag: &str, world: usize, f: impl Fn(&Arc<Collectives>, CudaDevi
         page_parameters: Some(1024),
         spare_pages_per_rank: 1,
         exchange_bytes: 1 << 16,
+        log: GradientLog::NONE,
         metadata: String::new(),
     };
     let name = format!("/ramtorch-test-peers-{}-{tag}-{world}", std::process::id());

@@ -6,12 +6,17 @@ use crate::plan::rank_share;
 use ramtorch_cpu::Channel;
 
 /// Bits of the store and of each rank's losses after four steps on `world` ranks; pages of each that were held.
-fn run(tag: &str, tied: bool, world: usize, (staged_pages, most): (usize, usize)) -> (Vec<Vec<u32>>, Vec<Vec<u64>>, Vec<usize>) {
+fn run(tag: &str, tied: bool, world: usize, (staged_pages, most, log): Pages) -> (Vec<Vec<u32>>, Vec<Vec<u64>>, Vec<usize>) {
     let dir = tempfile::tempdir().unwrap();
     let (mut p, dataset) = planned(dir.path(), tied, "gather_weights = true\ngroups = 1\n", world as u32);
     // As on GPUs: small pages, so that some lie in one rank's share.
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
     (p.staged_pages, p.held_pages) = (vec![staged_pages; p.keep.len() - 1], most);
+    if log > 1 {
+        // Borders lie within blocks, and within shares.
+        let pages = Layout::new(&p.store).unwrap().page_count();
+        p.store.log = GradientLog::of(log, (0..pages).filter(|page| page % 7 != 3));
+    }
     let a = architecture(tied);
     let name = format!("/ramtorch-gang-{tag}-{tied}-{world}-{}", std::process::id());
     let store = Arc::new(Store::create(&name, &p.store).unwrap());
@@ -47,10 +52,19 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most): (usize, usize)
                 let (owner, updater, held, gang) = (&owner, updater.as_mut(), &mut held, &comm);
                 let pending = due.take().map(|(k, staged)| {
                     scope.spawn(move || {
-                        update_pages_recorded(owner, &k, Some(&mut *updater), staged, held, None, &Default::default()).unwrap();
+                        update_pages_recorded(
+                            owner,
+                            &k,
+                            Some(&mut *updater),
+                            staged,
+                            (held.as_mut_slice(), None),
+                            None,
+                            &Default::default(),
+                        )
+                        .unwrap();
                         // Weights of held pages are gathered from here on, and gradients of the next step wait for what follows.
                         std::thread::sleep(std::time::Duration::from_millis(2 + rank as u64));
-                        write_back(owner, k.step, updater, held).unwrap();
+                        write_back(owner, k.step, updater, held, k.step == STEPS).unwrap();
                         gang.barrier(Channel::Optimizer).unwrap();
                     })
                 });
@@ -83,12 +97,12 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most): (usize, usize)
 #[test]
 fn pages_held_by_several_ranks_change_nothing() {
     for (tied, world) in [(false, 2), (true, 2), (false, 3)] {
-        let plain = run("unheld", tied, world, (0, 0));
-        for (staged, held) in [(0, 3), (2, 40)] {
-            let run = run(&format!("held-{held}-{staged}"), tied, world, (staged, held));
+        let plain = run("unheld", tied, world, (0, 0, 1));
+        for (staged, held, log) in [(0, 3, 1), (2, 40, 1), (0, 3, 2), (2, 40, 3)] {
+            let run = run(&format!("held-{held}-{staged}-{log}"), tied, world, (staged, held, log));
             assert!(run.2.iter().all(|pages| (3..=held).contains(pages)), "pages held: {:?}", run.2);
-            assert_eq!(run.1, plain.1, "losses; {held} pages held, {staged} staged, tied: {tied}, {world} ranks");
-            assert!(run.0 == plain.0, "the store; {held} pages held, {staged} staged, tied: {tied}, {world} ranks");
+            assert_eq!(run.1, plain.1, "losses; {held} pages held, {staged} staged, {log} steps kept, tied: {tied}, {world} ranks");
+            assert!(run.0 == plain.0, "the store; {held} pages held, {staged} staged, {log} steps kept, tied: {tied}, {world} ranks");
         }
     }
 }
