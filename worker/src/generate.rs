@@ -181,7 +181,7 @@ fn encode(tokenizer: &Tokenizer, config: &TransformerConfig, request: &GenerateR
 mod tests {
     use super::*;
     use ramtorch_modelio::{fill_page, open_weights, parse_config};
-    use ramtorch_store::{GradientFormat, MomentFormat, StoreSpec};
+    use ramtorch_store::{GradientFormat, GradientLog, MomentFormat, StoreSpec};
     use std::path::Path;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -201,6 +201,7 @@ mod tests {
             page_parameters: None,
             spare_pages_per_rank: 1,
             exchange_bytes: 0,
+            log: GradientLog::NONE,
             metadata: String::from("{}"),
         };
         static MADE: AtomicUsize = AtomicUsize::new(0);

@@ -606,6 +606,7 @@ fn evaluation_streams_layers_for_several_micro_batches() {
             page_parameters: None,
             spare_pages_per_rank: 1,
             exchange_bytes: 0,
+            log: GradientLog::NONE,
             metadata: String::new(),
         };
         let model = Model::new(&a, &Layout::new(&store).unwrap(), Dtype::F32).unwrap();

@@ -16,7 +16,7 @@ struct Opened {
 
 fn open(tied: bool, dtype: Dtype, memory_bytes: u64) -> Result<Opened, EngineError> {
     let (architecture, store) = tiny(tied);
-    let spec = DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes };
+    let spec = DeviceSpec { kind: DeviceKind::Cpu, index: 0, threads: 1, memory_bytes, bus_id: None };
     let room = Room { prompts: 3, longest: 11, capacity: 16 };
     let runner = Runner::with_chunks(&spec, &architecture, &store, 0, dtype, room, 4)?;
     let streamed = runner.weights.stay().iter().filter(|stays| !**stays).count();
