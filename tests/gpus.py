@@ -177,6 +177,15 @@ def hold(rig):
     rig.say(bool(held and plain) and bits(held) == bits(plain), "state that stays on the GPUs changes no bit")
 
 
+def log(rig):
+    """State that is written back at every few steps: the bits of state in RAM alone, also when workers are killed."""
+    plain = rig.run("unlogged", rig.gpus, f"{ONE_ORDER}held_state_gib = 0\n", 60)
+    logged = f"{ONE_ORDER}held_state_gib = 64\nwrite_back_steps = 4\n"
+    whole = rig.run("logged", rig.gpus, logged, 60)
+    rig.say(bool(whole and plain) and bits(whole) == bits(plain), "state that is written back at every fourth step changes no bit")
+    killed(rig, "logged-killed", whole, 60, logged)
+
+
 def nop2p(rig):
     """Without peer access the plan has each rank pull everything, and sums go through the host."""
     off_p2p = {"NCCL_P2P_DISABLE": "1"}
@@ -369,7 +378,7 @@ def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, 
     rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
 
 
-CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, stream=stream, place=place, resize=resize, pull=pull,
+CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, log=log, stream=stream, place=place, resize=resize, pull=pull,
               nop2p=nop2p)
 
 
