@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::config::{ConfigFile, LogFormat, Overrides, Settings};
+use crate::config::{ConfigFile, KeepSegments, LogFormat, Overrides, Settings};
 use crate::daemon::Daemon;
 use crate::devices::{DeviceRequest, Host, parse_bytes};
 use crate::gpus;
@@ -203,11 +203,16 @@ fn run_command(run: Run) -> Result<u8, (u8, String)> {
     // The progress of the job is on the terminal; the daemon says only what is wrong.
     log(run.common.log_format.or(file.log_format).unwrap_or_default(), "warn");
     let keep = run.common.state_dir.clone();
+    let passing = keep.is_none();
     let private = run::PrivateDir::new(keep).map_err(|e| (exit::OUTPUT, e.to_string()))?;
     let mut common = run.common;
     common.state_dir = Some(private.state_dir().to_path_buf());
     let mut settings = common.resolve(file, Some(private.socket()))?;
     settings.cache_dir = private.cache_dir(&settings.cache_dir);
+    if passing {
+        // Nobody comes after this daemon in a folder that goes with it.
+        settings.jobs.keep_segments_on_stop = KeepSegments::Never;
+    }
     let (first_step, steps) = run.trace_steps;
     let trace = run.trace.map(|path| run::TraceOptions { path, first_step, steps });
     if let Some(t) = &trace {

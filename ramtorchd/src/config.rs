@@ -56,6 +56,12 @@ pub enum LogFormat {
     Journal,
 }
 
+/// `stall_timeout_seconds` where it is not set: before a phase is practised, and from then on.
+const STALL_SECONDS: f64 = 300.0;
+const PRACTISED_STALL_SECONDS: f64 = 30.0;
+/// A phase is practised once each rank has completed it so often.
+pub const PRACTISED: u32 = 50;
+
 /// `[supervision]`: deadlines and budgets.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -74,8 +80,11 @@ pub struct Supervision {
     pub stop_timeout_seconds: f64,
     /// A rank that sends heartbeats but stays in one phase of one step counts as hung after so long, or after
     /// twenty times the longest that its job has taken for that phase, whichever is more. In a phase that the job
-    /// has not completed yet, it has twelve times as long.
-    pub stall_timeout_seconds: f64,
+    /// has not completed yet, it has twelve times as long. Where it is not set it is 300, and 30 for a phase that the
+    /// job has completed often enough ([`PRACTISED`]) to know how long it takes.
+    pub stall_timeout_seconds: Option<f64>,
+    /// A preparation that tells of no progress for so long counts as hung.
+    pub prepare_timeout_seconds: f64,
     /// A process that outlives SIGKILL for so long is given up, its device quarantined.
     pub kill_timeout_seconds: f64,
 }
@@ -89,7 +98,8 @@ impl Default for Supervision {
             restart_backoff_seconds: 1.0,
             settle_seconds: 0.25,
             stop_timeout_seconds: 10.0,
-            stall_timeout_seconds: 300.0,
+            stall_timeout_seconds: None,
+            prepare_timeout_seconds: 3600.0,
             kill_timeout_seconds: 30.0,
         }
     }
@@ -107,14 +117,53 @@ pub struct JobLimits {
     pub metrics_history: usize,
     /// Generate, eval, export, inspect and plan calls at once.
     pub one_off_max: usize,
-    /// When the daemon is stopped, leave the parameter stores of unfinished jobs in memory, so that the next daemon
-    /// goes on where this one ended. Without it they are removed and the jobs go on from their checkpoints.
-    pub keep_segments_on_stop: bool,
+    /// Which parameter stores of unfinished jobs stay in memory when the daemon is stopped.
+    pub keep_segments_on_stop: KeepSegments,
+}
+
+/// `keep_segments_on_stop`: which parameter stores the next daemon finds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "KeepWord")]
+pub enum KeepSegments {
+    /// `true`: all of them.
+    Always,
+    /// `"unsaved"`: those that hold steps which no checkpoint has; a job whose checkpoint is of its last step goes on from
+    /// that.
+    #[default]
+    Unsaved,
+    /// `false`: none; steps since the last checkpoint are lost, and the log says which.
+    Never,
+}
+
+/// As it is written.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum KeepWord {
+    Flag(bool),
+    Word(String),
+}
+
+impl TryFrom<KeepWord> for KeepSegments {
+    type Error = String;
+    fn try_from(word: KeepWord) -> Result<KeepSegments, String> {
+        match word {
+            KeepWord::Flag(true) => Ok(KeepSegments::Always),
+            KeepWord::Flag(false) => Ok(KeepSegments::Never),
+            KeepWord::Word(word) if word == "unsaved" => Ok(KeepSegments::Unsaved),
+            KeepWord::Word(word) => Err(format!("keep_segments_on_stop is true, false or \"unsaved\", not {word:?}")),
+        }
+    }
 }
 
 impl Default for JobLimits {
     fn default() -> Self {
-        JobLimits { active_max: 1000, ended_max: 1000, metrics_history: 10_000, one_off_max: 8, keep_segments_on_stop: false }
+        JobLimits {
+            active_max: 1000,
+            ended_max: 1000,
+            metrics_history: 10_000,
+            one_off_max: 8,
+            keep_segments_on_stop: KeepSegments::default(),
+        }
     }
 }
 
@@ -253,7 +302,8 @@ impl ConfigFile {
             ("supervision.restart_backoff_seconds", s.restart_backoff_seconds, 0.0),
             ("supervision.settle_seconds", s.settle_seconds, 0.0),
             ("supervision.stop_timeout_seconds", s.stop_timeout_seconds, 1.0),
-            ("supervision.stall_timeout_seconds", s.stall_timeout_seconds, 1.0),
+            ("supervision.stall_timeout_seconds", s.stall_timeout_seconds.unwrap_or(STALL_SECONDS), 1.0),
+            ("supervision.prepare_timeout_seconds", s.prepare_timeout_seconds, 1.0),
             ("supervision.kill_timeout_seconds", s.kill_timeout_seconds, 1.0),
         ];
         for (key, value, least) in ranges {
@@ -357,9 +407,15 @@ impl Supervision {
     pub fn kill_timeout(&self) -> Duration {
         seconds(self.kill_timeout_seconds)
     }
-    /// How long a rank may stay in a phase that took `longest` at most, if it was ever completed.
-    pub fn stall_timeout(&self, longest: Option<Duration>) -> Duration {
-        let floor = seconds(self.stall_timeout_seconds);
+    /// `prepare_timeout_seconds`
+    pub fn prepare_timeout(&self) -> Duration {
+        seconds(self.prepare_timeout_seconds)
+    }
+    /// How long a rank may stay in a phase that took `longest` at most, if it was ever completed. `practised`: it was, at least
+    /// [`PRACTISED`] times by each rank.
+    pub fn stall_timeout(&self, longest: Option<Duration>, practised: bool) -> Duration {
+        let default = if practised { PRACTISED_STALL_SECONDS } else { STALL_SECONDS };
+        let floor = seconds(self.stall_timeout_seconds.unwrap_or(default));
         longest.map_or(floor.saturating_mul(12), |longest| floor.max(longest.saturating_mul(20)))
     }
     /// Pause before restart number `attempt` (from 1) in a row.
@@ -421,9 +477,24 @@ mod tests {
 
     #[test]
     fn a_phase_may_take_as_long_as_it_has_before_and_some() {
-        let s = Supervision { stall_timeout_seconds: 100.0, ..Default::default() };
-        let limits = [None, Some(1), Some(5), Some(60)].map(|t| s.stall_timeout(t.map(Duration::from_secs)).as_secs());
-        assert_eq!(limits, [1200, 100, 100, 1200]);
+        let limits = |s: &Supervision, practised| {
+            [None, Some(1), Some(5), Some(60)].map(|t| s.stall_timeout(t.map(Duration::from_secs), practised).as_secs())
+        };
+        let set = Supervision { stall_timeout_seconds: Some(100.0), ..Default::default() };
+        assert_eq!([false, true].map(|p| limits(&set, p)), [[1200, 100, 100, 1200]; 2], "what the user set is the least");
+        let unset = Supervision::default();
+        assert_eq!(limits(&unset, false), [3600, 300, 300, 1200]);
+        assert_eq!(limits(&unset, true)[1..], [30, 100, 1200], "a phase that was completed often is known");
+    }
+
+    #[test]
+    fn which_stores_are_kept_is_a_flag_or_a_word() {
+        let keep = |value: &str| read(&format!("[jobs]\nkeep_segments_on_stop = {value}\n")).map(|f| f.jobs.keep_segments_on_stop);
+        assert_eq!(keep("true").unwrap(), KeepSegments::Always);
+        assert_eq!(keep("false").unwrap(), KeepSegments::Never);
+        assert_eq!(keep("\"unsaved\"").unwrap(), KeepSegments::Unsaved);
+        assert_eq!(read("").unwrap().jobs.keep_segments_on_stop, KeepSegments::Unsaved);
+        assert!(keep("\"some\"").unwrap_err().to_string().contains("unsaved"));
     }
 
     #[test]

@@ -20,16 +20,15 @@ use crate::socket::{PATH_MAX_BYTES, Socket, SocketError};
 use crate::statedir::{StateDir, StateDirError};
 use crate::supervisor::devices::DevicePool;
 use crate::supervisor::outside::Engine;
-use crate::supervisor::{self, Handle, Message, Supervisor};
+use crate::supervisor::{self, Handle, Leftovers, Message, Supervisor};
 use crate::telemetry;
 use crate::world::World;
 use ramtorch_proto::v1::worker_server::WorkerServer;
 use ramtorch_store::{Registry, StoreError};
 use ramtorch_worker::DeviceKind;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
@@ -105,13 +104,14 @@ impl StartError {
 /// A running daemon.
 pub struct Daemon {
     handle: Handle,
-    supervisor: JoinHandle<Vec<String>>,
+    supervisor: JoinHandle<Leftovers>,
     servers: Vec<Running>,
     tcp_address: Option<std::net::SocketAddr>,
     metrics_address: Option<std::net::SocketAddr>,
     sockets: Vec<Socket>,
     registry: Registry,
-    keep_segments: Arc<AtomicBool>,
+    /// Jobs that could not be understood, whose segments are not this daemon's to remove.
+    left_alone: HashSet<String>,
     _kernel_log: Option<kernel_log::Watch>,
     // The last to go: the lock on the state folder.
     _state: StateDir,
@@ -171,19 +171,21 @@ impl Daemon {
             sandbox: worker_sandbox(&roots)?,
         };
         tracing::info!(socket = %settings.socket.display(), state = %settings.state_dir.display(), "{}", settings.devices_note);
-        let keep_segments = Arc::new(AtomicBool::new(settings.jobs.keep_segments_on_stop));
         let has_gpus = settings.devices.iter().any(|d| d.spec.kind == DeviceKind::Cuda);
         let pool = DevicePool::new(settings.devices);
         let kernel_log = has_gpus.then(|| watch_kernel_log(answers.clone())).flatten();
         let mut supervisor = Supervisor::new(settings.supervision, settings.jobs, pool, Box::new(world));
-        for (identity, device) in found.survivors {
-            supervisor.quarantine_survivor(&device, identity.pid);
-            tokio::spawn(await_survivor(identity, boot_id.clone(), answers.clone()));
-        }
         let made = found.jobs.iter().map(|(r, ..)| (&r.outputs[..], r.uid, r.created_unix_ms));
         let ledger = Arc::new(Ledger::open(state.outputs(), made));
         for (record, spec, history) in found.jobs {
             supervisor.adopt(record, spec, history);
+        }
+        for (id, why) in found.held {
+            supervisor.hold(&id, why);
+        }
+        for (id, worker) in found.survivors {
+            supervisor.quarantine_survivor(&id, &worker);
+            tokio::spawn(await_survivor(worker.identity, boot_id.clone(), answers.clone()));
         }
         let supervisor = tokio::spawn(supervisor::run(supervisor, inbox, Watchdog::from_environment()));
         let context = Context {
@@ -221,7 +223,7 @@ impl Daemon {
             metrics_address,
             sockets: vec![socket, worker_socket],
             registry,
-            keep_segments,
+            left_alone: found.left_alone,
             _kernel_log: kernel_log,
             _state: state,
             _short_run_dir: short_run_dir,
@@ -240,14 +242,14 @@ impl Daemon {
 
     /// A way to stop it. The first stop is orderly and bounded, the second kills.
     pub fn stopper(&self) -> Stopper {
-        Stopper { handle: self.handle.clone(), keep_segments: self.keep_segments.clone() }
+        Stopper { handle: self.handle.clone() }
     }
 
     /// Waits until it has stopped, and cleans up. Returns what could not be cleaned up.
     pub async fn finish(mut self) -> Vec<String> {
-        let mut left = match (&mut self.supervisor).await {
-            Ok(left) => left,
-            Err(e) => vec![format!("the state task ended by a defect: {e}")],
+        let (mut left, kept) = match (&mut self.supervisor).await {
+            Ok(Leftovers { problems, kept }) => (problems, Some(kept)),
+            Err(e) => (vec![format!("the state task ended by a defect: {e}")], None),
         };
         let mut tasks = Vec::new();
         for (stop, task) in self.servers.drain(..) {
@@ -263,9 +265,11 @@ impl Daemon {
             tasks.iter().for_each(JoinHandle::abort);
         }
         self.sockets.clear();
-        if !self.keep_segments.load(Ordering::Relaxed) {
-            let registry = self.registry.clone();
-            let swept = tokio::task::spawn_blocking(move || registry.sweep(|_| false)).await;
+        // What a defect has left is for the next daemon, which finds it as after a death of this one.
+        if let Some(kept) = kept {
+            let (registry, left_alone) = (self.registry.clone(), std::mem::take(&mut self.left_alone));
+            let sweep = move || registry.sweep(|r| kept.contains(&r.name) || left_alone.contains(&r.job));
+            let swept = tokio::task::spawn_blocking(sweep).await;
             if let Ok(Err(e)) = swept {
                 left.push(format!("shared memory was not all removed: {e}"));
             }
@@ -278,7 +282,6 @@ impl Daemon {
 #[derive(Debug, Clone)]
 pub struct Stopper {
     handle: Handle,
-    keep_segments: Arc<AtomicBool>,
 }
 
 impl Stopper {
@@ -289,7 +292,6 @@ impl Stopper {
 
     /// Stops it for a successor, on the same state folder and in the same boot: jobs that have not ended stay in memory.
     pub async fn stop_keeping(&self) {
-        self.keep_segments.store(true, Ordering::Relaxed);
         self.handle.tell(Message::StopKeeping).await;
     }
 }

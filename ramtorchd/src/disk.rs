@@ -8,7 +8,7 @@
 use crate::supervisor::record::Record;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use ramtorch_failpoint::{Point, check, hit};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -250,13 +250,19 @@ pub fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// As [`replace`], for files in different folders: each of them as if it were alone, in less time.
 fn replace_all<P: AsRef<Path>, B: AsRef<[u8]>>(files: &[(P, B)]) -> Vec<std::io::Result<()>> {
-    let begun: Vec<_> = files.iter().map(|(path, bytes)| begin_file(path.as_ref(), bytes.as_ref())).collect();
+    let mut parents = BTreeSet::new();
+    let begun: Vec<_> = files.iter().map(|(path, bytes)| begin_file(path.as_ref(), bytes.as_ref(), &mut parents)).collect();
     // The first of these waits for a commit of the journal that has the others in it, too.
     let renamed: Vec<_> =
         begun.into_iter().zip(files).map(|(file, (path, _))| file.and_then(|f| rename_whole(path.as_ref(), &f))).collect();
+    // Folders that were made for these files: most often one above all of them.
+    let unsynced = parents.iter().find_map(|dir| sync_folder(dir).err()).map(|e| (e.kind(), e.to_string()));
     let durable = renamed.into_iter().zip(files).map(|(dir, (path, _))| {
         let written = dir.and_then(|dir| {
             dir.sync_all()?;
+            if let Some((kind, text)) = &unsynced {
+                return Err(std::io::Error::new(*kind, text.clone()));
+            }
             hit(Point::RecordDurable);
             Ok(())
         });
@@ -268,13 +274,24 @@ fn replace_all<P: AsRef<Path>, B: AsRef<[u8]>>(files: &[(P, B)]) -> Vec<std::io:
     durable.collect()
 }
 
+fn sync_folder(dir: &Path) -> std::io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Makes a folder and those above it; notes the folders whose new names are not durable yet.
+fn make_folder(dir: &Path, parents: &mut BTreeSet<PathBuf>) -> std::io::Result<()> {
+    let missing = dir.ancestors().take_while(|d| !d.as_os_str().is_empty() && !d.exists());
+    parents.extend(missing.filter_map(Path::parent).map(|p| if p.as_os_str().is_empty() { ".".into() } else { p.to_path_buf() }));
+    std::fs::create_dir_all(dir)
+}
+
 /// Name of a file until it is whole.
 fn unfinished(path: &Path) -> PathBuf {
     path.with_extension("tmp")
 }
 
-fn begin_file(path: &Path, bytes: &[u8]) -> std::io::Result<File> {
-    std::fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+fn begin_file(path: &Path, bytes: &[u8], parents: &mut BTreeSet<PathBuf>) -> std::io::Result<File> {
+    make_folder(path.parent().unwrap_or(Path::new("/")), parents)?;
     check(Point::RecordBegun)?;
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o640).open(unfinished(path))?;
     file.write_all(bytes)?;
@@ -325,6 +342,17 @@ mod tests {
             assert_eq!(std::fs::read_to_string(&files[i].0).ok(), written.is_ok().then(|| files[i].1.clone()));
             assert!(!unfinished(&files[i].0).exists());
         }
+    }
+
+    #[test]
+    fn every_folder_that_gets_a_new_name_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut parents = BTreeSet::new();
+        make_folder(&dir.path().join("a/b"), &mut parents).unwrap();
+        assert_eq!(parents, [dir.path().to_path_buf(), dir.path().join("a")].into());
+        parents.clear();
+        make_folder(&dir.path().join("a/b"), &mut parents).unwrap();
+        assert!(parents.is_empty());
     }
 
     fn record(id: &str) -> Record {

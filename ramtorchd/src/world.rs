@@ -6,7 +6,7 @@ use crate::node::{self, Memory};
 use crate::process::{self, ProcKey, SpawnRequest, Spawner};
 use crate::supervisor::JobKey;
 use crate::supervisor::message::{Message, Planned};
-use crate::supervisor::outside::{Engine, NewSegment, Outside};
+use crate::supervisor::outside::{Contents, Engine, NewSegment, Outside};
 use crate::supervisor::record::Record;
 use nix::sys::signal::Signal;
 use ramtorch_store::{Registry, Store};
@@ -142,6 +142,10 @@ impl Outside for World {
             let outcome = Store::unlink(&name).and_then(|()| registry.forget(&name)).map_err(|e| e.to_string());
             Message::Removed { job, outcome }
         });
+    }
+
+    fn contents(&self, segment: &str) -> Contents {
+        self.engine.contents(segment)
     }
 
     fn save(&mut self, record: &Record) {

@@ -56,7 +56,10 @@ fn configurations_are_understood() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), uncommented).unwrap();
     let all = ConfigFile::read(file.path()).unwrap();
-    assert!(all.tcp.unwrap().clients.contains_key("alice.example.org") && all.jobs.keep_segments_on_stop);
+    assert!(
+        all.tcp.unwrap().clients.contains_key("alice.example.org")
+            && all.jobs.keep_segments_on_stop == ramtorchd::config::KeepSegments::Always
+    );
 }
 
 #[test]

@@ -2,15 +2,20 @@
 
 use crate::sandbox::Sandbox;
 use crate::{Daemon, Fixture, JobFile, MetricsLine, StepBits, Tensor, assert_same_tensors, bits, read_metrics, read_tensors};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Settings of a daemon that starts a gang again at once, however often.
 pub const PATIENT: &str = "
 [supervision]
 heartbeat_timeout_seconds = 2
+register_timeout_seconds = 10
 restart_budget = 1000000
 restart_backoff_seconds = 0.01
 settle_seconds = 0.02
@@ -174,6 +179,40 @@ pub fn assert_tidy(sandbox: &Sandbox, daemon_state: &Path) {
     assert_eq!(job_files, Vec::<String>::new(), "unfinished files in the folders of jobs");
     let unfinished: Vec<String> = names(sandbox.root()).into_iter().filter(|n| n.contains(".partial") || n.contains(".replaced")).collect();
     assert_eq!(unfinished, Vec::<String>::new(), "unfinished results");
+}
+
+/// Lets daemons of a sandbox run again that were stopped (SIGSTOP), about a second later each, while `during` runs.
+pub fn waking<T>(sandbox: &Sandbox, during: impl FnOnce() -> T) -> T {
+    /// Set however `during` ends: the thread would be waited for otherwise.
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let until = Over(&over);
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for (pid, _) in sandbox.processes().iter().filter(|(pid, line)| line.contains(" start --devices") && is_stopped(*pid)) {
+                    std::thread::sleep(Duration::from_secs(1));
+                    // It may have been killed meanwhile.
+                    let _ = kill(Pid::from_raw(*pid), Signal::SIGCONT);
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let result = during();
+        drop(until);
+        result
+    })
+}
+
+fn is_stopped(pid: i32) -> bool {
+    // The state is behind the name, which may have brackets in it.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
 }
 
 /// Names in a folder, sorted; none where it is not there.

@@ -320,15 +320,24 @@ fn the_node_tells_its_devices() {
     daemon.stop();
 }
 
-/// SIGTERM and SIGINT end the daemon in bounded time with a job under way: no process, segment or socket is left.
+/// SIGTERM and SIGINT end the daemon in bounded time with a job under way: no process or socket is left, and of the job what the
+/// next daemon goes on from.
 #[test]
 fn signals_stop_the_daemon_whatever_it_does() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let sandbox = Sandbox::new();
         let daemon = sandbox.start_daemon("cpu:2", &[]);
         let id = daemon.submit("endless", &endless());
-        wait_for_steps(&daemon, &id, 1);
-        daemon.stop_with(signal);
+        let segment = wait_for_steps(&daemon, &id, 1)["segment"].as_str().unwrap().trim_start_matches('/').to_owned();
+        let process = daemon.into_process();
+        process.signal(signal);
+        process.wait(Duration::from_secs(30)).expect_success();
+        assert!(std::path::Path::new("/dev/shm").join(&segment).exists(), "the job writes no checkpoints");
+        assert!(ramtorch_tests::settled(|| sandbox.processes()).is_empty());
+        let daemon = sandbox.start_daemon("cpu:2", &[]);
+        daemon.client(["cancel", &id]).expect_success();
+        daemon.wait_for_state(&id, "cancelled");
+        daemon.stop();
     }
 }
 

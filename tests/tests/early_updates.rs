@@ -138,6 +138,10 @@ groups! {
         "checkpoint.copied=1*off->sleep(100),early.published=1*off->kill"]
     deaths_of_the_supervisor: ["step.swept=1*off->sleep(60),early.published=1*off->sleep(100),job.step=kill",
         "early.begun=3*off->sleep(100),job.step=kill,job.step=1*off->kill,step.swept=1*off->sleep(60),early.kept=kill,job.backoff=kill"]
+    stops_before_and_between_pages: ["step.updating=1*off->stop", "step.swept=1*off->sleep(60),early.begun=stop",
+        "step.swept=2*off->sleep(60),early.kept=stop", "early.closed=4*off->stop"]
+    stops_in_a_step_that_is_run_again: ["step.swept=1*off->sleep(60),early.published=2*off->kill,rerun.begun=stop,\
+        rerun.loaded=1*off->stop,rerun.dropped=stop"]
     stops_errors_and_panics: ["step.swept=sleep(60),early.published=1*off->stop", "step.swept=1*off->sleep(60),early.kept=panic",
         "step.swept=2*off->sleep(60),early.begun=panic", "step.swept=3*off->panic", "early.closed=4*off->panic"]
 }

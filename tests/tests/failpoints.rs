@@ -1,12 +1,13 @@
 //! Processes die, stop or fail at every named point of the store, the step, the checkpoint writer and the supervisor; the
 //! run cannot be told from one that was not disturbed, and nothing is left. Which points there are is in one list in the
-//! code: one that no group below names, or that is never reached, fails a test.
+//! code: one that no group below names, or that is never reached, fails a test. Runs in which processes are stopped are made
+//! from that list.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::Signal;
-use ramtorch_failpoint::{MARKS_VARIABLE, Point, VARIABLE};
+use ramtorch_failpoint::{MARKS_VARIABLE, Point, Process, VARIABLE};
 use ramtorch_tests::Sandbox;
-use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names};
+use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names, waking};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -66,12 +67,12 @@ groups! {
     supervisor_deaths_at_the_end: ["job.removing=kill", "segment.unlinking=kill", "segment.unlinked=kill", "registry.forgetting=kill",
         "registry.forgotten=kill"]
 
-    stopped_processes_are_replaced: ["step.swept=2*off->stop", "page.written=30*off->stop"]
+    stops_in_later_steps: ["step.swept=2*off->stop", "page.written=30*off->stop"]
     errors_and_panics: ["step.agreed=2*off->panic", "file.change=5*off->error", "optimizer.updated=2*off->panic",
         "record.written=3*off->error", "step.forward=3*off->sleep(300)", "checkpoint.copied=panic", "checkpoint.shard=1*off->panic"]
 }
 
-/// Points that [`a_successor_goes_on_where_the_daemon_was_asked_to_stop`] passes.
+/// Points that [`a_successor_goes_on_where_the_daemon_was_asked_to_stop`] and [`a_stop_loses_nothing`] pass.
 const OF_A_STOP: &[&str] = &["job.requeued"];
 
 /// Points that a job passes only where gradients are not clipped: `tests/early_updates.rs`.
@@ -84,13 +85,18 @@ fn undisturbed() -> &'static Outcome {
 }
 
 #[track_caller]
-fn survives(what: &str, entries: &[&str]) {
-    let whole = undisturbed();
+fn survives(what: &str, entries: &[&str]) -> serde_json::Value {
     let sandbox = Sandbox::new();
+    waking(&sandbox, || survives_in(&sandbox, what, entries))
+}
+
+#[track_caller]
+fn survives_in(sandbox: &Sandbox, what: &str, entries: &[&str]) -> serde_json::Value {
+    let whole = undisturbed();
     let marks = sandbox.path("marks");
     std::fs::create_dir(&marks).unwrap();
     let armed = entries.join(";");
-    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+    let mut daemon = Immortal::start(sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
     let id = daemon.submit(&everything(STEPS));
     let begun = std::time::Instant::now();
     let job = daemon.wait(&id, LIMIT, |_| {});
@@ -103,7 +109,58 @@ fn survives(what: &str, entries: &[&str]) {
     daemon.stop();
     let fired_at_all = names(&marks);
     assert_eq!(fired_at_all.len(), wanted, "{what}: only {fired_at_all:?} of {entries:?} were reached, in {lives} daemon(s)");
-    Outcome::read(&sandbox).assert_same(whole, what);
+    Outcome::read(sandbox).assert_same(whole, what);
+    job
+}
+
+/// Where a process is stopped at this point; what leads there, where the life of an undisturbed job does not. `None`: it is
+/// stopped elsewhere.
+fn stop_at(point: Point) -> Option<String> {
+    let name = point.name();
+    if OF_A_STOP.contains(&name) || OF_EARLY_UPDATES.contains(&name) {
+        return None;
+    }
+    let lead = match name {
+        "recover.begun" => "optimizer.begun=2*off->kill,",
+        "recover.updated" => "optimizer.updated=4*off->kill,",
+        "recover.recorded" => "page.written=20*off->kill,",
+        "recovery.read" | "recovery.ended" | "recovery.swept" => "job.step=1*off->kill,",
+        "job.failing" | "job.backoff" => "step.swept=1*off->kill,",
+        _ => "",
+    };
+    Some(format!("{lead}{name}=stop"))
+}
+
+/// Stops are waited out, so that there are several runs, each with every `of`-th point of these processes. A daemon that was
+/// stopped goes on a second later; a worker does not, and its gang is started again.
+#[track_caller]
+fn survives_stops(daemons: bool, part: usize, of: usize) {
+    let wanted = |p: &&Point| (p.process() == Process::Daemon) == daemons;
+    let entries: Vec<String> = Point::ALL.iter().filter(wanted).filter_map(|p| stop_at(*p)).skip(part).step_by(of).collect();
+    let entries: Vec<&str> = entries.iter().map(String::as_str).collect();
+    let job = survives(&format!("stops, part {part}"), &entries);
+    assert!(daemons || job["restarts"].as_u64() > Some(0), "workers that do not move were noticed: {job:#}");
+}
+
+macro_rules! stops {
+    ($($name:ident: $daemons:literal, $part:literal of $of:literal;)+) => {$(
+        #[test]
+        #[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+        fn $name() {
+            survives_stops($daemons, $part, $of);
+        }
+    )+};
+}
+
+stops! {
+    stopped_workers_are_replaced_0: false, 0 of 6;
+    stopped_workers_are_replaced_1: false, 1 of 6;
+    stopped_workers_are_replaced_2: false, 2 of 6;
+    stopped_workers_are_replaced_3: false, 3 of 6;
+    stopped_workers_are_replaced_4: false, 4 of 6;
+    stopped_workers_are_replaced_5: false, 5 of 6;
+    a_stopped_supervisor_goes_on_0: true, 0 of 2;
+    a_stopped_supervisor_goes_on_1: true, 1 of 2;
 }
 
 #[test]
@@ -145,6 +202,42 @@ fn a_successor_goes_on_where_the_daemon_was_asked_to_stop() {
     assert_eq!(prepared, 1, "nothing is read from disk again");
     daemon.stop();
     Outcome::read(&sandbox).assert_same(&whole, "three daemons");
+}
+
+/// The daemon is stopped as a service is, while the checkpoint that is to save its job takes far too long; and later once more,
+/// when it takes no time. Whoever comes next finds every step, in the store or in the checkpoint.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_stop_loses_nothing() {
+    let job = everything(800).unset("checkpoint.every_steps");
+    let whole = Outcome::undisturbed(&job);
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let armed = "checkpoint.begun=sleep(8000);job.requeued=stop";
+    waking(&sandbox, || {
+        let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
+        let id = daemon.submit(&job);
+        let log = |name: &str| names(&sandbox.path(&format!("state/jobs/{id}/logs"))).iter().filter(|n| n.starts_with(name)).count();
+        for stop in 1..=2u64 {
+            let running = daemon.alive().wait_for_step(&id, stop * 60);
+            let segment = std::path::Path::new("/dev/shm").join(running["segment"].as_str().unwrap().trim_start_matches('/'));
+            daemon.alive().process().signal(Signal::SIGTERM);
+            let finished = daemon.ended(Duration::from_secs(30));
+            assert_eq!(finished.code, 0, "{}", finished.stderr);
+            assert_eq!(segment.exists(), stop == 1, "it stays while its steps are nowhere else: {}", finished.stderr);
+            assert!(ramtorch_tests::settled(|| sandbox.processes()).is_empty(), "no process is left between two daemons");
+            let next = daemon.alive().wait_for(&id, "going on", |j| j["state"] == "running" || j["state"] == "succeeded");
+            assert!(next["step"].as_u64() >= Some(stop * 60), "{next:#}");
+            assert_eq!(log("prepare"), if stop == 1 { 1 } else { 2 }, "read from disk again only where the checkpoint is");
+        }
+        let end = daemon.wait(&id, LIMIT, |_| {});
+        assert_eq!(end["state"], "succeeded", "{end:#}");
+        assert_eq!(end["restarts"], 0, "a stop is no failure");
+        assert_eq!(names(&marks), ["0-checkpoint.begun", "1-job.requeued"]);
+        daemon.stop();
+    });
+    Outcome::read(&sandbox).assert_same(&whole, "stopped twice");
 }
 
 /// A job that runs into one armed entry; returns its folder, and how many gangs there were.

@@ -52,6 +52,17 @@ impl GpuError {
         }
     }
 
+    /// As [`GpuError::verdict`], for a process that may have taken the place of others: the end of a process is not yet the
+    /// return of its memory, so that too little of it is worth another start.
+    pub fn verdict_where(&self, others_were_there: bool) -> Verdict {
+        if others_were_there && self.is_out_of_memory() { Verdict::Restart } else { self.verdict() }
+    }
+
+    /// Whether the GPU had no memory left.
+    pub fn is_out_of_memory(&self) -> bool {
+        self.source == Source::Cuda && self.code == table::CUDA_OUT_OF_MEMORY
+    }
+
     /// Its name in metrics: the code, if it is one that is known.
     pub fn label(&self) -> String {
         let known = match self.source {
@@ -66,6 +77,21 @@ impl GpuError {
         match self.source {
             Source::Cuda => format!("CUDA error {} ({})", self.code, table::cuda(self.code).name),
             Source::Xid => format!("Xid {} ({})", self.code, table::xid(self.code).name),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_is_worth_another_start_where_a_process_has_just_ended() {
+        let error = |source, code| GpuError { device: 0, source, code };
+        let full = error(Source::Cuda, 2);
+        assert_eq!((full.verdict_where(false), full.verdict_where(true)), (Verdict::Fail, Verdict::Restart));
+        for other in [error(Source::Cuda, 803), error(Source::Cuda, 214), error(Source::Xid, 2), error(Source::Xid, 79)] {
+            assert_eq!(other.verdict_where(true), other.verdict(), "{other:?}");
         }
     }
 }

@@ -84,11 +84,15 @@ pub const XID: [Entry; 41] = [
     entry(157, Quarantine, "memory could not be taken out of use"),
 ];
 
+/// `CUDA_ERROR_OUT_OF_MEMORY`
+pub const CUDA_OUT_OF_MEMORY: u32 = 2;
+
 /// Statuses of the CUDA driver, by code.
 pub const CUDA: [Entry; 39] = [
     entry(1, Restart, "CUDA_ERROR_INVALID_VALUE"),
-    // The plan's bytes are the bytes: somebody else has the memory, and a restart meets the same.
-    entry(2, Fail, "CUDA_ERROR_OUT_OF_MEMORY"),
+    // The plan's bytes are the bytes: somebody else has the memory, and a restart meets the same; unless it is the memory of
+    // processes that this one takes the place of (`GpuError::verdict_where`).
+    entry(CUDA_OUT_OF_MEMORY, Fail, "CUDA_ERROR_OUT_OF_MEMORY"),
     entry(3, Restart, "CUDA_ERROR_NOT_INITIALIZED"),
     entry(4, Restart, "CUDA_ERROR_DEINITIALIZED"),
     // A predecessor that is not wholly gone, or another process in exclusive mode.

@@ -3,7 +3,7 @@
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 /// One process, past or present.
@@ -33,34 +33,51 @@ impl Identity {
         Some(Identity { pid, start_ticks: start_ticks(pid)?, boot_id: boot_id.to_string() })
     }
 
-    /// Sends SIGKILL if this very process still lives, and waits for its end, at most `limit`. It need not be a child.
+    /// Sends SIGKILL if this very process still lives; `None`: it does not. It need not be a child.
     ///
     /// # Errors
-    /// It lives on (a process inside a hung driver call does), or may not be signalled.
-    pub fn end(&self, boot_id: &str, limit: Duration) -> Result<bool, EndError> {
+    /// It may not be signalled.
+    pub fn kill(&self, boot_id: &str) -> Result<Option<Dying>, EndError> {
         if self.boot_id != boot_id {
-            return Ok(false);
+            return Ok(None);
         }
         let error = |detail: String| EndError { pid: self.pid, detail };
-        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(false) };
+        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
         // The order matters: the descriptor pins whoever has the pid, and only then is the start time compared.
         let fd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => fd,
-            Err(rustix::io::Errno::SRCH) => return Ok(false),
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
             Err(e) => return Err(error(format!("pidfd_open: {e}"))),
         };
         if start_ticks(self.pid) != Some(self.start_ticks) {
-            return Ok(false);
+            return Ok(None);
         }
         match pidfd_send_signal(&fd, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(e) => return Err(error(format!("kill: {e}"))),
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(Some(Dying { pid: self.pid, fd })),
+            Err(e) => Err(error(format!("kill: {e}"))),
         }
+    }
+}
+
+/// A process that was sent SIGKILL.
+#[derive(Debug)]
+pub struct Dying {
+    pid: i32,
+    fd: OwnedFd,
+}
+
+impl Dying {
+    /// Waits for its end, at most `limit`.
+    ///
+    /// # Errors
+    /// It lives on: a process inside a hung driver call does.
+    pub fn wait(self, limit: Duration) -> Result<(), EndError> {
+        let error = |detail: String| EndError { pid: self.pid, detail };
         let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
-        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
         match nix::poll::poll(&mut fds, timeout) {
-            Ok(n) if n > 0 => Ok(true),
-            Ok(_) => Err(error(format!("still there {:.1} s after SIGKILL", limit.as_secs_f64()))),
+            Ok(n) if n > 0 => Ok(()),
+            Ok(_) => Err(error("it is still there after SIGKILL".into())),
             Err(e) => Err(error(format!("poll: {e}"))),
         }
     }
@@ -88,17 +105,23 @@ mod tests {
         assert_eq!(parse_start_ticks("7 (a"), None);
     }
 
+    /// Whether it was there, and is not any more.
+    fn end(identity: &Identity, boot_id: &str) -> Result<bool, EndError> {
+        let Some(dying) = identity.kill(boot_id)? else { return Ok(false) };
+        dying.wait(Duration::from_secs(5)).map(|()| true)
+    }
+
     #[test]
     fn the_very_process_is_ended_and_no_other() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let real = Identity::of(pid, "boot").unwrap();
         let earlier = Identity { start_ticks: real.start_ticks - 1, ..real.clone() };
-        assert_eq!(earlier.end("boot", Duration::from_secs(1)), Ok(false));
-        assert_eq!(real.end("another boot", Duration::from_secs(1)), Ok(false));
+        assert_eq!(end(&earlier, "boot"), Ok(false));
+        assert_eq!(end(&real, "another boot"), Ok(false));
         assert_eq!(child.try_wait().unwrap(), None, "nobody was signalled yet");
-        assert_eq!(real.end("boot", Duration::from_secs(5)), Ok(true));
+        assert_eq!(end(&real, "boot"), Ok(true));
         child.wait().unwrap();
-        assert_eq!(real.end("boot", Duration::from_secs(1)), Ok(false));
+        assert_eq!(end(&real, "boot"), Ok(false));
     }
 }

@@ -1,7 +1,7 @@
 //! The task that owns the books, and the ways to it.
 
-use super::Supervisor;
 use super::message::{Message, Refusal, RefusalKind, Reply};
+use super::{Leftovers, Supervisor};
 use crate::notify::Watchdog;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
@@ -51,7 +51,7 @@ impl Handle {
 /// Runs until the daemon was told to stop and is done, or its time is up. Returns what was left over.
 ///
 /// The service manager's watchdog is fed from here: a loop that hangs is noticed, whatever else still answers.
-pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Watchdog) -> Vec<String> {
+pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Watchdog) -> Leftovers {
     supervisor.begin(Instant::now());
     let mut next_tick = Instant::now();
     let mut callers = true;

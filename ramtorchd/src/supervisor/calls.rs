@@ -220,6 +220,7 @@ impl Supervisor {
         job.checkpoints = others;
         if ok {
             job.record.checkpoint = Some(PathBuf::from(&written.path));
+            job.record.checkpoint_step = Some(written.step);
         }
         for (_, reply) in asked {
             let answer = match ok {

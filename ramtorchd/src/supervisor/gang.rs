@@ -3,9 +3,11 @@
 use super::Supervisor;
 use super::job::{End, Phase, Rank, Stop};
 use super::message::{Commands, JobKey, Refusal, RefusalKind};
+use super::outside::Contents;
 use super::proc::{Cause, Outcome, Proc, Role, Sign};
 use super::record::{State, WorkerRecord, push_history};
-use crate::faults::Verdict;
+use crate::config::{KeepSegments, PRACTISED};
+use crate::faults::{GpuError, Verdict};
 use crate::process::{Identity, ProcKey};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_proto::v1 as pb;
@@ -70,7 +72,7 @@ impl Supervisor {
             segment: segment.name.clone(),
             history: History { path: self.out.history_file(&id), told: job.history.back().map_or(0, |m| m.step) },
         };
-        job.record.workers.clear();
+        job.forget_workers();
         job.ranks.clear();
         if job.record.started_unix_ms == 0 {
             job.record.started_unix_ms = started;
@@ -185,6 +187,10 @@ impl Supervisor {
         }
         match report {
             Report::Heartbeat(h) => {
+                if let Some((job, rank, text)) = self.disbelief_of_heartbeat(key, h.step) {
+                    return self.disbelieve(key, job, rank, text, now);
+                }
+                let Some(proc) = self.procs.get_mut(&key) else { return };
                 let left = proc.moves(h.step, h.phase, now);
                 if let Role::Rank { job, .. } = role {
                     if let (Some((phase, took)), Some(job)) = (left, self.jobs.get_mut(&job)) {
@@ -205,12 +211,7 @@ impl Supervisor {
                 if let Role::Rank { job, rank: 0 } = role {
                     match self.disbelief(key, job, metrics.step) {
                         None => self.step_committed(job, metrics),
-                        Some(text) => {
-                            if let Some(proc) = self.procs.get_mut(&key) {
-                                proc.disbelieved = true;
-                            }
-                            self.blame(key, job, 0, Cause::defect(now, Sign::Disbelieved, text), now);
-                        }
+                        Some(text) => self.disbelieve(key, job, 0, text, now),
                     }
                 }
             }
@@ -261,7 +262,56 @@ impl Supervisor {
         if steps > 0 && step > steps {
             return Some(format!("{who} says that step {step} is committed, and the job has {steps}"));
         }
-        before.filter(|b| step != b + 1).map(|b| format!("{who} says that step {step} is committed, right after step {b}"))
+        match before {
+            Some(before) if step != before + 1 => Some(format!("{who} says that step {step} is committed, right after step {before}")),
+            Some(_) => None,
+            // The first word of a process follows on nothing that it said; the segment knows how far it is.
+            None => match self.contents(job) {
+                Contents::Step(there) if step > there => {
+                    Some(format!("{who} says that step {step} is committed, and its parameter store is at step {there}"))
+                }
+                Contents::Filling => Some(format!("{who} says that step {step} is committed, and its parameter store is not filled yet")),
+                Contents::Step(_) | Contents::Unknown => None,
+            },
+        }
+    }
+
+    /// Why a rank cannot be at the step that its heartbeat names: it works on the one after the last that is committed, and
+    /// enqueues the next one while that is committed.
+    fn disbelief_of_heartbeat(&self, key: ProcKey, step: u64) -> Option<(JobKey, usize, String)> {
+        const AHEAD: u64 = 2;
+        let proc = self.procs.get(&key).filter(|p| !p.disbelieved)?;
+        let Role::Rank { job: job_key, rank } = proc.role else { return None };
+        let job = self.jobs.get(&job_key)?;
+        let steps = job.record.steps;
+        if steps > 0 && step > steps {
+            return Some((job_key, rank, format!("{} says that it works on step {step}, and the job has {steps}", proc.who())));
+        }
+        // What rank 0 reports may be on its way for a long time, if the daemon was stopped: the segment decides.
+        if step <= job.furthest + AHEAD {
+            return None;
+        }
+        match self.contents(job_key) {
+            Contents::Step(there) if step > there + AHEAD => {
+                let text = format!("{} says that it works on step {step}, and its parameter store is at step {there}", proc.who());
+                Some((job_key, rank, text))
+            }
+            _ => None,
+        }
+    }
+
+    /// What the job's segment holds.
+    pub(super) fn contents(&self, key: JobKey) -> Contents {
+        let segment = self.jobs.get(&key).and_then(|j| j.record.segment.as_ref());
+        segment.map_or(Contents::Unknown, |s| self.out.contents(&s.name))
+    }
+
+    /// A rank says what cannot be.
+    fn disbelieve(&mut self, key: ProcKey, job: JobKey, rank: usize, text: String, now: Instant) {
+        if let Some(proc) = self.procs.get_mut(&key) {
+            proc.disbelieved = true;
+        }
+        self.blame(key, job, rank, Cause::defect(now, Sign::Disbelieved, text), now);
     }
 
     /// Something is wrong with a rank that does not know it.
@@ -276,16 +326,23 @@ impl Supervisor {
     /// phase for too long, the one that is furthest behind is named.
     pub(super) fn look_for_stalls(&mut self, key: ProcKey, now: Instant) {
         let Some(proc) = self.procs.get(&key) else { return };
-        let (Role::Rank { job: job_key, .. }, Some(still)) = (proc.role, proc.still(now)) else { return };
+        let Some(still) = proc.still(now) else { return };
+        let job_key = match proc.role {
+            Role::Rank { job, .. } => job,
+            Role::Prepare { .. } => return self.look_at_preparation(key, still, now),
+            Role::OneOff { .. } | Role::GivenUp => return,
+        };
         let Some(job) = self.jobs.get(&job_key).filter(|j| matches!(j.phase, Phase::Starting | Phase::Running)) else { return };
-        if still <= self.limits.stall_timeout(job.longest.get(&proc.phase).copied()) {
+        let times = job.phases.get(&proc.phase);
+        let practised = times.is_some_and(|t| t.completed as usize >= PRACTISED as usize * job.ranks.len().max(1));
+        if still <= self.limits.stall_timeout(times.map(|t| t.longest), practised) {
             return;
         }
         let gang: Vec<(usize, &Proc)> = job.ranks.iter().enumerate().filter_map(|(i, r)| Some((i, self.procs.get(&r.key)?))).collect();
         let suspects = gang.iter().filter(|(_, p)| p.still(now).is_some());
         let Some((rank, suspect)) = suspects.min_by_key(|(_, p)| p.suspicion()).copied() else { return };
-        let known = match job.longest.get(&suspect.phase) {
-            Some(longest) => format!("this job took {:.1} s at most before", longest.as_secs_f64()),
+        let known = match job.phases.get(&suspect.phase) {
+            Some(times) => format!("this job took {:.1} s at most before", times.longest.as_secs_f64()),
             None => "this job has not completed that phase before".into(),
         };
         let others: Vec<String> =
@@ -300,6 +357,24 @@ impl Supervisor {
         );
         let key = suspect.key;
         self.blame(key, job_key, rank, Cause::defect(now, Sign::Stalled, text), now);
+    }
+
+    /// A preparation sends heartbeats from a thread of its own, too, while it waits for a file system or a driver for ever.
+    fn look_at_preparation(&mut self, key: ProcKey, still: Duration, now: Instant) {
+        let kill_timeout = self.limits.kill_timeout();
+        if still <= self.limits.prepare_timeout() {
+            return;
+        }
+        let Some(proc) = self.procs.get_mut(&key) else { return };
+        let phase = if proc.phase.is_empty() { "start" } else { proc.phase.as_str() };
+        let text = format!(
+            "{} has told of no progress for {:.1} s, in phase {phase} (supervision.prepare_timeout_seconds)",
+            proc.who(),
+            still.as_secs_f64()
+        );
+        tracing::warn!("{text}");
+        proc.cause.get_or_insert(Cause::defect(now, Sign::Stalled, text));
+        proc.end(now, kill_timeout);
     }
 
     /// A gang runs once every rank has left the phases of starting up.
@@ -319,7 +394,8 @@ impl Supervisor {
             return;
         }
         // The budget is for failures in a row; a step that only repeats what was there before is no progress.
-        if metrics.step > job.record.step {
+        if metrics.step > job.furthest {
+            job.furthest = metrics.step;
             job.failures = 0;
             job.first_cause = None;
         }
@@ -407,7 +483,7 @@ impl Supervisor {
     fn gang_gone(&mut self, key: JobKey, now: Instant) {
         let Some(job) = self.jobs.get_mut(&key) else { return };
         let outcomes: Vec<Outcome> = job.ranks.drain(..).filter_map(|r| r.outcome).collect();
-        job.record.workers.clear();
+        job.forget_workers();
         let mut stopped = false;
         let mut failures: Vec<Cause> = Vec::new();
         for outcome in outcomes {
@@ -453,7 +529,9 @@ impl Supervisor {
         let mut text = root.describe();
         let sign = root.sign.name();
         *self.tally.failures_by_cause.entry(sign).or_default() += 1;
-        let verdict = self.judge_gpus(causes, &mut text);
+        let again = self.jobs.get(&key).is_some_and(|j| j.record.generation > 1 || j.failures > 0);
+        let verdict = self.judge_gpus(causes, again, &mut text);
+        let full = causes.iter().any(|c| c.gpu.as_ref().is_some_and(GpuError::is_out_of_memory));
         let Some(job) = self.jobs.get_mut(&key) else { return };
         if verdict == Some(Verdict::Fail) {
             let kind = if root.kind == ErrorKind::Internal { ErrorKind::Resources } else { root.kind };
@@ -468,11 +546,13 @@ impl Supervisor {
         if job.failures > budget {
             let last = if first == text { String::new() } else { format!("\nthe last failure: {text}") };
             let message = format!("gave up after {budget} restart(s) without a newly committed step; the first failure: {first}{last}");
-            return self.fail(key, EngineError::internal(message), now);
+            let kind = if full { ErrorKind::Resources } else { ErrorKind::Internal };
+            return self.fail(key, EngineError::new(kind, message), now);
         }
         *self.tally.restarts_by_cause.entry(sign).or_default() += 1;
         job.record.restarts += 1;
-        let pause = self.limits.backoff(job.failures);
+        // The driver gives memory back some time after the process that had it is gone.
+        let pause = self.limits.backoff(job.failures + u32::from(full));
         job.phase = Phase::Backoff(now + pause);
         job.record.message = format!("restart {} of {budget} without a new step: {text}", job.failures);
         hit(Point::JobBackoff);
@@ -507,7 +587,8 @@ impl Supervisor {
             Phase::Planning | Phase::Reserving | Phase::Removing(_) => self.changed(key),
             Phase::Starting | Phase::Running | Phase::Failing { .. } => {
                 // A run that goes on later is worth a checkpoint, a cancelled one has been given up.
-                let checkpoint = by == Stop::Shutdown && !self.job_limits.keep_segments_on_stop && job.spec.checkpoint.path.is_some();
+                let all_stay = self.job_limits.keep_segments_on_stop == KeepSegments::Always;
+                let checkpoint = by == Stop::Shutdown && !all_stay && job.spec.checkpoint.path.is_some();
                 let keys: Vec<ProcKey> = job.ranks.iter().map(|r| r.key).collect();
                 for proc in keys {
                     let told = self.command(proc, stop_command(checkpoint));

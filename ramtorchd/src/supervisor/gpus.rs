@@ -10,8 +10,8 @@ use std::time::Instant;
 
 impl Supervisor {
     /// Weighs the errors of GPUs among the causes of a failure; those that call for it take their device out of use.
-    /// The gravest verdict, if there is any; what follows is added to the text.
-    pub(super) fn judge_gpus(&mut self, causes: &[Cause], text: &mut String) -> Option<Verdict> {
+    /// The gravest verdict, if there is any; what follows is added to the text. `again`: processes of the job were there before.
+    pub(super) fn judge_gpus(&mut self, causes: &[Cause], again: bool, text: &mut String) -> Option<Verdict> {
         let mut gravest = None;
         // What several signs tell of one device is one error.
         let mut seen: Vec<&GpuError> = Vec::new();
@@ -24,7 +24,7 @@ impl Supervisor {
             if error.source == Source::Cuda {
                 self.count_gpu_error(error);
             }
-            match error.verdict() {
+            match error.verdict_where(again) {
                 Verdict::Quarantine => {
                     let name = self.pool.spec(error.device).to_string();
                     if self.pool.quarantine_faulty(error.device) {

@@ -2,7 +2,7 @@
 
 use super::message::{JobKey, Reply};
 use super::proc::{Cause, Outcome};
-use super::record::{self, Record, State};
+use super::record::{self, Record, State, WorkerRecord};
 use super::telemetry::CheckpointTally;
 use super::timeline::Tracing;
 use super::watchers::{Ear, Watchers};
@@ -65,7 +65,12 @@ pub enum End {
         message: String,
     },
     /// Back to the queue: the daemon stops, and the next one goes on.
-    Requeue(String),
+    Requeue {
+        /// For people.
+        message: String,
+        /// From its segment, which stays.
+        keep: bool,
+    },
 }
 
 /// Who asked for the end of a job.
@@ -84,6 +89,26 @@ pub struct Rank {
     pub key: ProcKey,
     /// What came of it, once gone.
     pub outcome: Option<Outcome>,
+}
+
+/// A process that outlived SIGKILL with the job's segment mapped, and whose GPU may still copy into it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ghost {
+    /// Its name; none for one of an earlier daemon.
+    pub key: Option<ProcKey>,
+    /// Who it is, for the next daemon.
+    pub record: WorkerRecord,
+    /// The segment.
+    pub segment: String,
+}
+
+/// How long a phase of a step took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PhaseTimes {
+    /// At most.
+    pub longest: Duration,
+    /// How often a rank has completed it.
+    pub completed: u32,
 }
 
 /// A job.
@@ -117,8 +142,14 @@ pub struct Job {
     pub checkpoints: Vec<(u64, Reply<pb::CheckpointResponse>)>,
     /// The trace that is being recorded, or waits for the gang.
     pub trace: Option<Tracing>,
-    /// The longest that a rank has spent in each phase of a step.
-    pub longest: HashMap<String, Duration>,
+    /// How long ranks were in each phase of a step.
+    pub phases: HashMap<String, PhaseTimes>,
+    /// The last step that was ever reported as committed: only one beyond it is progress.
+    pub furthest: u64,
+    /// Why it waits although its devices are free: its segment is one that this program cannot read.
+    pub held: Option<String>,
+    /// Processes that no gang may share the segment with.
+    pub ghosts: Vec<Ghost>,
     /// When progress was last told to watchers.
     pub progress_at: Option<Instant>,
     /// What became of its checkpoints.
@@ -131,6 +162,7 @@ impl Job {
         let ended = record.state != State::Active;
         Job {
             key,
+            furthest: record.step,
             record,
             spec,
             phase: if ended { Phase::Ended } else { Phase::Queued { retry_at: None } },
@@ -144,7 +176,9 @@ impl Job {
             over: watch::channel(ended).0,
             checkpoints: Vec::new(),
             trace: None,
-            longest: HashMap::new(),
+            phases: HashMap::new(),
+            held: None,
+            ghosts: Vec::new(),
             progress_at: None,
             checkpoint_tally: CheckpointTally::default(),
         }
@@ -153,10 +187,40 @@ impl Job {
     /// A rank has left a phase after so long.
     pub fn learn(&mut self, phase: String, took: Duration) {
         // The engine's phases are a dozen; whoever invents more is not listened to.
-        if self.longest.len() < PHASES_MAX || self.longest.contains_key(&phase) {
-            let longest = self.longest.entry(phase).or_default();
-            *longest = took.max(*longest);
+        if self.phases.len() < PHASES_MAX || self.phases.contains_key(&phase) {
+            let known = self.phases.entry(phase).or_default();
+            known.longest = took.max(known.longest);
+            known.completed = known.completed.saturating_add(1);
         }
+    }
+
+    /// Its processes are gone, but for those that could not be ended.
+    pub fn forget_workers(&mut self) {
+        self.record.workers = self.ghosts.iter().map(|g| g.record.clone()).collect();
+    }
+
+    /// Why no gang can be started on its segment, whatever devices are free.
+    pub fn obstacle(&self) -> Option<String> {
+        let segment = self.record.segment.as_ref()?;
+        if let Some(why) = &self.held {
+            return Some(why.clone());
+        }
+        let ghost = &self.ghosts.iter().find(|g| g.segment == segment.name)?.record;
+        Some(format!(
+            "waits: its worker on {} (pid {}) cannot be ended, and the GPU may still copy into its parameter store {}; it goes on \
+             when that process is gone. To go on without it, cancel the job and submit it again: it then begins at its newest \
+             checkpoint",
+            ghost.device, ghost.identity.pid, segment.name
+        ))
+    }
+
+    /// The newest step that a preparation would go on from.
+    pub fn saved_step(&self) -> u64 {
+        if !self.spec.checkpoint.resume {
+            return 0;
+        }
+        let resumed = self.record.prepared.as_ref().and_then(|p| p.resume.as_ref()).map(|r| r.step);
+        self.record.checkpoint_step.max(resumed).unwrap_or(0)
     }
 
     /// Whether it is over.

@@ -37,7 +37,10 @@
 //!   steps that cannot be, or reports an error: the *first* sign by time is the root cause. The gang is ended and a new one attaches the same segment (generation + 1). Three restarts in a row
 //!   without a newly committed step, or an error that a restart cannot mend (job file, input, memory, output), fail
 //!   the job with the first cause.
-//! - a worker outlives SIGKILL (it hangs in the kernel): it is given up, its device quarantined until it is gone.
+//! - a worker outlives SIGKILL (it hangs in the kernel): it is given up, its device quarantined until it is gone. If that
+//!   is a GPU, no new gang gets the segment before: copies that the old one began may still arrive in it.
+//! - a preparation that tells of no progress for very long is ended like a failed one.
+//! - the daemon is stopped: a segment whose steps no checkpoint has stays, and is found as after a kill.
 //! - the daemon is killed: workers die with it (PDEATHSIG). The next daemon ends any survivor and starts a new gang
 //!   on the segment, which holds every committed step. Survivors are not adopted: a worker cannot outlive the thread
 //!   that started it anyway, a new gang loses at most the step that was under way, and one path that is used after
@@ -74,17 +77,17 @@ pub mod watchers;
 pub use actor::{Handle, Inbox, channel, run};
 pub use message::{JobKey, Message, Refusal, RefusalKind};
 
-use crate::config::{JobLimits, Supervision};
+use crate::config::{JobLimits, KeepSegments, Supervision};
 use crate::process::{self, ProcKey};
 use devices::DevicePool;
-use job::{Job, Phase, Stop};
+use job::{Ghost, Job, Phase, Stop};
 use jobs::Jobs;
 use oneoff::OneOff;
 use outside::Outside;
 use proc::{EndStep, Proc, Role};
 use ramtorch_proto::v1 as pb;
-use ramtorch_worker::Level;
-use record::{Record, State};
+use ramtorch_worker::{DeviceKind, Level};
+use record::{Record, State, WorkerRecord};
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
@@ -115,6 +118,15 @@ pub struct Supervisor {
     stopping: Option<Stopping>,
     last_tick: Option<Instant>,
     tally: telemetry::Tally,
+}
+
+/// What there is when the state task has ended.
+#[derive(Debug, Default)]
+pub struct Leftovers {
+    /// What should not be: for the log.
+    pub problems: Vec<String>,
+    /// Segments that the next daemon is to find.
+    pub kept: BTreeSet<String>,
 }
 
 /// The daemon is on its way out.
@@ -152,6 +164,7 @@ impl Supervisor {
         let mut job = Job::new(key, record, spec);
         job.record.workers.clear();
         job.record.step = history.last().map_or(job.record.step, |m| m.step.max(job.record.step));
+        job.furthest = job.record.step;
         job.history = history.into();
         if job.record.state == State::Active {
             if job.record.cancelled {
@@ -165,10 +178,43 @@ impl Supervisor {
         self.jobs.insert(job);
     }
 
-    /// A process of an earlier daemon could not be ended: its device stays out of use until it is.
-    pub fn quarantine_survivor(&mut self, device: &str, pid: i32) {
-        if let Some(index) = self.pool.find(device) {
-            self.pool.quarantine_survivor(index, pid);
+    /// A job that was taken over has a segment that this program cannot read: it waits, and the segment with it.
+    pub fn hold(&mut self, id: &str, why: String) {
+        let key = self.jobs.by_id(id).map(|j| j.key);
+        if let Some(job) = key.and_then(|key| self.jobs.get_mut(&key)) {
+            job.held = Some(why);
+        }
+    }
+
+    /// A process of an earlier daemon could not be ended: its device stays out of use until it is, and so does the segment of
+    /// its job, if that was a GPU.
+    pub fn quarantine_survivor(&mut self, id: &str, worker: &WorkerRecord) {
+        if let Some(index) = self.pool.find(&worker.device) {
+            self.pool.quarantine_survivor(index, worker.identity.pid);
+        }
+        // A GPU that this daemon does not have is one all the same.
+        if worker.device.starts_with("cuda") {
+            self.haunt(id, None, worker.clone());
+        }
+    }
+
+    /// No gang gets the segment that this process may still have mapped.
+    fn haunt(&mut self, id: &str, proc: Option<ProcKey>, record: WorkerRecord) {
+        let key = self.jobs.by_id(id).filter(|j| !j.has_ended()).map(|j| j.key);
+        if let Some(job) = key.and_then(|key| self.jobs.get_mut(&key)) {
+            let Some(segment) = job.record.segment.as_ref().map(|s| s.name.clone()) else { return };
+            job.ghosts.push(Ghost { key: proc, record, segment });
+            job.forget_workers();
+        }
+    }
+
+    /// A process that outlived SIGKILL is gone at last.
+    fn exorcise(&mut self, gone: impl Fn(&Ghost) -> bool) {
+        for key in self.jobs.active_keys() {
+            let Some(job) = self.jobs.get_mut(&key).filter(|j| j.ghosts.iter().any(&gone)) else { continue };
+            let gone_pids: Vec<i32> = job.ghosts.iter().filter(|g| gone(g)).map(|g| g.record.identity.pid).collect();
+            job.ghosts.retain(|g| !gone(g));
+            job.record.workers.retain(|w| !gone_pids.contains(&w.identity.pid));
         }
     }
 
@@ -224,16 +270,19 @@ impl Supervisor {
             Message::Created { job, outcome } => self.created(job, outcome, now),
             Message::Removed { job, outcome } => self.removed(job, outcome, now),
             Message::Survivor { pid } => {
+                self.exorcise(|g| g.key.is_none() && g.record.identity.pid == pid);
                 if self.pool.absolve_survivor(pid) {
                     tracing::info!(pid, "a worker of an earlier daemon is gone; its device is in use again");
-                    self.schedule(now);
                 }
+                self.schedule(now);
             }
             Message::Xid(xid) => self.xid(xid, now),
             Message::Stop => self.stop_daemon(now),
             Message::StopKeeping => {
                 // Workers that were told to stop for good have written checkpoints already.
-                self.job_limits.keep_segments_on_stop |= self.stopping.is_none();
+                if self.stopping.is_none() {
+                    self.job_limits.keep_segments_on_stop = KeepSegments::Always;
+                }
                 self.stop_daemon(now);
             }
         }
@@ -314,11 +363,25 @@ impl Supervisor {
         self.stopping.is_some_and(|s| now >= s.deadline + Duration::from_secs(2))
     }
 
-    /// What is left over after a stop that was not orderly: for the log.
-    pub fn leftovers(&self) -> Vec<String> {
-        let procs = self.procs.values().filter(|p| !p.has_exited()).map(|p| format!("{} could not be ended", p.who()));
-        let segments = self.jobs.values().filter(|j| !self.job_limits.keep_segments_on_stop && j.record.segment.is_some());
-        procs.chain(segments.map(|j| format!("the parameter store of job {} was not removed in time", j.record.id))).collect()
+    /// What is left over after a stop.
+    pub fn leftovers(&self) -> Leftovers {
+        let mut left = Leftovers::default();
+        left.problems.extend(self.procs.values().filter(|p| !p.has_exited()).map(|p| format!("{} could not be ended", p.who())));
+        for (job, segment) in self.jobs.active().filter_map(|j| Some((j, j.record.segment.as_ref()?))) {
+            let kept = match job.phase {
+                Phase::Removing(_) => false,
+                // It was decided when the job was put back.
+                Phase::Queued { .. } => true,
+                // Its time was over: the next daemon finds it as after a death of this one.
+                _ => self.job_limits.keep_segments_on_stop != KeepSegments::Never,
+            };
+            if kept {
+                left.kept.insert(segment.name.clone());
+            } else {
+                left.problems.push(format!("the parameter store of job {} was not removed in time", job.record.id));
+            }
+        }
+        left
     }
 
     fn fresh(&mut self) -> u64 {
@@ -365,6 +428,13 @@ impl Supervisor {
         }
         let (role, outcome) = (proc.role, proc.outcome(now));
         proc.role = Role::GivenUp;
+        let record = proc.identity.clone().map(|identity| WorkerRecord { identity, device: proc.device_name.clone() });
+        let on_gpu = proc.device.is_some_and(|d| self.pool.spec(d).kind == DeviceKind::Cuda);
+        // Copies to and from the segment that its GPU has begun do not need it.
+        if let (Role::Rank { job, .. }, Some(record), true) = (role, record, on_gpu) {
+            let id = self.jobs.get(&job).map(|j| j.record.id.clone()).unwrap_or_default();
+            self.haunt(&id, Some(key), record);
+        }
         self.proc_gone(role, outcome, now);
     }
 
@@ -376,6 +446,7 @@ impl Supervisor {
         self.procs.remove(&key);
         self.out.forget(key);
         if role == Role::GivenUp {
+            self.exorcise(|g| g.key == Some(key));
             if self.pool.absolve(key) {
                 tracing::info!("a worker that had outlived SIGKILL is gone; its device is in use again");
                 self.schedule(now);

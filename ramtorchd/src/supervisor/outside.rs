@@ -5,6 +5,7 @@ use super::record::Record;
 use crate::node::Memory;
 use crate::process::ProcKey;
 use nix::sys::signal::Signal;
+use ramtorch_store::{StepPhase, StepRecord, Store};
 use ramtorch_worker::{EngineError, Plan, PlanRequest};
 use std::path::PathBuf;
 
@@ -28,6 +29,8 @@ pub trait Outside: Send {
     /// Unlinks a segment, once what was saved of its job is durable, then forgets its registration; answered by
     /// `Message::Removed`.
     fn remove_segment(&mut self, job: JobKey, id: &str, name: String);
+    /// What a segment holds now. A look at a few words of it, at once.
+    fn contents(&self, segment: &str) -> Contents;
     /// Makes a record durable, soon.
     fn save(&mut self, record: &Record);
     /// Removes a forgotten job's folder, soon.
@@ -65,6 +68,28 @@ pub struct NewSegment {
     pub plan: Box<Plan>,
 }
 
+/// What a segment holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contents {
+    /// The state of this step, whole, and maybe more.
+    Step(u64),
+    /// Nothing yet: it is being filled from files that are still there.
+    Filling,
+    /// It cannot be read, by this program at least.
+    Unknown,
+}
+
+impl Contents {
+    /// As the segment's own record of its step says.
+    pub fn of(record: &StepRecord) -> Contents {
+        match record.phase {
+            StepPhase::Loading => Contents::Filling,
+            StepPhase::Committed => Contents::Step(record.step),
+            StepPhase::Computing | StepPhase::GradientsComplete | StepPhase::Updating => Contents::Step(record.step.saturating_sub(1)),
+        }
+    }
+}
+
 /// The engine, as the daemon calls it. A trait so that the supervisor is tested without one.
 pub trait Engine: Send + Sync {
     /// As [`ramtorch_worker::plan`].
@@ -77,6 +102,10 @@ pub trait Engine: Send + Sync {
     /// # Errors
     /// As there.
     fn create_segment(&self, name: &str, plan: &Plan) -> Result<(), EngineError>;
+    /// What a segment holds now.
+    fn contents(&self, name: &str) -> Contents {
+        Store::attach_read_only(name).map_or(Contents::Unknown, |store| Contents::of(&store.record()))
+    }
 }
 
 /// The engine that is linked into this program.

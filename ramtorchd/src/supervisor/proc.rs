@@ -27,7 +27,7 @@ const EXIT_GRACE: Duration = Duration::from_secs(5);
 /// Between SIGTERM and SIGKILL.
 const TERM_GRACE: Duration = Duration::from_secs(2);
 
-/// Phase in which a rank waits for all others.
+/// Phase in which a rank waits for all others; beside a checkpoint it is told with that.
 const WAITS: &str = "reducing";
 
 /// What a process is for.
@@ -282,7 +282,7 @@ impl Proc {
 
     /// How suspicious it is when a gang does not get on: those behind first, those who only wait for others last.
     pub fn suspicion(&self) -> (u64, bool, Instant) {
-        (self.step, self.phase == WAITS, self.moved)
+        (self.step, self.phase.starts_with(WAITS), self.moved)
     }
 
     /// Its control stream has ended.

@@ -5,9 +5,10 @@ use super::admission::{self, Need, Verdict};
 use super::devices::{Holder, Lease};
 use super::job::{End, Job, Phase, Stop};
 use super::message::{JobKey, Planned};
-use super::outside::NewSegment;
+use super::outside::{Contents, NewSegment};
 use super::proc::{Outcome, Role};
 use super::record::{SegmentRecord, State};
+use crate::config::KeepSegments;
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_worker::{DeviceKind, DeviceSpec, EngineError, ErrorKind, Plan, PlanRequest, Prepared, Task};
 use std::time::Instant;
@@ -41,6 +42,10 @@ impl Supervisor {
             let after = turn(&job.record.id);
             if matches!(job.phase, Phase::Queued { retry_at: Some(at) } if now < at) {
                 (self.blocked, behind) = (Some(key), Some(after));
+                continue;
+            }
+            if let Some(why) = job.obstacle() {
+                self.wait(key, &why, None);
                 continue;
             }
             let resume = job.record.plan.as_ref().filter(|_| job.record.segment.is_some());
@@ -99,6 +104,9 @@ impl Supervisor {
         let Some(job) = self.jobs.get(&key) else { return };
         if self.pool.any_quarantined(&job.leases) {
             return self.back_to_queue(key, "waits for healthy devices", None, now);
+        }
+        if let Some(why) = job.obstacle() {
+            return self.back_to_queue(key, &why, None, now);
         }
         match (&job.record.segment, &job.record.prepared) {
             (Some(_), _) => self.start_gang(key, now),
@@ -247,6 +255,11 @@ impl Supervisor {
         let bytes = job.record.plan.as_ref().map_or(0, |p| p.segment_bytes);
         job.record.segment = Some(SegmentRecord { name, bytes, boot_id });
         match outcome {
+            _ if job.stop == Some(Stop::Shutdown) => {
+                // Whether it is whole or not, nothing is in it.
+                let message = "the daemon stopped; the next one starts it".into();
+                self.conclude(key, End::Requeue { message, keep: false }, now);
+            }
             _ if job.stop.is_some() => self.conclude_stopped(key, now),
             Ok(()) => self.start_gang(key, now),
             Err(e) => self.fail(key, e, now),
@@ -278,20 +291,46 @@ impl Supervisor {
         let Some(job) = self.jobs.get(&key) else { return };
         match job.stop {
             Some(Stop::Shutdown) => {
-                let step = job.record.step;
-                let kept = self.job_limits.keep_segments_on_stop && job.record.segment.is_some();
-                let text = match (kept, &job.record.checkpoint) {
-                    (true, _) => format!("the daemon stopped after step {step}; the next one goes on from there"),
-                    (false, Some(_)) => format!("the daemon stopped after step {step}; the next one goes on from the newest checkpoint"),
-                    (false, None) if step > 0 => {
-                        format!("the daemon stopped after step {step}, without a checkpoint; the next one starts again")
-                    }
-                    (false, None) => "the daemon stopped; the next one starts it".into(),
-                };
-                self.conclude(key, End::Requeue(text), now);
+                let end = self.requeued(key);
+                self.conclude(key, end, now);
             }
             Some(Stop::Cancel) | None => self.conclude_cancelled(key, now),
         }
+    }
+
+    /// What becomes of an unfinished job when the daemon stops. Its processes are gone: its segment is at rest.
+    fn requeued(&self, key: JobKey) -> End {
+        let Some(job) = self.jobs.get(&key) else { return End::Requeue { message: String::new(), keep: true } };
+        let (step, saved) = (job.record.step, job.saved_step());
+        let unsaved = match job.record.segment.as_ref().map(|s| self.out.contents(&s.name)) {
+            // Whatever it is filled from is still there.
+            None | Some(Contents::Filling) => None,
+            Some(Contents::Step(there)) => (there > saved).then(|| match there - saved {
+                1 => format!("step {there}"),
+                _ => format!("steps {} to {there}", saved + 1),
+            }),
+            Some(Contents::Unknown) => Some("whatever is in its parameter store, which cannot be read".into()),
+        };
+        let keep = match self.job_limits.keep_segments_on_stop {
+            KeepSegments::Always => job.record.segment.is_some(),
+            KeepSegments::Unsaved => unsaved.is_some(),
+            // One that this program cannot read is another's, and not this one's to remove.
+            KeepSegments::Never => job.held.is_some(),
+        };
+        let message = match (keep, unsaved) {
+            (true, _) => format!("the daemon stopped after step {step}; the next one goes on from its parameter store"),
+            (false, Some(lost)) => {
+                let from = if saved > 0 { format!("the checkpoint of step {saved}") } else { "the start".into() };
+                let text = format!(
+                    "the daemon stopped and kept no parameter store (jobs.keep_segments_on_stop = false): lost is {lost}; the next one goes on from {from}"
+                );
+                tracing::warn!(job = job.record.id, "{text}");
+                text
+            }
+            (false, None) if saved > 0 => format!("the daemon stopped; the next one goes on from the checkpoint of step {saved}"),
+            (false, None) => "the daemon stopped; the next one starts it".into(),
+        };
+        End::Requeue { message, keep }
     }
 
     pub(super) fn conclude_cancelled(&mut self, key: JobKey, now: Instant) {
@@ -303,7 +342,7 @@ impl Supervisor {
     /// The end of a job's stay on its devices: its processes are gone; its segment goes now, unless the next daemon is
     /// to find it.
     pub(super) fn conclude(&mut self, key: JobKey, end: End, now: Instant) {
-        let keep = self.job_limits.keep_segments_on_stop && matches!(end, End::Requeue(_));
+        let keep = matches!(end, End::Requeue { keep: true, .. });
         let Some(job) = self.jobs.get_mut(&key) else { return };
         job.ranks.clear();
         self.drop_checkpoint_waiters(key, "the job has ended");
@@ -345,7 +384,10 @@ impl Supervisor {
         self.release_devices(key);
         let at = self.out.unix_ms();
         let Some(job) = self.jobs.get_mut(&key) else { return };
-        job.record.workers.clear();
+        match end {
+            End::Final { .. } => job.record.workers.clear(),
+            End::Requeue { .. } => job.forget_workers(),
+        }
         match end {
             End::Final { state, code, message } => {
                 let id = job.record.id.as_str();
@@ -363,7 +405,7 @@ impl Supervisor {
                 job.over.send_replace(true);
                 self.forget_old();
             }
-            End::Requeue(message) => {
+            End::Requeue { message, .. } => {
                 if job.record.segment.is_none() {
                     // Prepared again: the newest checkpoint is another one by then.
                     job.record.prepared = None;

@@ -83,6 +83,9 @@ pub struct Record {
     /// Newest checkpoint.
     #[serde(default)]
     pub checkpoint: Option<PathBuf>,
+    /// Its step, where it is known.
+    #[serde(default)]
+    pub checkpoint_step: Option<u64>,
     /// Text generated at the end.
     #[serde(default)]
     pub sample: Option<String>,
@@ -159,6 +162,7 @@ impl Record {
             cancelled: false,
             output: None,
             checkpoint: None,
+            checkpoint_step: None,
             sample: None,
         }
     }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::message::{JobKey, Message, Planned};
-use super::outside::{NewSegment, Outside};
+use super::outside::{Contents, NewSegment, Outside};
 use super::record::Record;
 use super::*;
 use crate::config::{JobLimits, Supervision};
@@ -33,6 +33,8 @@ pub(super) struct Asked {
     pub(super) signalled: Vec<(ProcKey, Signal)>,
     pub(super) saved: Vec<Record>,
     pub(super) tokens: u64,
+    /// Step of every segment; none can be read where this is not said.
+    pub(super) step: Option<u64>,
 }
 
 #[derive(Clone, Default)]
@@ -65,6 +67,10 @@ impl Outside for Fake {
     }
     fn remove_segment(&mut self, job: JobKey, _id: &str, name: String) {
         self.with(|a| a.removals.push((job, name)));
+    }
+    fn contents(&self, segment: &str) -> Contents {
+        let step = self.with(|a| a.step.filter(|_| a.segments.contains(segment)));
+        step.map_or(Contents::Unknown, Contents::Step)
     }
     fn save(&mut self, record: &Record) {
         self.with(|a| a.saved.push(record.clone()));
@@ -110,10 +116,12 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new(devices: u32) -> Bench {
-        let device = |index| Device {
-            spec: DeviceSpec { kind: DeviceKind::Cpu, index, threads: 1, memory_bytes: 1 << 30, bus_id: None },
-            model: "CPU".into(),
-        };
+        Bench::of(DeviceKind::Cpu, devices)
+    }
+
+    pub(super) fn of(kind: DeviceKind, devices: u32) -> Bench {
+        let device =
+            |index| Device { spec: DeviceSpec { kind, index, threads: 1, memory_bytes: 1 << 30, bus_id: None }, model: "fake".into() };
         let pool = DevicePool::new((0..devices).map(device).collect());
         let fake = Fake::default();
         let supervisor = Supervisor::new(Supervision::default(), JobLimits::default(), pool, Box::new(fake.clone()));
@@ -248,6 +256,15 @@ impl Bench {
                 self.exit(key, Status::Signal(signal as i32));
             }
         }
+    }
+
+    /// After a stop: each segment that is there is one that the next daemon will find by a job's record.
+    pub(super) fn check_kept(&self) {
+        let named: BTreeSet<String> =
+            self.supervisor.jobs.active().filter_map(|j| j.record.segment.as_ref()).map(|s| s.name.clone()).collect();
+        let left = self.supervisor.leftovers();
+        assert!(left.problems.is_empty(), "{:?}", left.problems);
+        assert_eq!((&left.kept, self.fake.with(|a| a.segments.clone())), (&named, named.clone()));
     }
 
     /// What must hold at every moment.

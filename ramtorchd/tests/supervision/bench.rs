@@ -3,7 +3,7 @@
 use crate::fake::{FakeEngine, Script};
 use ramtorch_client::{Client, ClientError, Endpoint, v1};
 use ramtorch_worker::{DeviceKind, DeviceSpec};
-use ramtorchd::config::{JobLimits, Service, Settings, Supervision, WorkerCommand};
+use ramtorchd::config::{JobLimits, KeepSegments, Service, Settings, Supervision, WorkerCommand};
 use ramtorchd::daemon::{Daemon, StartError, Stopper};
 use ramtorchd::devices::Device;
 use std::net::SocketAddr;
@@ -47,7 +47,8 @@ pub fn settings(dir: &Path, devices: u32) -> Settings {
             restart_backoff_seconds: 0.05,
             settle_seconds: 0.1,
             stop_timeout_seconds: 3.0,
-            stall_timeout_seconds: 60.0,
+            stall_timeout_seconds: Some(60.0),
+            prepare_timeout_seconds: 60.0,
             kill_timeout_seconds: 5.0,
         },
         jobs: JobLimits::default(),
@@ -113,10 +114,25 @@ impl Bench {
         assert!(!self.settings.socket.exists(), "the socket is left");
     }
 
-    /// Stops the daemon and checks that nothing is left of it.
+    /// Ends every job, stops the daemon and checks that nothing is left of it.
     pub async fn end(mut self) {
+        let mut client = self.client().await;
+        // One that has ended meanwhile is fine, and so is a daemon that takes no more calls in a test of that.
+        for job in client.list(false).await.unwrap_or_default() {
+            let _ = client.cancel(&job.id).await;
+        }
         self.down().await;
         self.assert_clean();
+    }
+
+    /// As [`Bench::assert_clean`], after a stop that kept what the next daemon goes on from: so many segments.
+    pub fn assert_kept(&self, segments: usize) {
+        let left = self.workers();
+        assert!(left.is_empty(), "processes left: {left:?}");
+        let (kept, names) = (self.segments(), std::fs::read_dir(self.settings.state_dir.join("segments")).unwrap());
+        let registered: Vec<_> = names.flatten().map(|e| e.file_name()).collect();
+        assert_eq!((kept.len(), registered.len()), (segments, segments), "{kept:?}, {registered:?}");
+        assert!(!self.settings.state_dir.join("run/worker.sock").exists());
     }
 
     pub fn assert_clean(&self) {
@@ -166,6 +182,15 @@ impl Bench {
     }
 }
 
+impl Drop for Bench {
+    /// What a test let a daemon keep goes with the test.
+    fn drop(&mut self) {
+        for segment in self.segments() {
+            let _ = std::fs::remove_file(Path::new("/dev/shm").join(segment));
+        }
+    }
+}
+
 /// Waits until the job is as wanted.
 pub async fn wait_for(client: &mut Client, id: &str, what: &str, done: impl Fn(&v1::Job) -> bool) -> v1::Job {
     let end = Instant::now() + LIMIT;
@@ -208,7 +233,11 @@ pub fn daemon_main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let dir = PathBuf::from(&arguments[2]);
     let mut settings = settings(&dir, arguments[3].parse().unwrap());
-    settings.jobs.keep_segments_on_stop = arguments.get(4).is_some_and(|a| a == "keep");
+    settings.jobs.keep_segments_on_stop = match arguments.get(4).map(String::as_str) {
+        Some("keep") => KeepSegments::Always,
+        Some("never") => KeepSegments::Never,
+        _ => KeepSegments::default(),
+    };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();

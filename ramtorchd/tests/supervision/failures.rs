@@ -125,7 +125,7 @@ pub fn trials() -> Vec<Trial> {
             let script = Script { step_ms: 20, ..Script::default() }.with(fault(At::Step(30), Act::Linger).rank(1));
             let mut bench = Bench::new(2, script);
             bench.settings.supervision.restart_budget = 0;
-            bench.settings.supervision.stall_timeout_seconds = 1.0;
+            bench.settings.supervision.stall_timeout_seconds = Some(1.0);
             let mut client = bench.up().await;
             let id = client.submit(bench.job("victim", 100, "")).await.unwrap().id;
             wait_for(&mut client, &id, "step 29", |j| j.step >= 29).await;
@@ -140,7 +140,7 @@ pub fn trials() -> Vec<Trial> {
         trial("a_stuck_collective_is_started_again", || async {
             let script = Script { step_ms: 20, ..Script::default() }.with(fault(At::Step(30), Act::Linger).rank(0).generation(1));
             let mut bench = Bench::new(2, script);
-            bench.settings.supervision.stall_timeout_seconds = 1.0;
+            bench.settings.supervision.stall_timeout_seconds = Some(1.0);
             let mut client = bench.up().await;
             let id = client.submit(bench.job("victim", 40, "")).await.unwrap().id;
             let job = wait_state(&mut client, &id, JobState::Succeeded).await;
@@ -165,6 +165,48 @@ pub fn trials() -> Vec<Trial> {
                 3,
                 &["rank 0 (cpu:0", "says that step 11 is committed, right after step 1"],
             )
+        }),
+        trial("a_worker_whose_first_word_is_a_lie", || async {
+            // The first report of each generation: it follows on nothing that this process said before.
+            survives(
+                Script::quick()
+                    .with(fault(At::Step(1), Act::Claim(1)).rank(0).generation(1))
+                    .with(fault(At::Step(1), Act::Claim(2)).rank(0).generation(2))
+                    .with(fault(At::Step(1), Act::Claim(12)).rank(0).generation(3)),
+                3,
+            )
+            .await;
+        }),
+        trial("lies_do_not_renew_the_budget", || {
+            // Each generation claims one step more than the one before it.
+            let lies = (1..=8).map(|g| fault(At::Step(1), Act::Claim(g)).rank(0).generation(g));
+            let script = lies.fold(Script::quick(), Script::with);
+            fails(script, ErrorKind::Internal, 3, &["says that step 1 is committed, and its parameter store is at step 0"])
+        }),
+        trial("a_worker_whose_heartbeat_is_a_lie", || async {
+            survives(
+                Script::quick()
+                    .with(fault(At::Step(3), Act::Pretend(9)).rank(1).generation(1))
+                    .with(fault(At::Step(4), Act::Pretend(13)).rank(0).generation(2)),
+                2,
+            )
+            .await;
+        }),
+        trial("a_preparation_that_hangs_is_noticed", || async {
+            // It sends heartbeats for ever.
+            let mut bench = Bench::new(1, Script::quick().with(fault(At::Prepare, Act::Linger)));
+            bench.settings.supervision.prepare_timeout_seconds = 1.0;
+            bench.settings.supervision.restart_budget = 1;
+            let mut client = bench.up().await;
+            let id = client.submit(bench.job("victim", 12, "")).await.unwrap().id;
+            let job = wait_state(&mut client, &id, JobState::Failed).await;
+            assert!(job.restarts == 1 && job.message.contains("the preparing worker (cpu:0, pid "), "{}", job.message);
+            assert!(job.message.contains("told of no progress for"), "{}", job.message);
+            // Its devices are free again.
+            bench.script(&Script::quick());
+            let next = client.submit(bench.job("next", 3, "")).await.unwrap().id;
+            wait_state(&mut client, &next, JobState::Succeeded).await;
+            bench.end().await;
         }),
         trial("a_program_that_cannot_be_started", || async {
             let mut bench = Bench::new(1, Script::quick());

@@ -8,7 +8,7 @@ use ramtorch_worker::{
     Assignment, Command, Control, EngineError, ErrorKind, EvalResult, Exported, Generated, Inspected, Level, Plan, PlanRequest, Prepared,
     RankTrace, StepMetrics, Task, TensorSummary, TrainOutcome,
 };
-use ramtorchd::supervisor::outside::Engine;
+use ramtorchd::supervisor::outside::{Contents, Engine};
 use ramtorchd::worker;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -70,6 +70,8 @@ pub enum Act {
     Linger,
     /// Says that this step is committed, and does nothing more.
     Claim(u64),
+    /// Says that it works on this step, and does nothing more.
+    Pretend(u64),
 }
 
 impl Script {
@@ -139,7 +141,7 @@ fn act(act: &Act) -> Result<(), EngineError> {
         Act::Panic => panic!("as the script says"),
         Act::Fail(kind) => return Err(EngineError::new(*kind, format!("{kind:?} as the script says"))),
         Act::Cuda(code) => return Err(EngineError::internal(format!("status {code} as the script says")).with_device_code(*code)),
-        Act::Linger | Act::Claim(_) => loop {
+        Act::Linger | Act::Claim(_) | Act::Pretend(_) => loop {
             std::thread::sleep(Duration::from_secs(60));
         },
     }
@@ -160,6 +162,9 @@ impl Worker<'_> {
             if here {
                 if let Act::Claim(step) = fault.act {
                     self.control.metrics(&metrics(step), &format!("{{\"step\":{step}}}"));
+                }
+                if let Act::Pretend(step) = fault.act {
+                    self.control.heartbeat(step, "computing");
                 }
                 act(&fault.act)?;
             }
@@ -323,8 +328,14 @@ impl Worker<'_> {
     fn commands(&self, checkpoints: Option<&Path>, step: u64, newest: &mut Option<PathBuf>) -> Result<bool, EngineError> {
         while let Some(command) = self.control.command() {
             match command {
-                Command::Stop { .. } => {
+                Command::Stop { checkpoint } => {
                     self.fault(At::Stop)?;
+                    if let (true, Some(path), 0) = (checkpoint, checkpoints, self.assignment.rank) {
+                        let folder = path.join(format!("step-{step}"));
+                        std::fs::create_dir_all(&folder).map_err(EngineError::internal)?;
+                        self.control.checkpoint(&folder, step, 0, None);
+                        *newest = Some(folder);
+                    }
                     return Ok(true);
                 }
                 Command::Checkpoint { request } if self.assignment.rank == 0 => {
@@ -408,5 +419,9 @@ impl Engine for FakeEngine {
         let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR;
         let fd = shm_open(name, flags, Mode::S_IRUSR | Mode::S_IWUSR).map_err(EngineError::internal)?;
         nix::unistd::ftruncate(&fd, plan.segment_bytes as i64).map_err(EngineError::internal)
+    }
+
+    fn contents(&self, name: &str) -> Contents {
+        Segment::open(name).and_then(|s| s.get(0)).map_or(Contents::Unknown, Contents::Step)
     }
 }

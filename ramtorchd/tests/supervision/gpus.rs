@@ -37,6 +37,17 @@ pub fn trials() -> Vec<Trial> {
             wait_state(&mut client, &id, JobState::Cancelled).await;
             bench.end().await;
         }),
+        trial("memory_that_a_killed_gang_has_not_given_back_yet_is_waited_for", || async {
+            // The first gang is killed; the second finds the memory of the GPU taken, and the third does not any more.
+            let script = Script::quick()
+                .with(fault(At::Step(5), Act::Signal(9)).rank(1).generation(1))
+                .with(fault(At::Load, Act::Cuda(2)).generation(2));
+            let (bench, mut client) = Bench::start(2, script).await;
+            let id = client.submit(bench.job("one", 12, "")).await.unwrap().id;
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts), (12, 2), "{}", job.message);
+            bench.end().await;
+        }),
         trial("a_gpu_error_that_would_come_again_ends_the_job", || async {
             let (bench, mut client) = Bench::start(1, Script::quick().with(fault(At::Load, Act::Cuda(2)))).await;
             let id = client.submit(bench.job("one", 12, "")).await.unwrap().id;

@@ -6,7 +6,9 @@ use crate::trial;
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use ramtorch_client::Client;
 use ramtorch_client::v1::JobState;
+use ramtorch_store::Registry;
 use ramtorchd::daemon::StartError;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -43,6 +45,22 @@ impl Drop for Apart {
     }
 }
 
+/// What rank 0, and the preparation before it, have printed.
+async fn log(client: &mut Client, id: &str) -> String {
+    let request = ramtorch_client::v1::LogsRequest { id: id.into(), rank: Some(0), ..Default::default() };
+    let mut logs = client.logs(request).await.unwrap();
+    let mut text = String::new();
+    while let Some(chunk) = logs.next().await.unwrap() {
+        text.push_str(&String::from_utf8_lossy(&chunk.data));
+    }
+    text
+}
+
+/// How often the job was prepared.
+async fn prepared(client: &mut Client, id: &str) -> usize {
+    log(client, id).await.matches("prepare ").count()
+}
+
 async fn until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + LIMIT;
     while !done() {
@@ -69,12 +87,7 @@ pub fn trials() -> Vec<Trial> {
             assert!(after.step >= 20 && after.workers.iter().all(|w| !workers.contains(&w.pid)), "{after:?}");
             let job = wait_state(&mut client, &id, JobState::Succeeded).await;
             assert_eq!((job.step, job.restarts), (150, 0));
-            let logs = client.logs(ramtorch_client::v1::LogsRequest { id: id.clone(), rank: Some(0), ..Default::default() }).await;
-            let mut logs = logs.unwrap();
-            let mut text = String::new();
-            while let Some(chunk) = logs.next().await.unwrap() {
-                text.push_str(&String::from_utf8_lossy(&chunk.data));
-            }
+            let text = log(&mut client, &id).await;
             assert_eq!(text.matches("prepare ").count(), 1, "nothing is prepared again: {text}");
             let resumed: Vec<&str> = text.lines().filter(|l| l.contains("attached at step")).collect();
             assert!(resumed.len() == 2 && !resumed[1].ends_with("step 0"), "{resumed:?}");
@@ -96,20 +109,52 @@ pub fn trials() -> Vec<Trial> {
             assert_eq!(job.step, 30);
             bench.end().await;
         }),
-        trial("sigterm_requeues_and_leaves_nothing", || async {
+        trial("sigterm_requeues_and_loses_nothing", || async {
+            // The job writes no checkpoints: only its segment has its steps.
             let mut bench = Bench::new(2, Script { step_ms: 20, ..Script::default() });
             let mut apart = Apart::start(&bench, 2, &[]).await;
             let mut client = bench.client().await;
             let id = client.submit(bench.job("one", 60, "")).await.unwrap().id;
-            wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
+            let before = wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
             let start = Instant::now();
             apart.signal(Signal::SIGTERM);
             assert!(apart.wait().success());
             assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
-            bench.assert_clean();
+            bench.assert_kept(1);
             let mut client = bench.up().await;
+            let after = wait_for(&mut client, &id, "going on", |j| j.state() == JobState::Running).await;
+            assert!(after.step >= before.step && after.segment == before.segment, "{after:?}");
             let job = wait_state(&mut client, &id, JobState::Succeeded).await;
             assert_eq!(job.step, 60);
+            assert_eq!(prepared(&mut client, &id).await, 1, "nothing is prepared again");
+            bench.end().await;
+        }),
+        trial("sigterm_leaves_nothing_of_a_job_whose_last_step_is_saved", || async {
+            // Its workers write a checkpoint when they are told to; nothing of the segment is worth its memory then.
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let mut apart = Apart::start(&bench, 1, &[]).await;
+            let mut client = bench.client().await;
+            let id = client.submit(bench.job("one", 100_000, "[checkpoint]\npath = \"c\"\n")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
+            apart.signal(Signal::SIGTERM);
+            assert!(apart.wait().success());
+            bench.assert_clean();
+            let mut client = bench.up().await;
+            wait_for(&mut client, &id, "a new start", |j| j.state() == JobState::Running).await;
+            assert_eq!(prepared(&mut client, &id).await, 2);
+            bench.end().await;
+        }),
+        trial("sigterm_leaves_nothing_where_nothing_is_to_be_kept", || async {
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let mut apart = Apart::start(&bench, 1, &["never"]).await;
+            let mut client = bench.client().await;
+            let id = client.submit(bench.job("one", 60, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
+            apart.signal(Signal::SIGTERM);
+            assert!(apart.wait().success());
+            bench.assert_clean();
+            let mut client = bench.up().await;
+            wait_state(&mut client, &id, JobState::Succeeded).await;
             bench.end().await;
         }),
         trial("a_stop_that_keeps_segments_is_gone_on_from", || async {
@@ -184,16 +229,96 @@ pub fn trials() -> Vec<Trial> {
             wait_state(&mut client, &id, JobState::Succeeded).await;
             bench.end().await;
         }),
+        trial("a_segment_of_another_version_waits_for_a_program_that_knows_it", || async {
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let mut apart = Apart::start(&bench, 1, &[]).await;
+            let mut client = bench.client().await;
+            let id = client.submit(bench.job("one", 60, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
+            apart.signal(Signal::SIGKILL);
+            apart.wait();
+            until("the workers have died with it", || bench.workers().is_empty()).await;
+            let segment = std::path::Path::new("/dev/shm").join(&bench.segments()[0]);
+            let mine = std::fs::read(&segment).unwrap();
+            let mut other = mine.clone();
+            other[..16].copy_from_slice(&[*b"RAMTORCH", 99u64.to_le_bytes()].concat());
+            std::fs::write(&segment, &other).unwrap();
+            for _ in 0..2 {
+                // Neither a start nor a stop touches it, and others run meanwhile.
+                let mut client = bench.up().await;
+                let job = client.get(&id).await.unwrap();
+                assert_eq!(job.state(), JobState::Queued, "{}", job.message);
+                for word in ["version 99", "start the ramtorchd that made it", "cancel the job"] {
+                    assert!(job.message.contains(word), "{word:?} is not in: {}", job.message);
+                }
+                let narrow = client.submit(bench.job("narrow", 3, "")).await.unwrap().id;
+                wait_state(&mut client, &narrow, JobState::Succeeded).await;
+                bench.down().await;
+                bench.assert_kept(1);
+                assert!(std::fs::read(&segment).unwrap() == other, "nobody wrote to it");
+            }
+            // The program that made it comes back.
+            std::fs::write(&segment, &mine).unwrap();
+            let mut client = bench.up().await;
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, prepared(&mut client, &id).await), (60, 1));
+            bench.end().await;
+        }),
+        trial("what_outlived_a_daemon_is_ended_and_nobody_else", || async {
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let mut apart = Apart::start(&bench, 1, &[]).await;
+            let mut client = bench.client().await;
+            let id = client.submit(bench.job("one", 60, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
+            apart.signal(Signal::SIGKILL);
+            apart.wait();
+            until("the workers have died with it", || bench.workers().is_empty()).await;
+            let path = bench.settings.state_dir.join("jobs").join(&id).join("job.json");
+            // A process that has the pid of a worker, and one that is a worker: known by when it was started.
+            let mut sleepers: Vec<Child> = (0..2).map(|_| Command::new("sleep").arg("600").spawn().unwrap()).collect();
+            let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            let boot_id = record["segment"]["boot_id"].as_str().unwrap().to_owned();
+            let workers = sleepers.iter().zip([1, 0]).map(|(sleeper, earlier)| {
+                let stat = std::fs::read_to_string(format!("/proc/{}/stat", sleeper.id())).unwrap();
+                let started: u64 = stat.split_whitespace().nth(21).unwrap().parse().unwrap();
+                let identity = serde_json::json!({ "pid": sleeper.id(), "start_ticks": started - earlier, "boot_id": boot_id });
+                serde_json::json!({ "identity": identity, "device": "cpu:0" })
+            });
+            record["workers"] = workers.collect();
+            std::fs::write(&path, record.to_string()).unwrap();
+            let mut client = bench.up().await;
+            assert_eq!(sleepers[0].try_wait().unwrap(), None, "an innocent process");
+            assert_eq!(std::os::unix::process::ExitStatusExt::signal(&sleepers[1].wait().unwrap()), Some(9));
+            sleepers[0].kill().unwrap();
+            sleepers[0].wait().unwrap();
+            wait_state(&mut client, &id, JobState::Succeeded).await;
+            bench.end().await;
+        }),
         trial("stale_sockets_and_damaged_records_are_no_obstacle", || async {
             let mut bench = Bench::new(1, Script::quick());
             drop(std::os::unix::net::UnixListener::bind(&bench.settings.socket).unwrap());
             let damaged = bench.settings.state_dir.join("jobs/damaged");
             std::fs::create_dir_all(&damaged).unwrap();
             std::fs::write(damaged.join("job.json"), "{\"version\":1").unwrap();
+            // Its segment is the only copy of what it has trained; another one has no job at all.
+            let registry = Registry::open(bench.settings.state_dir.join("segments")).unwrap();
+            let name = |job: &str| format!("ramtorch-{job}-1.{}", std::process::id());
+            for job in ["damaged", "forgotten"] {
+                registry.register(&name(job), job, 1, 4).unwrap();
+                std::fs::write(std::path::Path::new("/dev/shm").join(name(job)), job).unwrap();
+            }
+            let there = |job: &str| std::path::Path::new("/dev/shm").join(name(job)).exists();
             let mut client = bench.up().await;
             assert!(client.list(true).await.unwrap().is_empty());
+            assert_eq!((there("damaged"), there("forgotten")), (true, false));
             bench.down().await;
             assert!(damaged.join("job.json").exists(), "what is not understood is left alone");
+            assert!(there("damaged") && registry.list().unwrap().len() == 1, "and its segment with it");
+            // Given up by its user, as the log says.
+            std::fs::remove_dir_all(&damaged).unwrap();
+            bench.up().await;
+            bench.down().await;
+            assert!(!there("damaged") && registry.list().unwrap().is_empty());
             // A file that is no socket is not replaced.
             std::fs::write(&bench.settings.socket, "mine").unwrap();
             assert!(matches!(bench.try_up().await, Err(StartError::Socket(_))));

@@ -100,9 +100,16 @@ pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<(), ModelError> 
     sync_folder(parent(path))
 }
 
-/// Create a folder and those above it.
-pub(crate) fn create_folder(path: &Path) -> Result<(), ModelError> {
+/// Create a folder that will be renamed: its final name becomes durable with [`sync_folder`] then.
+pub(crate) fn create_temporary_folder(path: &Path) -> Result<(), ModelError> {
     step().and_then(|()| std::fs::create_dir_all(path)).map_err(|e| ModelError::write(path, e))
+}
+
+/// Create a folder and those above it, durably: what is in it later is found only where its own name is.
+pub(crate) fn create_folder(path: &Path) -> Result<(), ModelError> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
+    step().and_then(|()| std::fs::create_dir_all(path)).map_err(|e| ModelError::write(path, e))?;
+    missing.into_iter().rev().try_for_each(|made| sync_folder(parent(made)))
 }
 
 /// Could `folder` be created and written to? Tried out in the nearest folder above it that is there; nothing is left.

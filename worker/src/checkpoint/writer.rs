@@ -152,6 +152,11 @@ impl<'a> Checkpoints<'a> {
         self.lock().announced += 1;
     }
 
+    /// Whether one was announced and has not ended.
+    pub fn under_way(&self) -> bool {
+        self.lock().announced > 0
+    }
+
     /// Begins one that was announced. To be called when its step is committed and no page is beyond it, by every rank in the
     /// same order. Returns once the step's state is held; waits for the checkpoint before it.
     ///

@@ -21,6 +21,13 @@ use ramtorch_trace::{Kind, Label, Row};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
+// Phases of a step, by themselves and while a checkpoint is written: what a slow disk holds up says nothing of how long a phase
+// takes.
+const COMPUTING: [&str; 2] = ["computing", "computing beside a checkpoint"];
+const REDUCING: [&str; 2] = ["reducing", "reducing beside a checkpoint"];
+const OPTIMIZING: [&str; 2] = ["optimizing", "optimizing beside a checkpoint"];
+const VALIDATING: [&str; 2] = ["validating", "validating beside a checkpoint"];
+
 /// The step loop's state.
 pub(super) struct Loop<'a> {
     pub(super) rank: &'a Rank<'a>,
@@ -169,7 +176,7 @@ impl Loop<'_> {
             hit(Point::StepAnnounced);
             let checkpoint_due = self.checkpoint_due(step) || wishes.checkpoint > 0 || std::mem::take(&mut self.owed);
             let validation_due = self.validation_due(step);
-            r.control.heartbeat(step, "optimizing");
+            self.tell(step, OPTIMIZING);
             let stop = wishes.stop && step < steps;
             let checkpoint = (checkpoint_due || (stop && wishes.checkpoint_then_stop)).then_some(wishes.checkpoint);
             if checkpoint.is_some() {
@@ -216,6 +223,11 @@ impl Loop<'_> {
         self.tracing.committed(c.numbers.step, self.rank.control);
     }
 
+    /// Where this rank is.
+    fn tell(&self, step: u64, phase: [&'static str; 2]) {
+        self.rank.control.heartbeat(step, phase[usize::from(self.checkpoints.under_way())]);
+    }
+
     /// Takes the commands that came; what this rank says of them to the others.
     fn listen(&mut self, wishes: &mut Wishes) -> [f64; 2] {
         while let Some(c) = self.rank.control.command() {
@@ -241,7 +253,7 @@ impl Loop<'_> {
     ) -> Result<(StepNumbers, EarlyDone), EngineError> {
         let r = self.rank;
         let (spec, plan) = (r.spec, &r.plan);
-        r.control.heartbeat(step, "computing");
+        self.tell(step, COMPUTING);
         let batch = spec.train.batch_size as u64;
         let first = (step - 1) * batch;
         let all: Vec<u64> = (0..batch).map(|j| self.order.sequence_index(first + j)).collect();
@@ -285,14 +297,14 @@ impl Loop<'_> {
         drop(span);
         if r.comm.world() > 1 {
             // From here on it may be another rank that this one waits for.
-            r.control.heartbeat(step, "reducing");
+            self.tell(step, REDUCING);
         }
         // All is enqueued: gradients are squared as they come, while the backward pass works on the next ones.
         let by_host = if watch.early || watch.by_host { watch.finish(&self.session)? } else { None };
         let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the losses"));
         let loss = self.session.sum_losses(&batches)?;
         drop(span);
-        r.control.heartbeat(step, "reducing");
+        self.tell(step, REDUCING);
         let span = r.recorder.scope(Row::Loop, Label::blocked("wait for the gradients"));
         self.session.finish_gradients()?;
         drop(span);
@@ -360,7 +372,7 @@ impl Loop<'_> {
     /// Mean loss over the validation sequences, with the weights of step `step`; the same on every rank.
     pub(super) fn validate(&mut self, step: u64) -> Result<f64, EngineError> {
         let r = self.rank;
-        r.control.heartbeat(step, "validating");
+        self.tell(step, VALIDATING);
         let limit = r.spec.train.validation_sequences as u64;
         let n = if limit > 0 { limit.min(r.prepared.validation_sequences) } else { r.prepared.validation_sequences };
         let all: Vec<u64> = (0..n).collect();

@@ -176,6 +176,19 @@ fn a_full_disk_leaves_the_checkpoint_before() {
 }
 
 #[test]
+fn new_folders_have_durable_names() {
+    let folder = empty_folder();
+    let made = |changes: u64| {
+        faults::plan(None);
+        crate::durable::create_folder(&folder.path().join("a/b")).unwrap();
+        assert_eq!(faults::count(), changes);
+    };
+    // Both folders in one change, and the folders that name them.
+    made(3);
+    made(1);
+}
+
+#[test]
 fn older_checkpoints_go_and_damaged_ones_do_not_count() {
     let folder = empty_folder();
     for step in 1..=4 {

@@ -72,7 +72,7 @@ impl CheckpointWriter {
         clean(root)?;
         let step = files.step();
         let partial = root.join(format!("{}{PARTIAL}", folder_name(step)));
-        durable::create_folder(&partial)?;
+        durable::create_temporary_folder(&partial)?;
         let writer = identity();
         let files = files.clone();
         let this = CheckpointWriter { root: root.to_owned(), partial, files, step, writer, lock: Some(lock), committed: false };

@@ -110,7 +110,7 @@ fn claim(partial: &Path) -> Result<FolderLock, ModelError> {
         drop(FolderLock::take(partial)?.ok_or_else(busy)?);
         durable::remove_folder(partial)?;
     }
-    durable::create_folder(partial)?;
+    durable::create_temporary_folder(partial)?;
     FolderLock::take(partial)?.ok_or_else(busy)
 }
 
