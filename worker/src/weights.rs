@@ -194,7 +194,8 @@ impl WeightCache {
     pub fn await_published(&self, dev: &dyn Device, params: std::ops::Range<u64>, step: u64) -> Result<(), EngineError> {
         let behind = |p: &PageId| {
             let at = self.store.entry(*p).step;
-            !(at <= step && step - at <= self.store.layout().may_lag(*p)) && !self.is_kept(*p, step)
+            let as_far = at <= step && step - at <= self.store.layout().may_lag(*p);
+            !as_far && !self.is_kept(*p, step)
         };
         let mut waiting = None;
         for page in self.store.layout().pages_of(params).filter(behind) {

@@ -263,7 +263,7 @@ impl Rank<'_> {
                         self.comm.abort(); // the step loop may be waiting for pages that will not come
                     }
                     let due = checkpoint.and_then(|request| Some(Due::of(&result.as_ref().ok()?.numbers, request)));
-                    if done.send(result.map(Answer::Committed)).is_err() {
+                    if done.send(result.map(|c| Answer::Committed(Box::new(c)))).is_err() {
                         return;
                     }
                     // Before the next job, which would overwrite what belongs to this step.

@@ -51,7 +51,7 @@ pub(super) struct Tools {
 /// What the optimizer's thread answers.
 pub(super) enum Answer {
     Early(EarlyDone),
-    Committed(Committed),
+    Committed(Box<Committed>),
 }
 
 pub(super) struct Committed {
@@ -141,7 +141,7 @@ pub(super) fn gone() -> EngineError {
 /// The commit that the optimizer's thread answers next.
 pub(super) fn commit_of(from_optimizer: &mpsc::Receiver<Result<Answer, EngineError>>) -> Result<Committed, EngineError> {
     match from_optimizer.recv().map_err(|_| gone())?? {
-        Answer::Committed(c) => Ok(c),
+        Answer::Committed(c) => Ok(*c),
         Answer::Early(_) => Err(EngineError::internal("early pages in place of a commit")),
     }
 }
