@@ -6,7 +6,8 @@
 //! The seed decides who gets which signal after which pause; the machine decides what they were doing then.
 //! `RAMTORCH_CHAOS_STEPS` is the length of each run, `RAMTORCH_CHAOS_DEVICES` what it runs on (`cpu:2`; `cuda:0`, say, on a machine
 //! that has one), `RAMTORCH_CHAOS_PATIENCE` the seconds that a recovery may take before the next death comes in any case, and
-//! `RAMTORCH_CHAOS_SUMMARY` a file for the summary. With `RAMTORCH_CHAOS_EARLY=1` pages are updated beside the backward pass.
+//! `RAMTORCH_CHAOS_SUMMARY` a file for the summary. With `RAMTORCH_CHAOS_EARLY=1` pages are updated beside the backward
+//! pass; with `RAMTORCH_CHAOS_HELD=N` state is held on the devices and written back at every N-th step.
 #![allow(clippy::unwrap_used)]
 
 use nix::sys::signal::{Signal, kill};
@@ -151,7 +152,14 @@ fn random_deaths_leave_no_trace() {
     if setting("RAMTORCH_CHAOS_EARLY", 0) > 0 {
         job = job.set("optimizer.clip_norm", 0.0).set("optimizer.early_updates", true);
     }
+    let held = setting("RAMTORCH_CHAOS_HELD", 0);
+    if held > 0 {
+        job = job.set("train.precision", "bf16").set("train.gather_weights", true);
+    }
     let whole = Outcome::undisturbed_on(&job, &devices);
+    if held > 0 {
+        job = job.set("train.held_state_gib", 1).set("train.write_back_steps", held);
+    }
     let (mut random, mut tally, mut runs) = (Random(seed), Tally::default(), 0);
     let begun = Instant::now();
     while tally.kills < kills {
