@@ -4,6 +4,7 @@ use crate::sandbox::Sandbox;
 use crate::{Daemon, Fixture, JobFile, MetricsLine, StepBits, Tensor, assert_same_tensors, bits, read_metrics, read_tensors};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use ramtorch_failpoint::{MARKS_VARIABLE, VARIABLE};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -213,6 +214,38 @@ fn is_stopped(pid: i32) -> bool {
     // The state is behind the name, which may have brackets in it.
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+}
+
+/// All text in files below `folder`.
+fn text_below(folder: &Path) -> String {
+    let mut text = String::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        text += &if path.is_dir() { text_below(&path) } else { String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into() };
+    }
+    text
+}
+
+/// Runs a job on two CPU devices into fail points, all of which have to fire, until it has succeeded. Where it ran, and what its record,
+/// logs and end tell.
+#[track_caller]
+pub fn run_into(what: &str, job: &JobFile, entries: &[&str]) -> (Sandbox, String) {
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).expect("a folder of a sandbox");
+    let armed = entries.join(";");
+    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().expect("a path of a sandbox"))]);
+    let id = daemon.submit(job);
+    let begun = std::time::Instant::now();
+    let end = daemon.wait(&id, Duration::from_secs(150), |_| {});
+    let told = text_below(&sandbox.path(&format!("state/jobs/{id}"))) + &end.to_string();
+    eprintln!("{what}: job {id}, {} lives, {:.1} s", daemon.lives, begun.elapsed().as_secs_f64());
+    assert_eq!(end["state"], "succeeded", "{what}: after {:?}: {end:#}", names(&marks));
+    daemon.stop();
+    let fired = names(&marks);
+    let wanted: usize = entries.iter().map(|e| e.split(',').count()).sum();
+    assert_eq!(fired.len(), wanted, "{what}: only {fired:?} of {entries:?} were reached");
+    (sandbox, told)
 }
 
 /// Names in a folder, sorted; none where it is not there.

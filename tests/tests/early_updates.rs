@@ -5,15 +5,12 @@
 //! pages wait until the norm is known.
 #![allow(clippy::unwrap_used)]
 
-use ramtorch_failpoint::{MARKS_VARIABLE, VARIABLE};
-use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names};
+use ramtorch_tests::disturbed::{Outcome, everything, run_into};
 use ramtorch_tests::{Fixture, JobFile, Sandbox, losses, read_metrics};
 use std::path::Path;
 use std::sync::OnceLock;
-use std::time::Duration;
 
 const STEPS: usize = 16;
-const LIMIT: Duration = Duration::from_secs(150);
 const NEVER_REACHED: f64 = 1e9;
 /// Of a device: too few for all weights.
 const SMALL: u64 = 310_000;
@@ -52,35 +49,11 @@ fn undisturbed(kind: Kind) -> &'static Outcome {
     WHOLE[kind as usize].get_or_init(|| Outcome::undisturbed(&late(&job(kind))))
 }
 
-/// All text in files below `folder`.
-fn text_below(folder: &Path) -> String {
-    let mut text = String::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        text += &if path.is_dir() { text_below(&path) } else { String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into() };
-    }
-    text
-}
-
 /// Runs into what is armed; returns what its events tell.
 #[track_caller]
 fn survives(what: &str, kind: Kind, entries: &[&str]) -> String {
     let what = format!("{what} ({kind:?})");
-    let sandbox = Sandbox::new();
-    let marks = sandbox.path("marks");
-    std::fs::create_dir(&marks).unwrap();
-    let armed = entries.join(";");
-    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
-    let id = daemon.submit(&job(kind));
-    let begun = std::time::Instant::now();
-    let end = daemon.wait(&id, LIMIT, |_| {});
-    let told = text_below(&sandbox.path(&format!("state/jobs/{id}"))) + &end.to_string();
-    eprintln!("{what}: job {id}, {} lives, {:.1} s", daemon.lives, begun.elapsed().as_secs_f64());
-    assert_eq!(end["state"], "succeeded", "{what}: after {:?}: {end:#}", names(&marks));
-    daemon.stop();
-    let fired = names(&marks);
-    let wanted: usize = entries.iter().map(|e| e.split(',').count()).sum();
-    assert_eq!(fired.len(), wanted, "{what}: only {fired:?} of {entries:?} were reached");
+    let (sandbox, told) = run_into(&what, &job(kind), entries);
     assert!(told.contains("the processor updates pages beside the backward pass"), "{what}: the plan");
     assert_eq!(told.contains("are streamed through"), kind == Kind::Streamed, "{what}: the plan");
     let first = |path: &Path| read_metrics(path)[0].initial_validation_loss.map(f64::to_bits);

@@ -2,15 +2,11 @@
 //! death, which takes with it what was not written back, leaves a run that cannot be told from an undisturbed one.
 #![allow(clippy::unwrap_used)]
 
-use ramtorch_failpoint::{MARKS_VARIABLE, VARIABLE};
-use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names};
-use ramtorch_tests::{Fixture, JobFile, Sandbox};
-use std::path::Path;
+use ramtorch_tests::disturbed::{Outcome, everything, run_into};
+use ramtorch_tests::{Fixture, JobFile};
 use std::sync::OnceLock;
-use std::time::Duration;
 
 const STEPS: usize = 16;
-const LIMIT: Duration = Duration::from_secs(150);
 
 /// The jobs, and what is special about each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,33 +48,11 @@ fn undisturbed(kind: Kind) -> &'static Outcome {
     WHOLE[kind as usize].get_or_init(|| Outcome::undisturbed(&plain(kind)))
 }
 
-/// All text in files below `folder`.
-fn text_below(folder: &Path) -> String {
-    let mut text = String::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        text += &if path.is_dir() { text_below(&path) } else { String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into() };
-    }
-    text
-}
-
 /// Runs into what is armed; returns what its events tell.
 #[track_caller]
 fn survives(what: &str, kind: Kind, entries: &[&str]) -> String {
     let what = format!("{what} ({kind:?})");
-    let sandbox = Sandbox::new();
-    let marks = sandbox.path("marks");
-    std::fs::create_dir(&marks).unwrap();
-    let armed = entries.join(";");
-    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().unwrap())]);
-    let id = daemon.submit(&held(kind));
-    let end = daemon.wait(&id, LIMIT, |_| {});
-    let told = text_below(&sandbox.path(&format!("state/jobs/{id}"))) + &end.to_string();
-    assert_eq!(end["state"], "succeeded", "{what}: after {:?}: {end:#}", names(&marks));
-    daemon.stop();
-    let fired = names(&marks);
-    let wanted: usize = entries.iter().map(|e| e.split(',').count()).sum();
-    assert_eq!(fired.len(), wanted, "{what}: only {fired:?} of {entries:?} were reached");
+    let (sandbox, told) = run_into(&what, &held(kind), entries);
     assert!(told.contains("stays on the device too") || told.contains("stay on the device too"), "{what}: the plan holds no page");
     assert!(told.contains("keep the gradients of the steps since"), "{what}: the plan has no log");
     Outcome::read(&sandbox).assert_same(undisturbed(kind), &what);
