@@ -443,3 +443,185 @@ extern "C" __global__ void __launch_bounds__(256) attention_decode(Attention a, 
   if (threadIdx.x < a.head_dim)
     out[(((u64)b * a.seq + t) * a.heads + head) * a.head_dim + threadIdx.x] = from_float<real>(value / total);
 }
+
+// The same where heads are multiples of VEC elements and 16-byte aligned. Keys are cut into parts at multiples of SPLIT, each of
+// which is a block's work, with up to G query heads that share a key head: what is read of it serves them all. The places of the
+// cuts, and so the order of all additions, depend on the text's own position alone.
+#define SPLIT 128
+#define PACKS_A_HEAD (32 * CHUNKS / VEC)
+#define LANES (PACKS_A_HEAD > 16 ? 32 : PACKS_A_HEAD > 8 ? 16 : PACKS_A_HEAD > 4 ? 8 : 4)  // that share a key
+#define PACKS ((PACKS_A_HEAD + LANES - 1) / LANES)                                         // of a lane
+#define KEYS (32 / LANES)                                                                  // of a warp, side by side
+#define AHEAD 4                                                                            // keys a lane reads at once
+
+// Larger of two maxima, as something that can be subtracted: nothing seen yet is -infinity.
+DEVICE float shift_of(float a, float b) {
+  float most = fmaxf(a, b);
+  return most == -INFINITE ? 0.0f : most;
+}
+
+// Grid: key heads times parts of their query heads, parts of the keys, sequences times new tokens; 256 threads. Where the keys of
+// a query lie in one part, `out` receives the result, otherwise `partial` a maximum, a sum and head_dim weighted sums.
+template <int G> DEVICE void decode_part(const Attention& a, real* out, float* partial) {
+  __shared__ float tops[8][G], sums[8][G], values[8][32 * CHUNKS];
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = lane % LANES, own = lane / LANES;
+  int group = a.heads / a.kv_heads, subgroups = (group + G - 1) / G, kv = blockIdx.x / subgroups;
+  int head0 = kv * group + blockIdx.x % subgroups * G, heads = min(G, (kv + 1) * group - head0);
+  int b = blockIdx.z / a.seq, t = blockIdx.z % a.seq, past = a.past[b], position = past + t, first = first_key(a, b, t, past);
+  int begin = max(first, (int)blockIdx.y * SPLIT), end = min(position + 1, ((int)blockIdx.y + 1) * SPLIT);
+  if (begin >= end) return;  // the whole block
+  const real* q = a.q + b * a.q_sequence + t * a.q_row + (u64)head0 * a.head_dim;
+  const real* k = a.k + b * a.k_sequence + (u64)kv * a.head_dim;
+  const real* v = a.v + b * a.k_sequence + (u64)kv * a.head_dim;
+  float query[G][PACKS][VEC], o[G][PACKS][VEC], top[G], sum[G];
+#pragma unroll
+  for (int g = 0; g < G; g++) {
+    top[g] = -INFINITE;
+    sum[g] = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+      int c = (p * LANES + place) * VEC;
+      bool there = g < heads && c < a.head_dim;
+      if (there) load<real, VEC>(q + g * a.head_dim + c, query[g][p]);
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+        query[g][p][i] = there ? query[g][p][i] * a.scale : 0.0f;
+        o[g][p][i] = 0.0f;
+      }
+    }
+  }
+  for (int base = begin; base < end; base += 8 * KEYS * AHEAD) {
+    int key0 = base + warp * KEYS * AHEAD + own;
+    float s[AHEAD][G];
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+      int key = key0 + u * KEYS;
+#pragma unroll
+      for (int g = 0; g < G; g++) s[u][g] = 0.0f;
+#pragma unroll
+      for (int p = 0; p < PACKS; p++) {
+        int c = (p * LANES + place) * VEC;
+        if (key >= end || c >= a.head_dim) continue;
+        float x[VEC];
+        load<real, VEC>(k + key * a.k_row + c, x);
+#pragma unroll
+        for (int g = 0; g < G; g++)
+#pragma unroll
+          for (int i = 0; i < VEC; i++) s[u][g] += query[g][p][i] * x[i];
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      float most = top[g];
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+#pragma unroll
+        for (int n = LANES / 2; n; n >>= 1) s[u][g] += __shfl_xor_sync(0xffffffffu, s[u][g], n);
+        if (key0 + u * KEYS >= end) s[u][g] = -INFINITE;
+        most = fmaxf(most, s[u][g]);
+      }
+      float shift = shift_of(most, most), shrink = expf(top[g] - shift);
+      top[g] = most;
+      sum[g] *= shrink;
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) {
+        s[u][g] = expf(s[u][g] - shift);
+        sum[g] += s[u][g];
+      }
+#pragma unroll
+      for (int p = 0; p < PACKS; p++)
+#pragma unroll
+        for (int i = 0; i < VEC; i++) o[g][p][i] *= shrink;
+    }
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+      for (int p = 0; p < PACKS; p++) {
+        int key = key0 + u * KEYS, c = (p * LANES + place) * VEC;
+        if (key >= end || c >= a.head_dim) continue;
+        float x[VEC];
+        load<real, VEC>(v + key * a.k_row + c, x);
+#pragma unroll
+        for (int g = 0; g < G; g++)
+#pragma unroll
+          for (int i = 0; i < VEC; i++) o[g][p][i] += s[u][g] * x[i];
+      }
+  }
+  // Lanes of other keys, then warps, in order.
+#pragma unroll
+  for (int n = LANES; n < 32; n <<= 1)
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      float other = __shfl_xor_sync(0xffffffffu, top[g], n), more = __shfl_xor_sync(0xffffffffu, sum[g], n);
+      float shift = shift_of(top[g], other), here = expf(top[g] - shift), there = expf(other - shift);
+      top[g] = fmaxf(top[g], other);
+      sum[g] = sum[g] * here + more * there;
+#pragma unroll
+      for (int p = 0; p < PACKS; p++)
+#pragma unroll
+        for (int i = 0; i < VEC; i++) o[g][p][i] = o[g][p][i] * here + __shfl_xor_sync(0xffffffffu, o[g][p][i], n) * there;
+    }
+  if (lane == 0) {
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      tops[warp][g] = top[g];
+      sums[warp][g] = sum[g];
+    }
+  }
+  bool whole = first / SPLIT == position / SPLIT;
+  u64 row = ((u64)b * a.seq + t) * a.heads + head0;
+#pragma unroll
+  for (int g = 0; g < G; g++) {
+    __syncthreads();
+    if (own == 0) {
+#pragma unroll
+      for (int p = 0; p < PACKS; p++)
+#pragma unroll
+        for (int i = 0; i < VEC; i++)
+          if ((p * LANES + place) * VEC < 32 * CHUNKS) values[warp][(p * LANES + place) * VEC + i] = o[g][p][i];
+    }
+    __syncthreads();
+    if (g >= heads) continue;
+    float most = -INFINITE, total = 0.0f;
+    for (int w = 0; w < 8; w++) most = fmaxf(most, tops[w][g]);
+    for (int w = 0; w < 8; w++) total += expf(tops[w][g] - most) * sums[w][g];
+    float* part = partial + ((row + g) * gridDim.y + blockIdx.y) * (u64)(a.head_dim + 2);
+    if (!whole && threadIdx.x == 0) {
+      part[0] = most;
+      part[1] = total;
+    }
+    for (int c = threadIdx.x; c < a.head_dim; c += 256) {
+      float value = 0.0f;
+      for (int w = 0; w < 8; w++) value += expf(tops[w][g] - most) * values[w][c];
+      if (whole)
+        out[(row + g) * a.head_dim + c] = from_float<real>(value / total);
+      else
+        part[2 + c] = value;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_part_1(Attention a, real* out, float* partial) {
+  decode_part<1>(a, out, partial);
+}
+extern "C" __global__ void __launch_bounds__(256) attention_part_4(Attention a, real* out, float* partial) {
+  decode_part<4>(a, out, partial);
+}
+
+// Joins the parts of queries whose keys lie in several. Grid: heads, new tokens, sequences.
+extern "C" __global__ void __launch_bounds__(256) attention_join(Attention a, real* out, const float* partial, int parts) {
+  int head = blockIdx.x, t = blockIdx.y, b = blockIdx.z, past = a.past[b], position = past + t;
+  int from = first_key(a, b, t, past) / SPLIT, to = position / SPLIT;
+  if (from == to) return;
+  u64 row = ((u64)b * a.seq + t) * a.heads + head;
+  int stride = a.head_dim + 2;
+  const float* part = partial + row * parts * stride;
+  float most = -INFINITE, total = 0.0f;
+  for (int s = from; s <= to; s++) most = fmaxf(most, part[(u64)s * stride]);
+  for (int s = from; s <= to; s++) total += expf(part[(u64)s * stride] - most) * part[(u64)s * stride + 1];
+  for (int c = threadIdx.x; c < a.head_dim; c += blockDim.x) {
+    float value = 0.0f;
+    for (int s = from; s <= to; s++) value += expf(part[(u64)s * stride] - most) * part[(u64)s * stride + 2 + c];
+    out[row * a.head_dim + c] = from_float<real>(value / total);
+  }
+}

@@ -7,7 +7,7 @@
 
 use crate::GpuInfo;
 use crate::cudnn::{self, Handle, Plan, Problem, Target, io};
-use crate::device::CudaDevice;
+use crate::device::{CudaDevice, PARTIALS_BYTES};
 use crate::driver::{Function, RawStream, cu};
 use crate::kernels::{self, Kernels, Launch, launch};
 use crate::ops::{address, check, int};
@@ -18,6 +18,8 @@ use std::collections::HashMap;
 const TILE: usize = 64;
 const CHUNK_BYTES: u32 = 64 * 33 * 4;
 const SCORES_BYTES: u32 = 64 * 65 * 4;
+/// `SPLIT` of attention.cu: keys of a block that works for single queries.
+const SPLIT: usize = 128;
 /// New tokens from which the tiled kernel beats the one for single queries.
 const TILED_FROM: usize = 8;
 /// Workspace of a deterministic backward pass above which fewer sequences are taken at a time.
@@ -418,6 +420,22 @@ pub(crate) fn cached(
         let grid = (s.new.div_ceil(TILE) as u32, s.heads as u32, s.batch as u32);
         let l = Launch { grid, block: (256, 1), shared: 2 * CHUNK_BYTES + SCORES_BYTES };
         return launch!(f, l, stream, "attention_cached"; p, out, none);
+    }
+    let parts = s.capacity.div_ceil(SPLIT);
+    let partial_bytes = (shape.rows() * s.heads * parts * (s.head_dim + 2)) as u64 * 4;
+    let aligned = d.width(&[qkv, keys, values], &[s.head_dim]) > 1;
+    if aligned && partial_bytes <= PARTIALS_BYTES && parts <= 65_535 && shape.rows() <= 65_535 {
+        let group = s.heads / s.kv_heads;
+        let (name, at_once) = if group == 1 { ("attention_part_1", 1) } else { ("attention_part_4", 4) };
+        let (f, partial) = (a.function(s.head_dim, name)?, d.partials.ptr);
+        let grid = ((s.kv_heads * group.div_ceil(at_once)) as u32, parts as u32, shape.rows() as u32);
+        launch!(f, Launch::new(grid, (256, 1)), stream, "attention_cached"; p, out, partial)?;
+        if parts == 1 {
+            return Ok(());
+        }
+        let f = a.function(s.head_dim, "attention_join")?;
+        let (l, parts) = (Launch::new((s.heads as u32, s.new as u32, s.batch as u32), (256, 1)), int(parts)?);
+        return launch!(f, l, stream, "attention_cached"; p, out, partial, parts);
     }
     let f = a.function(s.head_dim, "attention_decode")?;
     let l = Launch::new((s.heads as u32, s.new as u32, s.batch as u32), (256, 1));

@@ -107,6 +107,9 @@ const ATTENTION: File = File {
         "attention_backward_queries",
         "cache_append",
         "attention_decode",
+        "attention_part_1",
+        "attention_part_4",
+        "attention_join",
     ],
 };
 

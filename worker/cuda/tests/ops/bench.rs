@@ -86,6 +86,7 @@ pub fn run(filters: &[&String]) {
         let b = Bench { d, filters: filters.iter().map(|f| (*f).clone()).collect() };
         products(&b, x, y, w, g);
         attention(&b, x, y, z, stats, workspace);
+        decoding(&b, x, y, z, w);
         if !deterministic {
             elementwise(b, x, y, z, w, g, stats);
         }
@@ -130,6 +131,45 @@ fn flops(g: &Gemm) -> f64 {
 fn products(b: &Bench, x: DevBuf, y: DevBuf, w: DevBuf, g: DevBuf) {
     for (name, gemm) in layer_products(x, y, w, g) {
         b.measure(&name, flops(&gemm), 0.0, |d| d.gemm(&gemm));
+    }
+}
+
+/// A token of each of some texts, in the shapes of a 3B Llama. Weights come from another place each time: not from the L2 cache.
+fn decoding(b: &Bench, x: DevBuf, y: DevBuf, z: DevBuf, w: DevBuf) {
+    for m in [1, 8, 16, 32, 64] {
+        for (name, n, k) in [("qkv", 5120, 3072), ("out", 3072, 3072), ("gate and up", 16_384, 3072), ("down", 3072, 8192)] {
+            let (bytes, turn) = ((n * k * 2) as u64, std::cell::Cell::new(0));
+            b.measure(&format!("decode {name}, {m} rows"), 0.0, bytes as f64, |d| {
+                let at = turn.get();
+                turn.set(if at + 2 * bytes > w.bytes { 0 } else { at + bytes });
+                d.gemm(&Gemm {
+                    m,
+                    n,
+                    k,
+                    transpose_a: false,
+                    transpose_b: true,
+                    a: x,
+                    b: w.slice(at, bytes),
+                    d: y,
+                    d_dtype: Dtype::Bf16,
+                    accumulate: false,
+                    add: Some(y),
+                    bias: None,
+                })
+            });
+        }
+    }
+    for (batch, length) in [(1usize, 100usize), (1, 5000), (16, 100), (16, 5000)] {
+        let capacity = length + 1;
+        let s = CachedAttentionShape { batch, new: 1, capacity, heads: 24, kv_heads: 8, head_dim: 128, scale: 0.088, window: None };
+        let bytes = (batch * capacity * 1024 * 2) as u64;
+        let past: Vec<u8> = (0..batch).flat_map(|_| (length as i32).to_le_bytes()).collect();
+        let lengths = y.slice(y.bytes - 256, 256);
+        b.d.upload(Stream::Compute, lengths, &past).unwrap();
+        let (keys, values) = (z.slice(0, bytes), z.slice(bytes, bytes));
+        b.measure(&format!("decode attention, {batch} texts of {length}"), 0.0, 2.0 * bytes as f64, |d| {
+            d.attention_cached(&s, x, keys, values, lengths, y)
+        });
     }
 }
 

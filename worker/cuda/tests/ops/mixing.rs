@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     ("attention_in_deterministic_mode_repeats", attention_deterministic),
     ("attention_in_deterministic_mode_in_parts", attention_split),
     ("attention_to_a_cache", attention_cached),
+    ("attention_to_a_long_cache", attention_long_cache),
 ];
 
 /// One product on both devices; `None` where D is f32.
@@ -373,6 +374,48 @@ fn attention_cached() {
                 r.agree("values", &values, 0.0, 0.0);
                 past.iter_mut().for_each(|p| *p += new as i32);
             }
+        }
+    });
+}
+
+/// Keys in many parts, whose bounds lie before, at and behind those of the texts and their windows; heads that a block's query
+/// heads share evenly and not, heads of every size that the kernels are compiled for.
+fn attention_long_cache() {
+    formats(|mut r: Rig| {
+        for (heads, kv_heads, head_dim, window) in [
+            (4, 2, 64, None),
+            (6, 2, 128, None),
+            (8, 1, 128, Some(300)),
+            (5, 1, 32, None),
+            (3, 3, 80, Some(128)),
+            (7, 1, 96, None),
+            (8, 1, 256, None),
+            (2, 2, 20, None),
+            (2, 1, 40, Some(1)),
+        ] {
+            let (batch, capacity, width) = (4, 5100, kv_heads * head_dim);
+            let (keys, values) = (r.input(batch * capacity * width, 1.0), r.input(batch * capacity * width, 1.0));
+            let mut past = [5000i32, 126, 383, 0];
+            for new in [1usize, 1, 1, 3, 7, 1] {
+                let s = CachedAttentionShape { batch, new, capacity, heads, kv_heads, head_dim, scale: 0.1, window };
+                let row = (heads + 2 * kv_heads) * head_dim;
+                let (qkv, out, lengths) = (r.input(batch * new * row, 1.0), r.output(batch * new * heads * head_dim), r.integers(&past));
+                r.both(|d, b| d.attention_cached(&s, b(&qkv), b(&keys), b(&values), b(&lengths), b(&out)));
+                r.close(&format!("long cache {heads}/{kv_heads} d{head_dim} window {window:?}, {new} new"), &out);
+                past.iter_mut().for_each(|p| *p += new as i32);
+            }
+            r.agree("keys", &keys, 0.0, 0.0);
+            r.agree("values", &values, 0.0, 0.0);
+            // A text's bits are its own: alone, with less room, it has the same.
+            let (s, row) =
+                (CachedAttentionShape { batch: 1, new: 1, capacity, heads, kv_heads, head_dim, scale: 0.1, window }, heads + 2 * kv_heads);
+            let (qkv, lengths) = (r.input(row * head_dim, 1.0), r.integers(&[500]));
+            let (first, again) = (r.output(heads * head_dim), r.output(heads * head_dim));
+            for (out, capacity) in [(&first, capacity), (&again, 501)] {
+                let s = CachedAttentionShape { capacity, ..s };
+                r.gpu.attention_cached(&s, qkv.gpu, keys.gpu, values.gpu, lengths.gpu, out.gpu).unwrap();
+            }
+            assert!(r.gpu_bytes(&first) == r.gpu_bytes(&again), "{heads}/{kv_heads} d{head_dim}: another capacity");
         }
     });
 }
