@@ -43,6 +43,8 @@ struct GradientBuffers {
     next_packed: usize,
     /// Of blocks whose rounded gradients stay for held pages.
     packed_of: Vec<Option<GradientBuffer>>,
+    /// Blocks whose rounded gradients are copied to where their sums were, and stay there for held pages.
+    copied_back: Vec<bool>,
     /// Gradients stay on the device, in this format: in the sums' own buffers, or rounded in `kept`.
     stay: Option<GradientFormat>,
     /// One a block where rounded sums stay.
@@ -463,14 +465,11 @@ impl Session {
     /// Where rounded gradients are that stay for held pages; those of other pages are not among them.
     pub fn held_gradients(&self) -> Option<DeviceGradients> {
         let g = self.gradients.as_ref()?;
-        let of_block = |((start, len), kept): (&(u64, u64), &Option<GradientBuffer>)| {
-            kept.as_ref().map(|k| GradientPiece {
-                first: *start,
-                end: start + len,
-                buf: k.buf.slice(0, len * GradientFormat::Bf16.bytes()),
-            })
+        let of_block = |(b, (start, len)): (usize, &(u64, u64))| {
+            let buf = g.rounded_of(b)?.slice(0, len * GradientFormat::Bf16.bytes());
+            Some(GradientPiece { first: *start, end: start + len, buf })
         };
-        let pieces: Vec<GradientPiece> = self.model.places.iter().zip(&g.packed_of).filter_map(of_block).collect();
+        let pieces: Vec<GradientPiece> = self.model.places.iter().enumerate().filter_map(of_block).collect();
         (!pieces.is_empty()).then(|| DeviceGradients::of_some(GradientFormat::Bf16, pieces))
     }
 
@@ -613,6 +612,14 @@ impl Session {
             dev.end(Stream::Peers, stretch)?;
             dev.record(leaving.full, Stream::Peers)?;
         }
+        if g.copied_back(b) && own.start < own.end {
+            // The optimizer reads this rank's part there; the rest is as it was before the reduction, and nobody's.
+            let stream = if ranks.world > 1 { Stream::Peers } else { Stream::Compute };
+            let mine = |buf: DevBuf| buf.slice(own.start * width, (own.end - own.start) * width);
+            dev.copy(stream, mine(sum), mine(src))?;
+            dev.record(buffer.free, stream)?;
+            dev.record(leaving.full, stream)?;
+        }
         dev.wait(Stream::CopyOut, leaving.full)?;
         let (count, bytes) = (own.end - own.start, (own.end - own.start) * size);
         self.bytes_out += bytes;
@@ -667,6 +674,7 @@ impl GradientBuffers {
             packed: Vec::new(),
             next_packed: 0,
             packed_of: Vec::new(),
+            copied_back: Vec::new(),
             stay: plan.device_gradients,
             kept: Vec::new(),
         };
@@ -696,9 +704,10 @@ impl GradientBuffers {
         if packs {
             let bytes = |b: usize| ranks.padded(model.places[b].1) * plan.store.gradients.bytes();
             for b in 0..model.len() {
-                g.packed_of.push(if plan.keeps_packed(b) { Some(buffer(dev, bytes(b))?) } else { None });
+                g.packed_of.push(if plan.own_packed(b) { Some(buffer(dev, bytes(b))?) } else { None });
+                g.copied_back.push(plan.copies_back(b));
             }
-            if let Some(largest) = (0..model.len()).filter(|b| !plan.keeps_packed(*b)).map(bytes).max() {
+            if let Some(largest) = (0..model.len()).filter(|b| !plan.own_packed(*b)).map(bytes).max() {
                 g.packed = (0..GRADIENT_RING).map(|_| buffer(dev, largest)).collect::<Result<_, _>>()?;
             }
         }
@@ -712,6 +721,19 @@ impl GradientBuffers {
     /// Whether sums stay over groups. A tied embedding's buffer is its own, but goes out with every group like the others.
     fn resident(&self) -> bool {
         self.ring.is_empty()
+    }
+
+    /// What leaves of block `b` is copied to where its sum was.
+    fn copied_back(&self, b: usize) -> bool {
+        self.copied_back.get(b).is_some_and(|back| *back)
+    }
+
+    /// Where block `b`'s rounded gradients stay for held pages.
+    fn rounded_of(&self, b: usize) -> Option<DevBuf> {
+        if self.copied_back(b) {
+            return Some(self.buffers[self.own[b]?].buf);
+        }
+        self.packed_of.get(b)?.as_ref().map(|packed| packed.buf)
     }
 
     /// What the optimizer reads are the sums.

@@ -762,6 +762,9 @@ impl<'a> Run<'a> {
             self.gradients += seconds;
         }
         self.compute += DRAG[1] * seconds + PEERS_DRAG * reduce;
+        if self.p.copies_back(b) {
+            self.compute += 2.0 * bytes / self.cost.memory;
+        }
         if last_group && self.p.squares() {
             self.compute += bytes / self.cost.memory;
         } else if last_group {

@@ -194,9 +194,19 @@ impl EnginePlan {
         self.store.gradients == GradientFormat::None && self.device_gradients.is_none()
     }
 
-    /// Rounded gradients of block `b` have a buffer of their own.
+    /// Rounded gradients of block `b` stay on the device until the next backward pass.
     pub fn keeps_packed(&self, b: usize) -> bool {
         self.packs() && self.held_gradients.get(b).is_some_and(|keeps| *keeps)
+    }
+
+    /// They are copied to where the block's sum was, which is free once it is rounded.
+    pub fn copies_back(&self, b: usize) -> bool {
+        self.resident_gradients && self.keeps_packed(b)
+    }
+
+    /// They are rounded into a buffer of their own.
+    pub fn own_packed(&self, b: usize) -> bool {
+        !self.resident_gradients && self.keeps_packed(b)
     }
 
     pub fn shape(&self) -> Shape {
@@ -289,7 +299,7 @@ pub(crate) fn device_use(
     };
     if p.packs() && p.store.gradients != GradientFormat::None {
         let packed = |b: usize| rounded(ranks.padded(model.places[b].1) * p.store.gradients.bytes());
-        let (own, others): (Vec<usize>, Vec<usize>) = (0..model.len()).partition(|b| p.keeps_packed(*b));
+        let (own, others): (Vec<usize>, Vec<usize>) = (0..model.len()).partition(|b| p.own_packed(*b));
         u.gradients += own.into_iter().map(packed).sum::<u64>();
         u.gradients += others.into_iter().map(packed).max().unwrap_or(0) * GRADIENT_RING as u64;
     }

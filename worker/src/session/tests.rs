@@ -38,7 +38,7 @@ struct Run {
 
 /// Four steps of a tiny model in bf16, pages updated by the CPU and by the device's updater beside the next forward pass.
 fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
-    run_on(tag, tied, train, (staged_pages, 0, 1), false)
+    run_on(tag, tied, train, (staged_pages, 0, 1, false), false)
 }
 
 /// Every page through the device, two in hand.
@@ -119,9 +119,9 @@ fn adamw(step: u64) -> AdamwStep {
     }
 }
 
-/// Whose pages are the device's: how many of each block are staged, how many are held, and for how many steps gradients of those
-/// are kept.
-type Pages = (usize, usize, u32);
+/// Whose pages are the device's: how many of each block are staged, how many are held, for how many steps gradients of those
+/// are kept, and whether sums of gradients stay on the device over groups.
+type Pages = (usize, usize, u32, bool);
 
 /// As [`run`], with pages of the device; with `alone` the device's updater does all pages.
 fn run_on(tag: &str, tied: bool, train: &str, pages: Pages, alone: bool) -> Run {
@@ -151,7 +151,7 @@ fn gradients_by_page(store: &Store, step: u64) -> Vec<Vec<u32>> {
 }
 
 /// As [`run_on`], with a death.
-fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log): Pages, alone: bool, death: Death<'_>) -> Run {
+fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log, resident): Pages, alone: bool, death: Death<'_>) -> Run {
     let dir = tempfile::tempdir().unwrap();
     let a = architecture(tied);
     let (mut p, dataset) = planned(dir.path(), tied, train, 1);
@@ -160,6 +160,7 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log)
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
     (p.staged_pages, p.squares_on_device) = (vec![staged_pages; p.keep.len() - 1], true);
     p.held_pages = held;
+    p.resident_gradients |= resident;
     if log > 1 {
         // Pages that are held are among the first; of the others some have a log, which changes nothing.
         p.store.log = GradientLog::of(log, (0..held as PageId).chain((held as PageId..31).step_by(3)));
@@ -326,7 +327,7 @@ fn staged_pages_change_nothing() {
         assert!(plain.losses.windows(2).all(|w| f64::from_bits(w[1]) < f64::from_bits(w[0])), "it learns");
         for most in [1, 3, 40] {
             for alone in [false, true] {
-                let staged = run_on(&format!("staged-{most}-{alone}"), tied, "groups = 1\n", (most, 0, 1), alone);
+                let staged = run_on(&format!("staged-{most}-{alone}"), tied, "groups = 1\n", (most, 0, 1, false), alone);
                 assert!(staged.staged >= STEPS as usize * 3, "{} pages were staged", staged.staged);
                 assert!(staged.device > 0 || !alone);
                 assert_same(&staged, &plain, &format!("{most} pages a block, tied: {tied}, alone: {alone}"));
@@ -344,13 +345,13 @@ fn held_pages_change_nothing() {
         let plain = run("unheld", tied, "groups = 1\n", 0);
         for held in [1, 7, 30] {
             for staged in [0, 3] {
-                let run = run_on(&format!("held-{held}-{staged}"), tied, "groups = 1\n", (staged, held, 1), false);
+                let run = run_on(&format!("held-{held}-{staged}"), tied, "groups = 1\n", (staged, held, 1, false), false);
                 assert!(run.device >= STEPS * held as u64, "{} pages by the device", run.device);
                 assert_same(&run, &plain, &format!("{held} pages held, {staged} staged, tied: {tied}"));
             }
         }
         let groups = run("groups-unheld", tied, "groups = 2\n", 0);
-        assert_same(&run_on("groups-held", tied, "groups = 2\n", (2, 9, 1), false), &groups, "two groups");
+        assert_same(&run_on("groups-held", tied, "groups = 2\n", (2, 9, 1, false), false), &groups, "two groups");
     }
 }
 
@@ -358,15 +359,16 @@ fn held_pages_change_nothing() {
 #[test]
 fn a_log_of_gradients_changes_nothing() {
     for tied in [false, true] {
-        for groups in [1, 2] {
+        // Rounded gradients stay in buffers of their own, or where their sums were.
+        for (groups, sums) in [(1, false), (2, false), (1, true), (2, true)] {
             let train = format!("groups = {groups}\n");
-            let plain = run(&format!("unlogged-{groups}"), tied, &train, 0);
+            let plain = run_on(&format!("unlogged-{groups}-{sums}"), tied, &train, (0, 0, 1, sums), false);
             for (held, log) in [(1, 2), (9, 3), (30, 4), (30, 8)] {
-                let what = format!("{held} pages held, {log} steps kept, {groups} groups, tied: {tied}");
-                let tag = format!("log-{held}-{log}-{groups}");
-                assert_same(&run_on(&tag, tied, &train, (2, held, log), false), &plain, &what);
+                let what = format!("{held} pages held, {log} steps kept, {groups} groups, tied: {tied}, sums stay: {sums}");
+                let tag = format!("log-{held}-{log}-{groups}-{sums}");
+                assert_same(&run_on(&tag, tied, &train, (2, held, log, sums), false), &plain, &what);
                 for last in 1..STEPS {
-                    let died = run_interrupted(&format!("{tag}-{last}"), tied, &train, (0, held, log), false, Death::After(last));
+                    let died = run_interrupted(&format!("{tag}-{last}"), tied, &train, (0, held, log, sums), false, Death::After(last));
                     assert!(died.behind > 0 || held == 1, "no page was behind; {what}");
                     assert_same(&died, &plain, &format!("{what}, dead after step {last}"));
                 }
@@ -382,7 +384,7 @@ fn gradients_that_stay_on_the_device_change_nothing() {
         let segment = run("segment", tied, "groups = 1\n", 0);
         for (staged, alone) in [(0, false), (3, false), (0, true), (3, true)] {
             let train = "groups = 1\ngradients_in = \"device\"\n";
-            let device = run_on(&format!("device-{staged}-{alone}"), tied, train, (staged, 0, 1), alone);
+            let device = run_on(&format!("device-{staged}-{alone}"), tied, train, (staged, 0, 1, false), alone);
             assert_same(&device, &segment, &format!("{staged} staged, tied: {tied}, alone: {alone}"));
         }
     }
@@ -397,7 +399,7 @@ fn a_step_is_run_again_with_pages_ahead_of_it() {
             let plain = run("never-early", tied, train, 0);
             let some: [&dyn Fn(PageId) -> bool; 3] = [&|page| page % 3 != 0, &|page| page > 20, &|_| true];
             for (i, early) in some.into_iter().enumerate() {
-                let run = run_interrupted(&format!("early-{i}"), tied, train, (0, 0, 1), false, Death::Early(early));
+                let run = run_interrupted(&format!("early-{i}"), tied, train, (0, 0, 1, false), false, Death::Early(early));
                 assert_same(&run, &plain, &format!("{train}, pages {i}, tied: {tied}"));
             }
         }

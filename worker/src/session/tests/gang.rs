@@ -6,12 +6,23 @@ use crate::plan::rank_share;
 use ramtorch_cpu::Channel;
 
 /// Bits of the store and of each rank's losses after four steps on `world` ranks; pages of each that were held.
-fn run(tag: &str, tied: bool, world: usize, (staged_pages, most, log): Pages) -> (Vec<Vec<u32>>, Vec<Vec<u64>>, Vec<usize>) {
+///
+/// With `reduce` in bf16 rounded gradients of all blocks but one stay for held pages: where sums of gradients were, if those stay.
+fn run(
+    tag: &str,
+    tied: bool,
+    world: usize,
+    reduce: &str,
+    (staged_pages, most, log, sums): Pages,
+) -> (Vec<Vec<u32>>, Vec<Vec<u64>>, Vec<usize>) {
     let dir = tempfile::tempdir().unwrap();
-    let (mut p, dataset) = planned(dir.path(), tied, "gather_weights = true\ngroups = 1\n", world as u32);
+    let (mut p, dataset) = planned(dir.path(), tied, &format!("gather_weights = true\ngroups = 1\nreduce = \"{reduce}\"\n"), world as u32);
+    assert_eq!(p.packs(), reduce == "bf16");
+    p.resident_gradients |= sums;
     // As on GPUs: small pages, so that some lie in one rank's share.
     p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
     (p.staged_pages, p.held_pages) = (vec![staged_pages; p.keep.len() - 1], most);
+    p.held_gradients = (0..p.keep.len()).map(|b| b != 1 && most > 0).collect();
     if log > 1 {
         // Borders lie within blocks, and within shares.
         let pages = Layout::new(&p.store).unwrap().page_count();
@@ -40,6 +51,9 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most, log): Pages) ->
         session.join(&comm).unwrap();
         updater.deliver_to(session.weights.direct());
         let mut held = session.take_held();
+        let here = session.held_gradients();
+        assert_eq!(here.is_some(), most > 0 && p.packs());
+        let here = here.as_ref();
         let pages = held.len();
         let data = dataset.open().unwrap();
         let reader = Reader { data: &data, seq: SEQ, document_mask: false, padding: None };
@@ -57,7 +71,7 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most, log): Pages) ->
                             &k,
                             Some(&mut *updater),
                             staged,
-                            (held.as_mut_slice(), None),
+                            (held.as_mut_slice(), here),
                             None,
                             &Default::default(),
                         )
@@ -96,13 +110,15 @@ fn run(tag: &str, tied: bool, world: usize, (staged_pages, most, log): Pages) ->
 
 #[test]
 fn pages_held_by_several_ranks_change_nothing() {
-    for (tied, world) in [(false, 2), (true, 2), (false, 3)] {
-        let plain = run("unheld", tied, world, (0, 0, 1));
-        for (staged, held, log) in [(0, 3, 1), (2, 40, 1), (0, 3, 2), (2, 40, 3)] {
-            let run = run(&format!("held-{held}-{staged}-{log}"), tied, world, (staged, held, log));
-            assert!(run.2.iter().all(|pages| (3..=held).contains(pages)), "pages held: {:?}", run.2);
-            assert_eq!(run.1, plain.1, "losses; {held} pages held, {staged} staged, {log} steps kept, tied: {tied}, {world} ranks");
-            assert!(run.0 == plain.0, "the store; {held} pages held, {staged} staged, {log} steps kept, tied: {tied}, {world} ranks");
+    for (tied, world, reduce) in [(false, 2, "fp32"), (true, 2, "bf16"), (false, 2, "bf16"), (false, 3, "bf16"), (false, 3, "fp32")] {
+        let plain = run("unheld", tied, world, reduce, (0, 0, 1, false));
+        for (staged, held, log, sums) in [(0, 3, 1, true), (2, 40, 1, false), (0, 3, 2, false), (2, 40, 3, true)] {
+            let run = run(&format!("held-{held}-{staged}-{log}"), tied, world, reduce, (staged, held, log, sums));
+            let what =
+                format!("{held} pages held, {staged} staged, {log} steps kept, sums stay: {sums}; tied: {tied}, {world} ranks, {reduce}");
+            assert!(run.2.iter().all(|pages| (3..=held).contains(pages)), "pages held: {:?}; {what}", run.2);
+            assert_eq!(run.1, plain.1, "losses; {what}");
+            assert!(run.0 == plain.0, "the store; {what}");
         }
     }
 }
