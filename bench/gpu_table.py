@@ -15,6 +15,7 @@ off by more than 15 % is marked with (!), and no failure: it says something of t
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,20 +48,22 @@ def qwen2(hidden, inner, layers, heads, kv):
 
 LLAMA_8B = llama(4096, 14336, 32, 32, 8, False)
 # name: configuration, sequence length, sequences a step, tokens a second: goal and what the hardware allows (H100 80 GB,
-# 16 vCPU, 128 GiB), more of the job file
+# 16 vCPU, 128 GiB), more of the job file: lines of [train], and of [optimizer]
 ROWS = {
-    "llama-8b-16k": (LLAMA_8B, 2048, 8, 7500, 9500, ""),
-    "llama-8b-131k": (LLAMA_8B, 2048, 64, 12500, 14500, ""),
-    "qwen-7b-131k": (qwen2(3584, 18944, 28, 28, 4), 1024, 128, 13700, 17000, ""),
-    "qwen-14b-65k": (qwen2(5120, 13824, 48, 40, 8), 1024, 64, 6400, 8000, 'moments = "bf16"\n'),
-    "llama-3b-16k": (llama(3072, 8192, 28, 24, 8, True), 2048, 8, 25000, 33000, ""),
-    "llama-8b-65k": (LLAMA_8B, 2048, 32, 11500, 14450, ""),
-    "qwen-32b-32k": (qwen2(5120, 27648, 64, 40, 8), 2048, 16, 2250, 3700, ""),
+    # In 14 bytes of RAM a parameter; the next row with a log of gradients, where the plan finds it worth its RAM.
+    "llama-8b-16k": (LLAMA_8B, 2048, 8, 7500, 9500, "write_back_steps = 1\n", ""),
+    "llama-8b-16k-log": (LLAMA_8B, 2048, 8, 7500, 9500, "", ""),
+    "llama-8b-131k": (LLAMA_8B, 2048, 64, 12500, 14500, "", ""),
+    "qwen-7b-131k": (qwen2(3584, 18944, 28, 28, 4), 1024, 128, 13700, 17000, "", ""),
+    "qwen-14b-65k": (qwen2(5120, 13824, 48, 40, 8), 1024, 64, 6400, 8000, "", 'moments = "bf16"\n'),
+    "llama-3b-16k": (llama(3072, 8192, 28, 24, 8, True), 2048, 8, 25000, 33000, "", ""),
+    "llama-8b-65k": (LLAMA_8B, 2048, 32, 11500, 14450, "", ""),
+    "qwen-32b-32k": (qwen2(5120, 27648, 64, 40, 8), 2048, 16, 2250, 3700, "", ""),
 }
 # With --gpus, sequences are those of each GPU. Rows that run by default then, and what all GPUs together are to reach, a GPU.
 SEVERAL = {"llama-8b-16k": 9500, "llama-8b-65k": 11500, "qwen-32b-32k": 2250}
 # On one GPU only where they are asked for.
-LARGE = {"llama-8b-65k", "qwen-32b-32k"}
+LARGE = {"llama-8b-16k-log", "llama-8b-65k", "qwen-32b-32k"}
 
 
 def write_job(folder, name, config, length, batch, steps, more, train):
@@ -147,6 +150,22 @@ def read_metrics(path):
     return lines
 
 
+def kill_a_worker(parent):
+    """Kills (SIGKILL) a worker of this daemon; whether there was one."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                command = f.read().split(b"\0")
+            with open(f"/proc/{pid}/stat") as f:
+                of = int(f.read().rsplit(")", 1)[1].split()[1])
+            if of == parent and b"worker" in command:
+                os.kill(int(pid), signal.SIGKILL)
+                return True
+        except (OSError, IndexError):
+            continue  # it is gone
+    return False
+
+
 def run_job(args, folder, job, log):
     metrics = os.path.join(folder, "metrics.jsonl")
     if os.path.exists(metrics):
@@ -161,10 +180,18 @@ def run_job(args, folder, job, log):
         command.append("--quiet")
     process = subprocess.Popen(command, stdout=log, stderr=log)
     first, ended, shared, shared_before = None, False, 0.0, shared_memory_gib()
+    killed, steps_then, recovered = None, 0, None
     while process.poll() is None:
         shared = max(shared, shared_memory_gib() - shared_before)
         if first is None and read_metrics(metrics):
             first = time.time() - begin
+        if args.kill and recovered is None:
+            steps = len(read_metrics(metrics))
+            if killed is None and steps >= args.kill and kill_a_worker(process.pid):
+                killed, steps_then = time.time(), steps
+            # The step that was committed when it died may be written a moment later.
+            elif killed is not None and steps > steps_then + 1:
+                recovered = time.time() - killed
         if time.time() - begin > args.limit:
             ended = True
             stop(process)
@@ -174,6 +201,10 @@ def run_job(args, folder, job, log):
     lines = read_metrics(metrics)
     result = {"exit_code": process.returncode, "timed_out": ended, "gpu_peak_mib": peak, "gpu_before_mib": before, "steps": len(lines),
               "shared_memory_gib": shared}
+    if killed is not None:
+        result["killed_at_step"] = steps_then
+        if recovered is not None:
+            result["two_steps_after_death_seconds"] = recovered
     if first is not None and lines:
         result["start_up_seconds"] = first - lines[0]["step_seconds"]
     timed = lines[WARM_UP_STEPS:]
@@ -212,7 +243,7 @@ def missed(r):
     return bool(predicted and measured) and abs(measured / predicted - 1) > CLOSE
 
 
-def failures(r, steps):
+def failures(r, steps, kill):
     """What is wrong with a row, in words."""
     if "refused" in r:
         return ["refused"]
@@ -224,6 +255,8 @@ def failures(r, steps):
         wrong.append("out of time")
     elif m["exit_code"] != 0:
         wrong.append(f"exit code {m['exit_code']}")
+    if kill and m.get("two_steps_after_death_seconds") is None:
+        wrong.append("no worker was killed" if "killed_at_step" not in m else "no step came after the death")
     if m["steps"] < steps:
         wrong.append(f"{m['steps']} of {steps} steps")
     # nvidia-smi counts whole MiB, and what others had before.
@@ -284,6 +317,11 @@ def write_table(args, results):
     lines += ["| " + " | ".join(table_line(name, r) + (several_columns(r) if args.gpus > 1 else [])) + " |" for name, r in results.items()]
     lines += [f"\n{name}: {r['refused']}" for name, r in results.items() if r.get("refused")]
     lines += [f"\n{name} FAILED: {', '.join(r['failures'])}" for name, r in results.items() if r.get("failures") and not r.get("refused")]
+    for name, r in results.items():
+        m = r.get("measured") or {}
+        if "two_steps_after_death_seconds" in m:
+            lines.append(f"\n{name}: a worker was killed after step {m['killed_at_step']}; two steps later "
+                         f"{m['two_steps_after_death_seconds']:.1f} s had gone by")
     text = "\n".join(lines) + "\n"
     with open(os.path.join(args.out, "table.md"), "w") as f:
         f.write(text)
@@ -303,6 +341,7 @@ def main():
     parser.add_argument("--train", default="", help="a line for [train] of every job, such as deterministic = false")
     parser.add_argument("--trace", metavar="FIRST..LAST",
                         help="a timeline of these steps in each row's folder; where their time went is at the end of its log.txt")
+    parser.add_argument("--kill", type=int, metavar="STEP", help="kill a worker after so many steps, and say when training went on")
     parser.add_argument("--plan-only", action="store_true", help="ask for plans, run nothing")
     parser.add_argument("--touch", type=float, metavar="GIB",
                         help="first fill and free so much memory, on virtual machines whose memory grows on demand")
@@ -328,11 +367,11 @@ def main():
         parser.error(f"--shm: {refused}")
     results = {}
     for name in names:
-        config, length, batch, goal, limit, more = ROWS[name]
+        config, length, batch, goal, limit, train, more = ROWS[name]
         if args.gpus > 1:
             batch, goal, limit = batch * args.gpus, SEVERAL.get(name, goal) * args.gpus, limit * args.gpus
         folder = os.path.join(args.out, name)
-        job = write_job(folder, name, config, length, batch, args.steps, more, args.train)
+        job = write_job(folder, name, config, length, batch, args.steps, more, train + args.train)
         results[name] = r = {"goal": goal, "limit": limit, "gpus": args.gpus, "one": ones.get(name)}
         print(f"== {name}", flush=True)
         with open(os.path.join(folder, "log.txt"), "w") as log:
@@ -347,7 +386,7 @@ def main():
                 r["segment_gib"] = int(plan["segment_bytes"]) / 2**30
                 if not args.plan_only:
                     r["measured"] = run_job(args, folder, job, log)
-        r["failures"] = failures(r, args.steps)
+        r["failures"] = failures(r, args.steps, args.kill)
         os.remove(os.path.join(folder, "tokens.bin"))
         print(write_table(args, results), flush=True)
     return int(any(r["failures"] for r in results.values()))

@@ -63,7 +63,7 @@ const RESIDENT_STEPS: usize = 36;
 const HOLDINGS: usize = 24;
 /// Numbers of steps whose gradients may be kept, and what each step more has to gain to be worth its RAM.
 const LOGS: [u32; 6] = [1, 2, 3, 4, 6, 8];
-pub(super) const LOG_WORTH: f64 = 2e-3;
+pub(super) const LOG_WORTH: f64 = 5e-3;
 /// A larger plan has to be better by this share; among equals the first found stays, which has the larger micro-batch.
 const BETTER: f64 = 1e-9;
 
