@@ -125,6 +125,8 @@ impl Session {
         let begin = std::time::Instant::now();
         d.register_store(&store)?;
         tracing::info!("{} bytes of the store made reachable for {} in {:.1} s", store.len(), d.name(), begin.elapsed().as_secs_f64());
+        // The page updater takes its own staging, later.
+        d.reserve(plan.uses.allocated() - plan.uses.optimizer)?;
         let shape = plan.shape();
         let rows = shape.rows() as u64;
         let dt = model.dtype.size();

@@ -245,6 +245,11 @@ impl Device for CudaDevice {
         let name = self.name();
         self.arena.alloc(bytes, &name, what)
     }
+    fn reserve(&mut self, bytes: u64) -> Result<(), EngineError> {
+        self.enter()?;
+        let name = self.name();
+        self.arena.reserve(bytes, &name)
+    }
     fn allocated(&self) -> u64 {
         self.arena.used()
     }

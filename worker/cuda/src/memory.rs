@@ -13,13 +13,15 @@ pub(crate) struct Arena {
     blocks: Vec<Memory>,
     /// What is left of the newest shared block.
     rest: Option<DevBuf>,
+    /// What is left of memory that was taken in one piece for buffers of all sizes.
+    reserved: Option<DevBuf>,
     budget: u64,
     used: u64,
 }
 
 impl Arena {
     pub(crate) fn new(budget: u64) -> Arena {
-        Arena { blocks: Vec::new(), rest: None, budget, used: 0 }
+        Arena { blocks: Vec::new(), rest: None, reserved: None, budget, used: 0 }
     }
 
     pub(crate) fn used(&self) -> u64 {
@@ -46,11 +48,28 @@ impl Arena {
         Ok(())
     }
 
+    /// Takes the memory of the next `bytes` in one piece: so the driver's units of 2 MiB are lost once, and not with every buffer.
+    pub(crate) fn reserve(&mut self, bytes: u64, device: &str) -> Result<(), EngineError> {
+        let what = "all buffers together";
+        if bytes > self.budget - self.used {
+            return Err(self.refuse(bytes, device, what));
+        }
+        if bytes > 0 {
+            self.reserved = Some(self.block(bytes, device, what)?);
+        }
+        Ok(())
+    }
+
     /// Zeroed memory, aligned to 256 bytes; the budget counts sizes rounded up to that.
     pub(crate) fn alloc(&mut self, bytes: u64, device: &str, what: &str) -> Result<DevBuf, EngineError> {
         let rounded = bytes.max(1).checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX);
         if rounded > self.budget - self.used {
             return Err(self.refuse(rounded, device, what));
+        }
+        if let Some(reserved) = self.reserved.filter(|r| r.bytes >= rounded) {
+            self.reserved = Some(reserved.slice(rounded, reserved.bytes - rounded));
+            self.used += rounded;
+            return Ok(reserved.slice(0, rounded));
         }
         let buf = if rounded >= SMALL {
             self.block(rounded, device, what)?

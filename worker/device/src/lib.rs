@@ -308,6 +308,12 @@ pub trait Device: Send {
     fn dtype(&self) -> Dtype;
     /// Takes `bytes` (rounded up to 256) of the budget, zeroed. `what` is for messages.
     fn alloc(&mut self, bytes: u64, what: &str) -> Result<DevBuf, EngineError>;
+    /// Takes the memory of the next `bytes` that are allocated in one piece, where the device rounds what it takes: hundreds of buffers would
+    /// otherwise lose a part of such a unit each. Counts nothing.
+    fn reserve(&mut self, bytes: u64) -> Result<(), EngineError> {
+        let _ = bytes;
+        Ok(())
+    }
     /// Bytes taken so far.
     fn allocated(&self) -> u64;
     /// Makes the store's pages reachable for fast copies (CUDA: page-locks the mapping).

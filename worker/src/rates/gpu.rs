@@ -34,7 +34,7 @@ pub(super) struct Question<'a> {
 }
 
 /// No third size of micro-batch is begun after this.
-const LIMIT: Duration = Duration::from_millis(2500);
+const LIMIT: Duration = Duration::from_millis(3500);
 /// Tokens of the smallest micro-batch that is timed, where sequences are shorter.
 const FEW_ROWS: usize = 1024;
 /// Parameters of the store that copies and AdamW are timed with.
@@ -42,7 +42,21 @@ const PARAMETERS: u64 = 16 << 20;
 /// Part of a device's budget that the measurement may take.
 const SHARE: u64 = 2;
 /// Part of every key in the cache: a new one whenever what is measured changes.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+
+/// How long visits are repeated: so long that the GPU's limit of power shows, and as long whatever their size. A few small ones run at
+/// a clock that nothing sustains, and a plan made from that prefers them.
+const FORWARD: Duration = Duration::from_millis(280);
+const BACKWARD: Duration = Duration::from_millis(200);
+const SHORT: Duration = Duration::from_millis(60);
+/// Calls, at most.
+const CALLS: f64 = 400.0;
+
+/// Seconds of one call of `f`, on average over about `time`, after two that are not counted.
+fn timed_over(dev: &dyn Device, time: Duration, mut f: impl FnMut() -> Result<(), EngineError>) -> Result<f64, EngineError> {
+    let once = timed(dev, 1, &mut f)?;
+    timed(dev, (time.as_secs_f64() / once).clamp(2.0, CALLS) as u32, f)
+}
 
 /// Seconds of one of `count` calls of `f`, after one that is not counted.
 fn timed(dev: &dyn Device, count: u32, mut f: impl FnMut() -> Result<(), EngineError>) -> Result<f64, EngineError> {
@@ -148,15 +162,13 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
         let mb = MicroBatch { sequences, seq: q.seq, tokens, input: x, targets, weights: ones, losses, starts: None };
         let s = Shape { sequences, ..shape };
         let v = Visit { dev, shape: s, tables, mb: &mb, scratch };
-        // Long enough for the power limit to show, the first time.
-        let count = if i == 0 { 12 } else { 4 };
-        let forward = timed(dev, count, || m.forward(layer, &v, w(layer), x, saved, Keep::All, y))?;
+        let forward = timed_over(dev, FORWARD, || m.forward(layer, &v, w(layer), x, saved, Keep::All, y))?;
         let backward = |keep: Keep| {
             randomise(dev, d, dt, 1e-3)?;
-            timed(dev, 4, || m.backward(layer, &v, Some(w(layer)), x, saved, keep, d, g(layer)))
+            timed_over(dev, BACKWARD, || m.backward(layer, &v, Some(w(layer)), x, saved, keep, d, g(layer)))
         };
         let whole = backward(Keep::All)?;
-        let recompute = timed(dev, 3, || m.recompute(layer, &v, w(layer), x, saved))?;
+        let recompute = timed_over(dev, SHORT, || m.recompute(layer, &v, w(layer), x, saved))?;
         // What is kept lies elsewhere then: the forward visit writes it there.
         m.forward(layer, &v, w(layer), x, saved, Keep::Products, y)?;
         let rebuilt = backward(Keep::Products)?;
@@ -183,7 +195,7 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
     let needs = m.forward_needs(last);
     let held: Vec<Weights> = needs.iter().map(|b| w(*b)).collect();
     let train = LossGrads { scale: 1e-4, d, grads: g(last), tied: needs.get(1).map(|b| g(*b)) };
-    rates.head = (r, timed(dev, 3, || m.loss(&v, &held, x, Some(&train)))?);
+    rates.head = (r, timed_over(dev, SHORT, || m.loss(&v, &held, x, Some(&train)))?);
     // Elementwise passes and launches.
     let count = (x.bytes / dt.size()) as usize;
     rates.memory_bytes = 3.0 * x.bytes as f64 / timed(dev, 10, || dev.add(x, y, count))?;
@@ -231,7 +243,7 @@ fn products(
         ..base
     };
     let flops = 2.0 * (rows * n) as f64 * k as f64;
-    let rate = |g: &Gemm| timed(dev, 3, || dev.gemm(g)).map(|s| flops / s);
+    let rate = |g: &Gemm| timed_over(dev, SHORT, || dev.gemm(g)).map(|s| flops / s);
     let rates = [rows as f64, rate(&base)?, rate(&sum)?, rate(&back)?];
     // The input was written over.
     randomise(dev, x, dtype, 1.0)?;
@@ -252,9 +264,10 @@ fn attention(dev: &dyn Device, s: &AttentionShape, saved: DevBuf, scratch: DevBu
     randomise(dev, qkv, dev.dtype(), 1.0)?;
     randomise(dev, dout, dev.dtype(), 1e-3)?;
     let flops = 2.0 * rows as f64 * s.window.unwrap_or(s.seq) as f64 * (s.heads * s.head_dim) as f64;
-    let forward = timed(dev, 3, || dev.attention_forward(s, qkv, out, lse))?;
+    let forward = timed_over(dev, SHORT, || dev.attention_forward(s, qkv, out, lse))?;
     let enough = dev.attention_workspace(s)? <= workspace.bytes;
-    let backward = if enough { timed(dev, 3, || dev.attention_backward(s, dout, qkv, out, lse, dqkv, workspace))? } else { f64::INFINITY };
+    let backward =
+        if enough { timed_over(dev, SHORT, || dev.attention_backward(s, dout, qkv, out, lse, dqkv, workspace))? } else { f64::INFINITY };
     Ok([flops / forward, 2.5 * flops / backward])
 }
 

@@ -20,9 +20,18 @@ pub const TESTS: &[Test] = &[
 ];
 
 fn memory() {
+    for reserved in [0u64, 10 << 20] {
+        memory_with(reserved);
+    }
+}
+
+fn memory_with(reserved: u64) {
     let mut d = CudaDevice::open(0, Dtype::Bf16, 64 << 20, false).unwrap();
+    d.reserve(reserved).unwrap();
+    assert_eq!((d.allocated(), d.reserve(65 << 20).unwrap_err().kind), (0, ErrorKind::Resources));
     let mut total = 0;
-    for bytes in [1u64, 255, 256, 1000, 5 << 20, 3 << 20, 17 << 20] {
+    // Some in what was taken in one piece, some beside it.
+    for bytes in [1u64, 255, 256, 1000, 5 << 20, 3 << 20, 17 << 20, 1 << 20] {
         let b = d.alloc(bytes, "test").unwrap();
         assert!(b.ptr.is_multiple_of(256) && b.bytes == bytes.next_multiple_of(256));
         total += b.bytes;
