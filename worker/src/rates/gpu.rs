@@ -34,7 +34,7 @@ pub(super) struct Question<'a> {
 }
 
 /// No third size of micro-batch is begun after this.
-const LIMIT: Duration = Duration::from_millis(3500);
+const LIMIT: Duration = Duration::from_secs(5);
 /// Tokens of the smallest micro-batch that is timed, where sequences are shorter.
 const FEW_ROWS: usize = 1024;
 /// Parameters of the store that copies and AdamW are timed with.
