@@ -78,6 +78,9 @@ pub(crate) struct Session {
     staging: Option<Staging>,
     /// Memory for pages whose state stays on the device.
     held_rooms: Vec<DevBuf>,
+    /// Memory for those that visit, and the blocks whose sums of gradients it belongs to: from the last on.
+    visiting_rooms: Vec<(usize, DevBuf)>,
+    visiting: Vec<Visiting>,
     /// Those pages, until the optimizer takes them.
     held: Vec<HeldPage>,
     pub bytes_out: u64,
@@ -98,6 +101,13 @@ struct Staging {
     visited: Vec<Event>,
     /// Those of the step that is enqueued.
     staged: Vec<StagedPage>,
+}
+
+/// A page whose state lies where block `block`'s sum was, from the end of that sum to the beginning of the next step's.
+struct Visiting {
+    block: usize,
+    page: PageId,
+    state: Vec<DevBuf>,
 }
 
 /// Sequences of one step on one rank, cut up.
@@ -179,6 +189,14 @@ impl Session {
         let held_rooms = (0..if train { plan.held_pages } else { 0 })
             .map(|_| d.alloc(page_bytes, "optimizer state that stays"))
             .collect::<Result<_, EngineError>>()?;
+        let visiting_rooms = match &gradients {
+            Some(g) if plan.visiting_pages > 0 => {
+                let rooms = plan.visiting_rooms(&model);
+                let room = |(b, offset): (usize, u64)| Some((b, g.buffers[g.own[b]?].buf.slice(offset, page_bytes)));
+                rooms.into_iter().take(plan.visiting_pages).filter_map(room).collect()
+            }
+            _ => Vec::new(),
+        };
         let any = (0..last).any(|b| plan.keep[b] == Keep::Inputs);
         let shared_saved = if any { Some(d.alloc(shared, "recomputed activations")?) } else { None };
         Ok(Session {
@@ -201,6 +219,8 @@ impl Session {
             squares,
             staging,
             held_rooms,
+            visiting_rooms,
+            visiting: Vec::new(),
             held: Vec::new(),
             bytes_out: 0,
             ranks: plan.ranks(),
@@ -340,8 +360,9 @@ impl Session {
                 // The optimizer reads the very buffers that are opened next.
                 self.weights.await_published(self.dev.as_ref(), 0..self.store.layout().span(), before)?;
             }
-            let tied = if self.model.tied() { Some(self.open_gradient(0, g == 0)?) } else { None };
-            let own = self.open_gradient(last, g == 0)?;
+            let first = (g == 0).then_some(before);
+            let tied = if self.model.tied() { Some(self.open_gradient(0, first)?) } else { None };
+            let own = self.open_gradient(last, first)?;
             self.last(&mbs, Some(scale), Some((own, tied)))?;
             if !settled {
                 hit(Point::StepForward);
@@ -351,6 +372,7 @@ impl Session {
             }
             self.close_gradient(last, g, final_group, before)?;
             if final_group {
+                self.fetch_visiting(last)?;
                 closed(self, last)?;
             }
             for b in (0..last).rev() {
@@ -358,7 +380,7 @@ impl Session {
                 let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
                 let grads = match tied.filter(|_| b == 0) {
                     Some(g) => g,
-                    None => self.open_gradient(b, g == 0)?,
+                    None => self.open_gradient(b, first)?,
                 };
                 for (m, mb) in mbs.iter().enumerate() {
                     let (x, saved) = (self.input(b, m, mb), self.saved(b, m)?);
@@ -375,6 +397,7 @@ impl Session {
                 self.weights.release(self.dev.as_ref(), &needs)?;
                 self.close_gradient(b, g, final_group, before)?;
                 if final_group {
+                    self.fetch_visiting(b)?;
                     self.stage(b)?;
                     closed(self, b)?;
                 }
@@ -387,8 +410,19 @@ impl Session {
     fn own_pages(&mut self) {
         let layout = self.store.layout();
         let rooms = std::mem::take(&mut self.held_rooms);
-        let pages = held_pages(layout, &self.weights.stay(), rooms.len(), self.ranks);
+        let visiting = std::mem::take(&mut self.visiting_rooms);
+        let mut pages = held_pages(layout, &self.weights.stay(), rooms.len() + visiting.len(), self.ranks);
+        let mut others = pages.split_off(pages.len().min(rooms.len()));
+        // What is not written back at every step has to stay.
+        others.retain(|page| layout.may_lag(*page) == 0);
         self.held = pages.into_iter().zip(rooms).map(|(page, room)| HeldPage::new(layout, page, room)).collect();
+        // The last page leaves first, and the last block's sum is wanted first.
+        for (i, page) in others.iter().enumerate() {
+            let (block, room) = visiting[others.len() - 1 - i];
+            let held = HeldPage::new(layout, *page, room);
+            self.visiting.push(Visiting { block, page: *page, state: held.state.clone() });
+            self.held.push(held);
+        }
         let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| staged_rooms(layout, *buf).len()).sum();
         let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
         if let Some(staging) = &mut self.staging {
@@ -397,6 +431,26 @@ impl Session {
                 pages.retain(|p| self.held.binary_search_by_key(p, |h| h.page).is_err());
             }
         }
+    }
+
+    /// Begins to bring the state of pages to where block `b`'s sum of gradients was, which is closed for this step.
+    fn fetch_visiting(&self, b: usize) -> Result<(), EngineError> {
+        let (dev, layout) = (self.dev.as_ref(), self.store.layout());
+        let bytes = state_bytes(layout.spec());
+        let mut first = true;
+        for visiting in self.visiting.iter().filter(|v| v.block == b) {
+            let g = self.gradients.as_ref().ok_or_else(|| EngineError::internal("this session does not train"))?;
+            if std::mem::take(&mut first) {
+                // Rounded, and copied back.
+                dev.wait(Stream::CopyIn, g.buffers[g.buffer_of(b)].free)?;
+            }
+            let range = layout.page_range(visiting.page);
+            let stretch = dev.begin(Stream::CopyIn, &Label::copy("fetch page", (range.end - range.start) * bytes).page(visiting.page))?;
+            let mut parts = visiting.state.iter().copied();
+            StagedPage::load(dev, &self.store, visiting.page, || parts.next())?;
+            dev.end(Stream::CopyIn, stretch)?;
+        }
+        Ok(())
     }
 
     /// Begins to bring the state of pages to where activations of block `b` were, whose backward visit is enqueued.
@@ -424,9 +478,12 @@ impl Session {
 
     /// The pages that were staged in the step that has just ended; blocks until they are there.
     pub fn take_staged(&mut self) -> Result<Vec<StagedPage>, EngineError> {
-        let Some(staging) = self.staging.as_mut().filter(|s| !s.staged.is_empty()) else { return Ok(Vec::new()) };
-        self.dev.synchronize(Stream::CopyIn)?;
-        Ok(std::mem::take(&mut staging.staged))
+        let staged = self.staging.as_mut().map(|s| std::mem::take(&mut s.staged)).unwrap_or_default();
+        // Those that visit are there then, too.
+        if !staged.is_empty() || !self.visiting.is_empty() {
+            self.dev.synchronize(Stream::CopyIn)?;
+        }
+        Ok(staged)
     }
 
     /// Σ of the squares of this step's gradients, where the device works it out (`EnginePlan::squares`); blocks until it has.
@@ -536,10 +593,16 @@ impl Session {
         Ok(())
     }
 
-    /// The gradient buffer of block `b`, zeroed when it is opened for a new sum.
-    fn open_gradient(&mut self, b: usize, first_group: bool) -> Result<Grads, EngineError> {
+    /// The gradient buffer of block `b`, zeroed when it is opened for a new sum. `first_of`: by the first group of the step after that one.
+    fn open_gradient(&mut self, b: usize, first_of: Option<u64>) -> Result<Grads, EngineError> {
         let len = self.model.places[b].1 * 4;
-        let dev = self.dev.as_ref();
+        let (dev, first_group) = (self.dev.as_ref(), first_of.is_some());
+        if let Some(before) = first_of {
+            for visiting in self.visiting.iter().filter(|v| v.block == b) {
+                // They are in the store when they are published.
+                self.weights.await_published(dev, self.store.layout().page_range(visiting.page), before)?;
+            }
+        }
         let g = self.gradients.as_mut().ok_or_else(|| EngineError::internal("this session does not train"))?;
         let i = g.buffer_of(b);
         let buffer = &g.buffers[i];

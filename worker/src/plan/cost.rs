@@ -290,10 +290,15 @@ impl Cost {
         if p.resident[b] { model.places[b].1.saturating_sub(lost) } else { 0 }
     }
 
-    /// Parameters of each block whose state is held, by all ranks.
+    /// Parameters of each block whose state is held by all ranks, or visits them.
     pub fn held(&self, model: &Model, p: &EnginePlan) -> Vec<f64> {
+        self.first_pages(model, p, p.held_pages + p.visiting_pages)
+    }
+
+    /// Parameters of each block that lie in the first so many pages of each rank that may be held.
+    fn first_pages(&self, model: &Model, p: &EnginePlan, pages: usize) -> Vec<f64> {
         let page = p.store.page_parameters.map_or(0, u64::from);
-        let mut left = p.held_pages as u64 * page * p.world as u64;
+        let mut left = pages as u64 * page * p.world as u64;
         let of_block = |b: usize| {
             let held = left.min(Cost::holdable(p, page, model, b));
             left -= held;
@@ -344,18 +349,24 @@ impl Cost {
         let parameters = f64::from(page);
         let page = parameters * ramtorch_device::state_bytes(&p.store) as f64;
         let held = self.held(model, p);
+        let mut visiting = vec![0.0; model.len()];
+        if p.visiting_pages > 0 {
+            p.visiting_rooms(model).iter().take(p.visiting_pages).for_each(|(b, _)| visiting[*b] += page);
+        }
         let mut pages = vec![0; model.len() - 1];
-        let mut left = 0.0;
+        // Those that visit where the last block's sums were come first.
+        let mut left = -visiting[model.len() - 1];
         for b in (0..pages.len()).rev() {
             if p.keep[b] == Keep::Inputs || !matches!(model.blocks[b], Block::Layer(_)) {
+                left -= visiting[b];
                 continue;
             }
             let seconds = t.backward[b] * p.group_len as f64;
             let weights = if p.resident[b] { 0.0 } else { (model.places[b].1 * p.dtype.size()) as f64 };
-            let time = (seconds * self.both[0] * STAGED_SHARE - weights).max(0.0) + left;
+            let time = (seconds * self.both[0] * STAGED_SHARE - weights).max(0.0) + left - visiting[b];
             let room = model.saved_bytes(b, p.shape(), p.keep[b]) as f64 * p.group_len as f64;
             pages[b] = (time.min(room) / page).min((model.places[b].1 as f64 - held[b]) / parameters).max(0.0) as usize;
-            left = (time - pages[b] as f64 * page).clamp(0.0, page);
+            left = (time - pages[b] as f64 * page).min(page);
         }
         pages
     }
@@ -629,9 +640,11 @@ impl<'a> Run<'a> {
         let end = updated.iter().copied().fold(0.0, f64::max);
         let mut written_back = 0.0;
         let mut published = updated.clone();
+        let stays = cost.first_pages(model, p, p.held_pages);
         for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {
-            // With a log, so many steps share the way out among them.
-            written_back += held[b] / n * state / f64::from(p.store.log.steps) / (cost.both[1] * WRITE_BACK);
+            // With a log, so many steps share the way out among them; what visits leaves at each.
+            let leaves = stays[b] / f64::from(p.store.log.steps) + held[b] - stays[b];
+            written_back += leaves / n * state / (cost.both[1] * WRITE_BACK);
             published[b] = end + written_back;
         }
         Run {

@@ -89,6 +89,10 @@ pub(crate) struct EnginePlan {
     /// are published beside the sweeps of the next step.
     #[serde(default)]
     pub held_pages: usize,
+    /// Pages of a rank behind those, whose state comes to the device during each backward pass and leaves it during the next: until then it lies where
+    /// sums of gradients were ([`EnginePlan::visiting_rooms`]). Otherwise they are as those that stay.
+    #[serde(default)]
+    pub visiting_pages: usize,
     /// Blocks (or empty: none) whose rounded gradients stay on the device until the next backward pass, beside those in the segment: held
     /// pages are updated from there, all at once before the next forward pass.
     #[serde(default)]
@@ -202,6 +206,20 @@ impl EnginePlan {
     /// They are copied to where the block's sum was, which is free once it is rounded.
     pub fn copies_back(&self, b: usize) -> bool {
         self.resident_gradients && self.keeps_packed(b)
+    }
+
+    /// Where state of pages may lie from the end of a step's sums to the next step's first: blocks, from the last on, and offsets in the buffers of
+    /// their sums, behind rounded gradients that stay there. A tied embedding's sum is opened first of all, before anything has left.
+    pub fn visiting_rooms(&self, model: &Model) -> Vec<(usize, u64)> {
+        let Some(page) = self.store.page_parameters.filter(|_| self.packs() && self.resident_gradients) else { return Vec::new() };
+        let (each, ranks) = (rounded(HeldPage::bytes(&self.store, u64::from(page))), self.ranks());
+        let of_block = |b: usize| {
+            let parameters = ranks.padded(model.places[b].1);
+            let first = if self.copies_back(b) { rounded(parameters * self.store.gradients.bytes()) } else { 0 };
+            let count = (parameters * 4).saturating_sub(first) / each;
+            (0..count).map(move |i| (b, first + i * each))
+        };
+        (usize::from(model.tied())..model.len()).rev().flat_map(of_block).collect()
     }
 
     /// They are rounded into a buffer of their own.
@@ -547,8 +565,10 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
     };
     // Pages that reach into a block whose weights do not stay are not held; the search counts parameters.
     let p = &found.plan;
-    let of_rank = |rank| held_pages(&layout, &p.resident, p.held_pages, Ranks { rank, world }).len();
-    found.plan.held_pages = (0..world).map(of_rank).max().unwrap_or(0);
+    let of_rank = |rank| held_pages(&layout, &p.resident, p.held_pages + p.visiting_pages, Ranks { rank, world }).len();
+    let most = (0..world).map(of_rank).max().unwrap_or(0);
+    found.plan.held_pages = p.held_pages.min(most);
+    found.plan.visiting_pages = found.plan.visiting_pages.min(most - found.plan.held_pages);
     found.plan.store.log = logged(&layout, &found.plan, request.segment_bytes_available);
     layout = Layout::new(&found.plan.store).map_err(|e| EngineError::new(ErrorKind::Resources, e))?;
     found.plan.uses = device_use(&model, &found.plan, &workspace)?;
@@ -637,6 +657,7 @@ pub(crate) fn inference(
         bus_ids: Vec::new(),
         staged_pages: Vec::new(),
         held_pages: 0,
+        visiting_pages: 0,
         held_gradients: Vec::new(),
         squares_on_device: false,
         early_updates: false,

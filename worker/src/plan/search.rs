@@ -236,6 +236,7 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
             bus_ids: Vec::new(),
             staged_pages: Vec::new(),
             held_pages: 0,
+            visiting_pages: 0,
             held_gradients: Vec::new(),
             squares_on_device: s.world == 1 && s.kind == DeviceKind::Cuda,
             early_updates: s.early_updates,
@@ -297,9 +298,16 @@ impl Combination<'_> {
                         if held >= too_many[usize::from(here)] {
                             continue;
                         }
-                        (p.held_pages, p.store.log) = (held, GradientLog::NONE);
-                        p.held_gradients =
-                            if here { s.cost.held(s.model, &p).iter().map(|held| *held > 0.0).collect() } else { Vec::new() };
+                        (p.held_pages, p.visiting_pages, p.store.log) = (held, 0, GradientLog::NONE);
+                        p.held_gradients = match (here, p.resident_gradients) {
+                            (false, _) => Vec::new(),
+                            // Where their sums were, they take nothing.
+                            (true, true) => vec![true; n],
+                            (true, false) => s.cost.held(s.model, &p).iter().map(|held| *held > 0.0).collect(),
+                        };
+                        if here && p.resident_gradients {
+                            p.visiting_pages = p.visiting_rooms(s.model).len().min(self.pages_that_stay(&p).saturating_sub(held));
+                        }
                         let Some(keep) = self.keep(&mut p, least)? else {
                             too_many[usize::from(here)] = held;
                             continue;
@@ -340,18 +348,24 @@ impl Combination<'_> {
     /// published yet outlive the process.
     fn holdings(&self, p: &EnginePlan) -> Vec<(usize, bool)> {
         let Some(page) = p.store.page_parameters.filter(|_| self.s.cost.holds(p)) else { return vec![(0, false)] };
-        let (page, n) = (u64::from(page), self.s.model.len());
-        let stay = (0..n).map(|b| Cost::holdable(p, page, self.s.model, b)).sum::<u64>() / p.world as u64;
         let allowed = self.s.spec.train.held_state_gib.map_or(u64::MAX, |gib| (gib * f64::from(1 << 30)) as u64);
-        let most = (stay / page).min(allowed / HeldPage::bytes(&p.store, page)) as usize;
+        let most = self.pages_that_stay(p).min((allowed / HeldPage::bytes(&p.store, u64::from(page))) as usize);
         if self.s.kind == DeviceKind::Cpu {
             // It gains nothing and is done where the job says so; what has room is tried first.
             return vec![(most, p.packs())];
         }
         let numbers = (0..=most).step_by((most / HOLDINGS).max(1));
-        // All of them, too, where their gradients stay: then nothing is left for the processor.
+        // All of them, too, where their gradients stay: then nothing is left for the processor. None, too, where others visit.
         let all = numbers.clone().chain([most]);
-        numbers.map(|held| (held, false)).chain(all.filter(|held| *held > 0 && p.packs()).map(|held| (held, true))).collect()
+        let least = usize::from(!p.resident_gradients || allowed == 0);
+        numbers.map(|held| (held, false)).chain(all.filter(|held| *held >= least && p.packs()).map(|held| (held, true))).collect()
+    }
+
+    /// Pages of a rank whose weights stay on its device.
+    fn pages_that_stay(&self, p: &EnginePlan) -> usize {
+        let page = p.store.page_parameters.map_or(1, u64::from);
+        let stay: u64 = (0..self.s.model.len()).map(|b| Cost::holdable(p, page, self.s.model, b)).sum();
+        (stay / p.world as u64 / page) as usize
     }
 
     /// Lengths of a log of gradients to look at for a plan that holds pages. Which pages have it, is worked out for the last plan only.

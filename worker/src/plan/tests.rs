@@ -365,17 +365,34 @@ fn weights_wait_for_slots_as_they_did() {
 }
 
 /// 7B with 131,072 tokens a step on an H200: 274 pages are on the GPU before their update, which came to 163 of them. The optimizer took
-/// 1.03 s, 0.37 s of it seen, in a step of 9.91 s; 0.81 and 0.11 s were expected when all of the 274 were thought to be the GPU's.
+/// 1.03 s, 0.37 s of it seen, in a step of 9.91 s; 0.81 and 0.11 s were expected when all of the 274 were thought to be the GPU's. With
+/// state that visits where sums of gradients were, the plan is faster.
 #[test]
 fn what_is_on_the_gpu_counts_for_pages_that_it_updates() {
     let a = shape("qwen2", 3584, 18_944, 28, [28, 4], 128, 152_064, false);
     let layers = [(1024, [0.82, 2.01, 0.13, 0.59]), (32_768, [24.27, 50.03, 1.95, 19.22])];
     let rates = measured(&layers, [5.45e10, 4.88e10, 5.16e10, 4.53e10], [5.15e9, 49.1e9]);
     let (p, of) = with_rates(&mut on_gpu(&a, 1024, 128, 138.8, ""), &rates, &a);
-    let x = of(&p);
-    assert!(p.staged_pages.iter().sum::<usize>() > 200, "{:?}", p.staged_pages);
-    assert!((x.optimizer / 1.03 - 1.0).abs() < 0.08 && (x.step / 9.91 - 1.0).abs() < 0.03, "{x:?}");
+    let visited = of(&p);
+    let (model, _) = cost(&a, None);
+    let layer = |b: usize| matches!(model.blocks[b], Block::Layer(_));
+    let taken = EnginePlan {
+        resident: search::resident(&model, 2),
+        slots: 2,
+        groups: 4,
+        group_len: 1,
+        micro_batch: 32,
+        keep: vec![Keep::Products; model.len()],
+        held_pages: 38,
+        visiting_pages: 0,
+        held_gradients: Vec::new(),
+        staged_pages: (0..model.len() - 1).map(|b| if layer(b) { 274 / 28 } else { 0 }).collect(),
+        ..p.clone()
+    };
+    let x = of(&taken);
+    assert!((x.optimizer / 1.03 - 1.0).abs() < 0.1 && (x.step / 9.91 - 1.0).abs() < 0.03, "{x:?}");
     assert!((0.2..0.45).contains(&x.wait_optimizer), "{x:?}");
+    assert!(p.visiting_pages > 40 && visited.step < 0.995 * x.step && visited.wait_optimizer < 0.75 * x.wait_optimizer, "{visited:?}");
 }
 
 /// 7B with 131,072 tokens a step in four groups whose gradients add up in the segment, in pieces that wait for products:

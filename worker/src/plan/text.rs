@@ -143,10 +143,6 @@ fn choice(t: &mut String, model: &Model, layout: &Layout, found: &Found, forced:
                 p.held_pages,
                 s(p.held_pages)
             );
-            if p.held_gradients.contains(&true) && p.packs() {
-                let _ =
-                    writeln!(t, "             their gradients stay there too: all of them are updated before the next forward pass begins");
-            }
             let log = &p.store.log;
             if log.steps > 1 {
                 let bytes = u64::from(log.steps - 1) * layout.logged_parameters() * p.store.gradients.bytes();
@@ -157,6 +153,16 @@ fn choice(t: &mut String, model: &Model, layout: &Layout, found: &Found, forced:
                     size(bytes)
                 );
             }
+        }
+        if p.visiting_pages > 0 {
+            let _ = writeln!(
+                t,
+                "             the state of {} more lies on the device while a step's sums of gradients do not: it comes with the backward pass and leaves before the next",
+                p.visiting_pages
+            );
+        }
+        if p.held_pages + p.visiting_pages > 0 && p.held_gradients.contains(&true) && p.packs() {
+            let _ = writeln!(t, "             their gradients stay there too: all of them are updated before the next forward pass begins");
         }
         let staged: usize = p.staged_pages.iter().sum();
         if staged > 0 {
