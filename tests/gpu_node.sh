@@ -20,7 +20,7 @@ if [ "${TESTS:-1}" != 0 ]; then
   if [ "$gpus" -gt 1 ]; then
     part gpus "$here/tests/gpus.sh" "$out/gpus" "$gpus"
   else
-    part gpus "$here/tests/gpus.sh" "$out/gpus" 1 repeat kill early hold log stream place
+    part gpus "$here/tests/gpus.sh" "$out/gpus" 1 repeat kill early hold log visit stream place
   fi
 fi
 if [ "${TABLE:-1}" != 0 ]; then

@@ -14,6 +14,9 @@ import subprocess
 import sys
 import time
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "bench"))
+from node import Node  # noqa: E402
+
 STEPS = 12
 SEQUENCE = 512
 TOKENS = 400_000
@@ -28,6 +31,9 @@ CPU = os.environ.get("DEVICES") == "cpu"
 if CPU:
     CONFIG.update(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, head_dim=12)
     SEQUENCE = 16
+# Nearly all of it in layers: in half of a layer's sum of gradients there is room for the state of a page, a sixteenth of all.
+LARGE_LAYERS = {**CONFIG, "vocab_size": 211 if CPU else 8_009, "hidden_size": 256 if CPU else 2048, "head_dim": 64,
+                "intermediate_size": 512 if CPU else 12_288, "num_hidden_layers": 2}
 
 
 class Rig:
@@ -35,13 +41,18 @@ class Rig:
         self.binary, self.out, self.gpus = os.path.abspath(binary), os.path.abspath(out), gpus
         self.failed = 0
         os.makedirs(self.out, exist_ok=True)
-        with open(os.path.join(self.out, "config.json"), "w") as f:
-            json.dump(CONFIG, f)
+        self.use(CONFIG, "config.json")
         values = array.array("I")
         values.frombytes(random.Random(0).randbytes(4 * TOKENS))
-        top = CONFIG["vocab_size"] - 100
+        top = LARGE_LAYERS["vocab_size"] - 100
         with open(os.path.join(self.out, "tokens.bin"), "wb") as f:
             array.array("I", (v % top for v in values)).tofile(f)
+
+    def use(self, config, name):
+        """The model of the jobs that are made from here on."""
+        self.config = os.path.join(self.out, name)
+        with open(self.config, "w") as f:
+            json.dump(config, f)
 
     def job(self, name, train="", steps=STEPS, batch=4, optimizer="", more="", fresh=True):
         """Sequences of a step: not a multiple of the number of GPUs, so that shares differ. Checkpoints and metrics of an earlier
@@ -52,7 +63,7 @@ class Rig:
         with open(path, "w") as f:
             f.write(f"""name = "{name}"
 [model]
-config = "{self.out}/config.json"
+config = "{self.config}"
 [data]
 format = "tokens"
 train = "{self.out}/tokens.bin"
@@ -184,6 +195,24 @@ def log(rig):
     whole = rig.run("logged", rig.gpus, logged, 60)
     rig.say(bool(whole and plain) and bits(whole) == bits(plain), "state that is written back at every fourth step changes no bit")
     killed(rig, "logged-killed", whole, 60, logged)
+
+
+def visit(rig):
+    """State that comes and goes where sums of gradients were: the bits of state in RAM alone, also when workers are killed."""
+    rig.use(LARGE_LAYERS, "large-layers.json")
+    two_groups = 'micro_batch_size = 1\ngroups = 2\nprecision = "bf16"\n' + ("gather_weights = true\nreduce = \"bf16\"\n" if rig.gpus > 1 else "")
+    visits = f"{two_groups}held_state_gib = {0.002 if CPU else 0.3}\nwrite_back_steps = 1\n"
+    _, path = rig.job("visited", visits, 60)
+    devices = f"cpu:{rig.gpus}" if CPU else ",".join(f"cuda:{i}" for i in range(rig.gpus))
+    with open(os.path.join(rig.out, "plan.txt"), "w") as log, Node(os.path.dirname(rig.binary), devices, log) as node:
+        text = node.ask("plan", path)["text"]
+        log.write(text)
+    rig.say("comes with the backward pass" in text, "the plan has state come and go")
+    plain = rig.run("unvisited", rig.gpus, f"{two_groups}held_state_gib = 0\n", 60)
+    whole = rig.run("visited", rig.gpus, visits, 60)
+    rig.say(bool(whole and plain) and bits(whole) == bits(plain), "state that comes and goes where sums were changes no bit")
+    killed(rig, "visited-killed", whole, 60, visits)
+    rig.use(CONFIG, "config.json")
 
 
 def nop2p(rig):
@@ -378,7 +407,7 @@ def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, 
     rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
 
 
-CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, log=log, stream=stream, place=place, resize=resize, pull=pull,
+CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, log=log, visit=visit, stream=stream, place=place, resize=resize, pull=pull,
               nop2p=nop2p)
 
 
