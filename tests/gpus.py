@@ -39,7 +39,7 @@ LARGE_LAYERS = {**CONFIG, "vocab_size": 211 if CPU else 8_009, "hidden_size": 25
 class Rig:
     def __init__(self, binary, out, gpus):
         self.binary, self.out, self.gpus = os.path.abspath(binary), os.path.abspath(out), gpus
-        self.failed = 0
+        self.failed, self.batch = 0, 4
         os.makedirs(self.out, exist_ok=True)
         self.use(CONFIG, "config.json")
         values = array.array("I")
@@ -54,7 +54,7 @@ class Rig:
         with open(self.config, "w") as f:
             json.dump(config, f)
 
-    def job(self, name, train="", steps=STEPS, batch=4, optimizer="", more="", fresh=True):
+    def job(self, name, train="", steps=STEPS, optimizer="", more="", fresh=True):
         """Sequences of a step: not a multiple of the number of GPUs, so that shares differ. Checkpoints and metrics of an earlier
         job of this name go, unless it is to go on (`fresh`)."""
         folder = os.path.join(self.out, name)
@@ -70,7 +70,7 @@ train = "{self.out}/tokens.bin"
 sequence_length = {SEQUENCE}
 [train]
 steps = {steps}
-batch_size = {batch * self.gpus + 1}
+batch_size = {self.batch * self.gpus + 1}
 {train}
 [optimizer]
 lr = 3e-4
@@ -200,7 +200,9 @@ def log(rig):
 def visit(rig):
     """State that comes and goes where sums of gradients were: the bits of state in RAM alone, also when workers are killed."""
     rig.use(LARGE_LAYERS, "large-layers.json")
-    two_groups = 'micro_batch_size = 1\ngroups = 2\nprecision = "bf16"\n' + ("gather_weights = true\nreduce = \"bf16\"\n" if rig.gpus > 1 else "")
+    if not CPU:
+        rig.batch = 64  # a step of arithmetic enough for state to come and go
+    two_groups = f'micro_batch_size = {1 if CPU else 4}\ngroups = 2\nprecision = "bf16"\n' + ("gather_weights = true\nreduce = \"bf16\"\n" if rig.gpus > 1 else "")
     visits = f"{two_groups}held_state_gib = {0.002 if CPU else 0.3}\nwrite_back_steps = 1\n"
     _, path = rig.job("visited", visits, 60)
     devices = f"cpu:{rig.gpus}" if CPU else ",".join(f"cuda:{i}" for i in range(rig.gpus))
@@ -213,6 +215,7 @@ def visit(rig):
     rig.say(bool(whole and plain) and bits(whole) == bits(plain), "state that comes and goes where sums were changes no bit")
     killed(rig, "visited-killed", whole, 60, visits)
     rig.use(CONFIG, "config.json")
+    rig.batch = 4
 
 
 def nop2p(rig):
