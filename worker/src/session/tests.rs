@@ -5,10 +5,10 @@ use crate::api::{DeviceKind, DeviceSpec, PlanRequest, Prepared, Rates};
 use crate::plan::{DeviceUse, device_use, plan};
 use ramtorch_cpu::{CpuDevice, Kept, update_pages_recorded, write_back};
 use ramtorch_data::Dataset;
-use ramtorch_device::{AdamwStep, DecayRun, PageGradients, PageUpdater};
+use ramtorch_device::{AdamwStep, DecayRun, DeviceGradients, PageGradients, PageUpdater, StagedPage};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::{TransformerConfig, fill_page, open_weights, parse_config};
-use ramtorch_store::{GradientLog, Layout, SharedOwner, StoreSpec};
+use ramtorch_store::{GradientLog, Layout, PageId, SharedOwner, StoreSpec};
 use std::path::Path;
 
 const VOCABULARY: usize = 97;
