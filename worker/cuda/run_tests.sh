@@ -31,7 +31,7 @@ if [ -n "${SANITIZER:-}" ]; then
     while read -r name; do
       all=$((all + 1))
       echo "== $name" >>"$results/sanitizer.log"
-      if timeout -k 5 "${SANITIZER_SECONDS:-600}" "$sanitizer" --tool "$SANITIZER" --error-exitcode 97 --target-processes all \
+      if RAMTORCH_OPS_WATCHED=1 timeout -k 5 "${SANITIZER_SECONDS:-600}" "$sanitizer" --tool "$SANITIZER" --error-exitcode 97 --target-processes all \
         "$binary" --exact "$name" >>"$results/sanitizer.log" 2>&1 </dev/null; then
         clean=$((clean + 1))
       else

@@ -215,6 +215,11 @@ pub fn compare(what: &str, got: &[f32], want: &[f32], limit: f64) {
     );
 }
 
+/// A tool looks at every access, which makes tests a thousand times slower (`run_tests.sh` says so).
+pub fn watched() -> bool {
+    std::env::var_os("RAMTORCH_OPS_WATCHED").is_some()
+}
+
 /// Runs a test on devices of both formats.
 pub fn formats(f: impl Fn(Rig)) {
     for dtype in [Dtype::F32, Dtype::Bf16] {
