@@ -174,13 +174,14 @@ impl WeightCache {
 
     /// Weights of the pages of block `b` can be had.
     fn published(&self, b: usize) -> bool {
-        let direct = self.direct_of(b);
-        let there = |p: PageId| {
-            self.store.entry(p).step == self.version
-                || direct.is_some_and(|d| d.delivered(p, self.version))
-                || self.is_kept(p, self.version)
-        };
-        self.store.layout().pages_of(self.own_part(b)).all(there)
+        self.store.layout().pages_of(self.own_part(b)).all(|p| self.is_there(b, p))
+    }
+
+    /// Weights of page `p` can be had for block `b`.
+    fn is_there(&self, b: usize, p: PageId) -> bool {
+        self.store.entry(p).step == self.version
+            || self.direct_of(b).is_some_and(|d| d.delivered(p, self.version))
+            || self.is_kept(p, self.version)
     }
 
     /// Who is told of weights that are written to the place of block `b`.
@@ -197,12 +198,22 @@ impl WeightCache {
             let as_far = at <= step && step - at <= self.store.layout().may_lag(*p);
             !as_far && !self.is_kept(*p, step)
         };
+        self.await_pages(dev, params, |page| !behind(&page))
+    }
+
+    /// Waits until this rank's pages of block `b` are updated, published or not: what they were made of is read no more.
+    pub fn await_updated(&self, dev: &dyn Device, b: usize) -> Result<(), EngineError> {
+        self.await_pages(dev, self.own_part(b), |page| self.is_there(b, page))
+    }
+
+    /// Waits until all pages in `params` are `there`.
+    fn await_pages(&self, dev: &dyn Device, params: std::ops::Range<u64>, there: impl Fn(PageId) -> bool) -> Result<(), EngineError> {
         let mut waiting = None;
-        for page in self.store.layout().pages_of(params).filter(behind) {
+        for page in self.store.layout().pages_of(params).filter(|page| !there(*page)) {
             if waiting.is_none() {
                 waiting = Some(dev.begin(Stream::Compute, &Label::wait(Wait::Pages).page(page))?);
             }
-            self.await_page(|| !behind(&page))?;
+            self.await_page(|| there(page))?;
         }
         match waiting {
             Some(stretch) => dev.end(Stream::Compute, stretch),

@@ -193,7 +193,12 @@ impl Session {
     pub(super) fn open_gradient(&mut self, b: usize, first_of: Option<u64>) -> Result<Grads, EngineError> {
         let len = self.model.places[b].1 * 4;
         let (dev, first_group) = (self.dev.as_ref(), first_of.is_some());
+        let copied_back = self.gradients.as_ref().is_some_and(|g| g.copied_back(b));
         if let Some(before) = first_of {
+            if copied_back {
+                // Held pages are made of what lies there. Blocks that the forward pass has visited are; the last one is opened before.
+                self.weights.await_updated(dev, b)?;
+            }
             for visiting in self.visiting.iter().filter(|v| v.block == b) {
                 // They are in the store when they are published.
                 self.weights.await_published(dev, self.store.layout().page_range(visiting.page), before)?;
