@@ -14,6 +14,7 @@ pub mod config;
 pub mod gate;
 pub mod outputs;
 pub mod paths;
+mod places;
 pub mod sandbox;
 pub mod serve;
 pub mod tls;

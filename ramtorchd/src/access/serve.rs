@@ -1,6 +1,7 @@
 //! The two ways in: the unix socket, and TCP with TLS. Both end in the same services behind the same gate.
 
 use super::gate::Gate;
+use super::places::{Place, Places};
 use super::tls::{Peer, Tls};
 use crate::rpc::{Context as Services, JobsService, NodeService};
 use ramtorch_proto::FILE_DESCRIPTOR_SET;
@@ -13,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
@@ -25,6 +26,8 @@ use tonic::transport::server::{Connected, UdsConnectInfo};
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Pause after an error of accept, such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that are closed for want of a place are told of once in so long.
+const QUIET: Duration = Duration::from_secs(10);
 /// Connections that are ready and wait for the server to take them.
 const READY: usize = 64;
 /// Streams of one HTTP/2 connection; clients wait with more.
@@ -41,7 +44,7 @@ pub type Running = (oneshot::Sender<()>, JoinHandle<()>);
 pub struct Connection<T, I> {
     io: T,
     info: I,
-    _permit: OwnedSemaphorePermit,
+    _place: Box<dyn Send + Sync>,
 }
 
 impl<T, I: Clone + Send + Sync + 'static> Connected for Connection<T, I> {
@@ -86,14 +89,23 @@ pub async fn unix(
     listener: UnixListener,
 ) -> Result<Running, tonic_reflection::server::Error> {
     let (ready, incoming) = mpsc::channel(READY);
-    let places = Arc::new(Semaphore::new(connections));
+    let places = Places::new(connections);
+    let own = nix::unistd::geteuid().as_raw();
     let accepting = tokio::spawn(async move {
         loop {
-            let Ok(permit) = places.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((io, _)) => {
                     let info = UdsConnectInfo { peer_addr: io.peer_addr().ok().map(Arc::new), peer_cred: io.peer_cred().ok() };
-                    if ready.send(Ok(Connection { io, info, _permit: permit })).await.is_err() {
+                    // Whom the kernel does not name is nobody.
+                    let uid = info.peer_cred.map(|c| c.uid());
+                    let place = match places.take(uid, uid.is_some_and(|uid| uid == 0 || uid == own)) {
+                        Ok(place) => place,
+                        Err(why) => {
+                            closed(&format!("user {}", uid.map_or_else(|| "unknown".to_string(), |uid| uid.to_string())), why);
+                            continue;
+                        }
+                    };
+                    if ready.send(Ok(Connection { io, info, _place: Box::new(place) })).await.is_err() {
                         return;
                     }
                 }
@@ -117,18 +129,24 @@ pub async fn tcp(
     reflection: bool,
 ) -> Result<Running, tonic_reflection::server::Error> {
     let (ready, incoming) = mpsc::channel(READY);
-    let places = Arc::new(Semaphore::new(connections));
+    let places = Places::new(connections);
     let tls = Arc::new(tls);
     let accepting = tokio::spawn(async move {
         loop {
-            let Ok(permit) = places.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 // A peer that is slow to shake hands holds up nobody but itself, and not for long.
                 Ok((io, from)) => {
+                    let place: Place<_> = match places.take(from.ip(), false) {
+                        Ok(place) => place,
+                        Err(why) => {
+                            closed(&from.ip().to_string(), why);
+                            continue;
+                        }
+                    };
                     let (tls, ready) = (tls.clone(), ready.clone());
                     tokio::spawn(async move {
                         match tokio::time::timeout(HANDSHAKE_LIMIT, shake_hands(io, &tls)).await {
-                            Ok(Ok((io, info))) => drop(ready.send(Ok(Connection { io, info, _permit: permit })).await),
+                            Ok(Ok((io, info))) => drop(ready.send(Ok(Connection { io, info, _place: Box::new(place) })).await),
                             Ok(Err(e)) => tracing::info!(%from, "a TLS connection was not accepted: {e}"),
                             Err(_) => tracing::info!(%from, "a TLS handshake took longer than {} s", HANDSHAKE_LIMIT.as_secs()),
                         }
@@ -149,6 +167,16 @@ async fn shake_hands(io: TcpStream, tls: &Arc<Tls>) -> io::Result<(TlsStream<Tcp
     // Names of users may be looked up on another machine.
     let peer = tokio::task::spawn_blocking(move || tls.peer(certificates.as_deref())).await.map_err(io::Error::other)?;
     Ok((stream, peer))
+}
+
+/// Says so at most once in a while: whoever opens too many connections opens many.
+fn closed(whose: &str, why: &str) {
+    static LAST: std::sync::Mutex<Option<std::time::Instant>> = std::sync::Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if last.is_none_or(|last| last.elapsed() > QUIET) {
+        *last = Some(std::time::Instant::now());
+        tracing::warn!("a connection of {whose} was closed: {why} ([limits] connections)");
+    }
 }
 
 async fn not_accepted(e: &io::Error) {

@@ -332,7 +332,7 @@ impl Cost {
         let mut left = -visiting[model.len() - 1];
         for b in (0..pages.len()).rev() {
             if p.keep[b] == Keep::Inputs || !matches!(model.blocks[b], Block::Layer(_)) {
-                left -= visiting[b];
+                left = (left + t.backward[b] * p.group_len as f64 * self.both[0] * STAGED_SHARE - visiting[b]).min(0.0);
                 continue;
             }
             let seconds = t.backward[b] * p.group_len as f64;

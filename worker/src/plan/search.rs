@@ -192,10 +192,28 @@ impl Sizes {
 
 /// Searches. The inner error is the least memory that would do.
 pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
-    let batch = s.spec.train.batch_size;
-    let share = batch.div_ceil(s.world);
     let mut best: Option<Found> = None;
     let (mut least, mut played) = (u64::MAX, 0);
+    // Sums of several groups are not rounded after each where they fit in fp32.
+    for rounded in [false, true] {
+        each_size(s, rounded, &mut best, &mut least, &mut played)?;
+        if best.is_some() {
+            break;
+        }
+    }
+    Ok(match best {
+        Some(mut found) => {
+            found.plan.store = StoreSpec { log: found.plan.store.log.clone(), ..s.store.clone() };
+            Ok(Found { played, ..found })
+        }
+        None => Err(least),
+    })
+}
+
+/// Plans with micro-batches of all sizes, in groups of all lengths.
+fn each_size(s: &Space, rounded: bool, best: &mut Option<Found>, least: &mut u64, played: &mut usize) -> Result<(), EngineError> {
+    let batch = s.spec.train.batch_size;
+    let share = batch.div_ceil(s.world);
     for micro_batch in micro_batches(s.spec, share, s.seq, s.kind) {
         let micro_batches = share.div_ceil(micro_batch).max(1);
         let rows = micro_batch * s.seq;
@@ -250,22 +268,18 @@ pub(super) fn run(s: &Space) -> Result<Result<Found, u64>, EngineError> {
         for groups in groups(s.spec, micro_batches) {
             let group_len = micro_batches.div_ceil(groups);
             let base = EnginePlan { groups: micro_batches.div_ceil(group_len), group_len, ..start.clone() };
-            let c = Combination { s, times: &times, sizes: &sizes, workspace: &workspace };
-            c.go(base, &mut best, &mut least, &mut played)?;
+            let c = Combination { s, rounded, times: &times, sizes: &sizes, workspace: &workspace };
+            c.go(base, best, least, played)?;
         }
     }
-    Ok(match best {
-        Some(mut found) => {
-            found.plan.store = StoreSpec { log: found.plan.store.log.clone(), ..s.store.clone() };
-            Ok(Found { played, ..found })
-        }
-        None => Err(least),
-    })
+    Ok(())
 }
 
 /// One size of micro-batch.
 struct Combination<'a> {
     s: &'a Space<'a>,
+    /// Sums of a group may be added to those before it in the segment's bf16.
+    rounded: bool,
     times: &'a Times,
     sizes: &'a Sizes,
     workspace: &'a dyn Fn(&AttentionShape) -> Result<u64, EngineError>,
@@ -278,6 +292,7 @@ impl Combination<'_> {
         // Gradients that are nowhere else stay: rounded, each group's added to those before it, or as fp32 sums. Where there is
         // one group, they are rounded once, as on their way to the segment.
         let stay: &[(bool, Option<GradientFormat>)] = match s.device_gradients {
+            None if base.groups > 1 && s.store.gradients == GradientFormat::Bf16 && !self.rounded => &[(true, None)],
             None => &[(false, None), (true, None)],
             Some(GradientFormat::Bf16) if s.model.dtype == ramtorch_device::Dtype::Bf16 => {
                 let both = &[(false, Some(GradientFormat::Bf16)), (true, Some(GradientFormat::F32))];
@@ -305,9 +320,6 @@ impl Combination<'_> {
                             (true, true) => vec![true; n],
                             (true, false) => s.cost.held(s.model, &p).iter().map(|held| *held > 0.0).collect(),
                         };
-                        if here && p.resident_gradients {
-                            p.visiting_pages = p.visiting_rooms(s.model).len().min(self.pages_that_stay(&p).saturating_sub(held));
-                        }
                         let Some(keep) = self.keep(&mut p, least)? else {
                             too_many[usize::from(here)] = held;
                             continue;
@@ -321,27 +333,40 @@ impl Combination<'_> {
                         if p.uses.total() > s.budget {
                             continue; // layers of unequal sizes
                         }
-                        p.staged_pages = s.cost.staged_pages(s.model, &p, self.times);
-                        let mut shorter = f64::INFINITY;
-                        for steps in self.logs(&p) {
-                            *played += 1;
-                            p.store.log.steps = steps;
-                            let parts = s.cost.step(s.model, &p, self.times);
-                            let judged = parts.step * (1.0 + LOG_WORTH * f64::from(steps - 1));
-                            if best.as_ref().is_none_or(|b| judged < b.judged * (1.0 - BETTER)) {
-                                *best = Some(Found { plan: p.clone(), parts, judged, played: 0 });
-                            }
-                            // What a longer log does not gain, an even longer one does not either.
-                            if judged >= shorter {
-                                break;
-                            }
-                            shorter = judged;
+                        let visiting = match here && p.resident_gradients {
+                            true => p.visiting_rooms(s.model).len().min(self.pages_that_stay(&p).saturating_sub(held)),
+                            false => 0,
+                        };
+                        for visiting in if visiting > 0 { vec![visiting, visiting / 2, 0] } else { vec![0] } {
+                            p.visiting_pages = visiting;
+                            self.play(&mut p, best, played);
                         }
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// Plays `p`, which has room, with logs of all lengths, and keeps what is better than the best so far.
+    fn play(&self, p: &mut EnginePlan, best: &mut Option<Found>, played: &mut usize) {
+        let s = self.s;
+        p.staged_pages = s.cost.staged_pages(s.model, p, self.times);
+        let mut shorter = f64::INFINITY;
+        for steps in self.logs(p) {
+            *played += 1;
+            p.store.log.steps = steps;
+            let parts = s.cost.step(s.model, p, self.times);
+            let judged = parts.step * (1.0 + LOG_WORTH * f64::from(steps - 1));
+            if best.as_ref().is_none_or(|b| judged < b.judged * (1.0 - BETTER)) {
+                *best = Some(Found { plan: p.clone(), parts, judged, played: 0 });
+            }
+            // What a longer log does not gain, an even longer one does not either.
+            if judged >= shorter {
+                break;
+            }
+            shorter = judged;
+        }
     }
 
     /// Numbers of pages to hold on the device, and whether their gradients are too. Only where their weights need not leave it, and gradients of pages that are not

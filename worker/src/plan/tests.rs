@@ -347,7 +347,7 @@ fn weights_wait_for_slots_as_they_did() {
     let layers = [(2048, [1.34, 3.14, 0.09, 1.02]), (8192, [5.13, 11.55, 0.68, 4.35]), (32_768, [22.29, 46.45, 2.90, 16.76])];
     let rates = measured(&layers, [5.41e10, 4.81e10, 5.07e10, 4.48e10], [5.11e9, 43.4e9]);
     let (p, of) = with_rates(&mut on_gpu(&a, 2048, 64, 78.56, ""), &rates, &a);
-    assert!(of(&p).wait_copies < 0.005 * of(&p).step, "{:?}", of(&p));
+    assert!(of(&p).wait_copies < 0.01 * of(&p).step, "{:?}", of(&p));
 
     let (model, _) = cost(&a, None);
     let taken = EnginePlan {
@@ -412,6 +412,7 @@ fn gradients_that_add_up_in_the_segment_wait_for_products() {
         keep: vec![Keep::Products; p.keep.len()],
         staged_pages: vec![6; p.keep.len() - 1],
         held_pages: 0,
+        visiting_pages: 0,
         held_gradients: Vec::new(),
         ..p
     };
@@ -432,6 +433,7 @@ fn a_model_that_fits_a_gpu_is_not_streamed_for_want_of_memory() {
             slots: 0,
             resident_gradients: true,
             held_pages: 0,
+            visiting_pages: 0,
             held_gradients: Vec::new(),
             ..p
         };
@@ -461,7 +463,9 @@ fn large_steps_and_small_gpus_find_their_plans() {
         let (p, plan) = planned(&on_gpu(a, seq, batch, gib, ""));
         println!("with state that stays: {}", plan.text);
         assert!(parts(a, &p, None).step <= x.step, "{}", plan.text);
-        assert!(gib < 40.0 || p.held_pages > 0 && plan.text.contains("stays on the device too"), "{}", plan.text);
+        let (stays, visits) = (plan.text.contains("stays on the device too"), plan.text.contains("comes with the backward pass"));
+        assert!(gib < 40.0 || stays || visits, "{}", plan.text);
+        assert_eq!((stays, visits), (p.held_pages > 0, p.visiting_pages > 0), "{}", plan.text);
     }
     // A card too small for any of it says so; one that is large enough by a hair does not.
     let e = plan(&on_gpu(&a, 2048, 8, 2.0, "")).unwrap_err().message;

@@ -192,6 +192,9 @@ fn choice(t: &mut String, model: &Model, layout: &Layout, found: &Found, forced:
         (true, 1) => "each block has its own gradient buffer: the backward pass never waits for one to be copied out",
         (true, _) => "gradients add up on the device and leave it with the last group",
         (false, 1) => "gradients leave through two buffers as blocks are done",
+        (false, _) if p.store.gradients == GradientFormat::Bf16 => {
+            "gradients leave with every group and add up in the segment, rounded after each (fp32 sums have no room on the device)"
+        }
         (false, _) => "gradients leave with every group and add up in the segment",
     };
     let _ = writeln!(t, "             {gradients}");

@@ -97,7 +97,14 @@ pub(crate) fn run(
     let rank = Rank { assignment, spec, prepared, history, plan, architecture, store: store_of_rank, comm, recorder, control };
     let mut owner = store.claim(assignment.rank as u32).map_err(EngineError::internal)?;
     rank.settle(&mut owner)?;
-    rank.load(&mut owner)?;
+    // On this rank's share of the processors, and not on all of them.
+    let loading = rayon::ThreadPoolBuilder::new()
+        .num_threads(assignment.device.threads.max(1))
+        .thread_name(|i| format!("load{i}"))
+        .build()
+        .map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the threads that load weights: {e}")))?;
+    loading.install(|| rank.load(&mut owner))?;
+    drop(loading);
     let owner = SharedOwner::new(owner);
     rank.replay(&owner)?;
     rank.recover(&owner)?;

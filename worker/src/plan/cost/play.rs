@@ -49,6 +49,13 @@ pub(super) struct Run<'a> {
     updated: Vec<f64>,
     /// When each block's pages are published, but for the time in which gradients of blocks behind it go out.
     published: Vec<f64>,
+    /// When what visits where each block's sum was is published, but for the same time.
+    left: Vec<f64>,
+    /// Seconds in which state that visits where each block's sum was comes; from when on what is due may, and how long that takes; the end of
+    /// what has come.
+    visits: Vec<f64>,
+    due: (f64, f64),
+    fetched: f64,
     /// Seconds in which held pages go out.
     written_back: f64,
     /// Seconds of copies of gradients so far.
@@ -101,6 +108,14 @@ impl<'a> Run<'a> {
         let mut written_back = 0.0;
         let mut published = updated.clone();
         let stays = cost.first_pages(model, p, p.held_pages);
+        // What visits goes before what stays, in the order of its rooms.
+        let (mut left, mut visits) = (vec![0.0; model.len()], vec![0.0; model.len()]);
+        let page = p.store.page_parameters.map_or(0.0, f64::from) * state;
+        let rooms = if p.visiting_pages > 0 { p.visiting_rooms(model) } else { Vec::new() };
+        for (i, (b, _)) in rooms.iter().take(p.visiting_pages).enumerate() {
+            left[*b] = end + (i + 1) as f64 * page / (cost.both[1] * WRITE_BACK);
+            visits[*b] += page / cost.both[0];
+        }
         for b in (0..model.len()).rev().filter(|b| held[*b] > 0.0) {
             // With a log, so many steps share the way out among them; what visits leaves at each.
             let leaves = stays[b] / f64::from(p.store.log.steps) + held[b] - stays[b];
@@ -116,6 +131,10 @@ impl<'a> Run<'a> {
             count: p.sequences as f64 / p.micro_batch as f64 / p.groups as f64,
             updated,
             published,
+            left,
+            visits,
+            due: (0.0, 0.0),
+            fetched: 0.0,
             written_back,
             gradients: 0.0,
             compute: 0.0,
@@ -147,9 +166,10 @@ impl<'a> Run<'a> {
                 self.s.copies_out += (self.s.copies_out - start.1.copies_out) * more;
             }
         }
+        self.fetch();
         let r = self.s;
         let committed = self.published.iter().copied().fold(0.0, f64::max) + self.gradients;
-        let copied = self.compute.max(self.out).max(if self.written_back > 0.0 { committed } else { 0.0 });
+        let copied = self.compute.max(self.out).max(self.fetched).max(if self.written_back > 0.0 { committed } else { 0.0 });
         let end = if self.cost.norm_beside { copied.max(self.norm) } else { copied + s.norm };
         s.tail = copied - self.compute + TURN;
         s.wait_norm = end - copied;
@@ -165,6 +185,15 @@ impl<'a> Run<'a> {
         self.peers += seconds;
         self.out += seconds;
         self.slots.iter_mut().map(|(_, end)| end).chain(&mut self.ring).for_each(|x| *x += seconds);
+    }
+
+    /// What is due comes, behind the next block's weights, whose copy was enqueued before.
+    fn fetch(&mut self) {
+        let (from, seconds) = std::mem::take(&mut self.due);
+        if seconds > 0.0 {
+            self.copy_in = self.copy_in.max(from) + seconds;
+            self.fetched = self.copy_in;
+        }
     }
 
     /// When the weights that a visit needs have come; `first` for the sweep that follows the optimizer.
@@ -206,6 +235,7 @@ impl<'a> Run<'a> {
             }
             ready = ready.max(self.copy_in);
         }
+        self.fetch();
         (ready, gate)
     }
 
@@ -230,6 +260,11 @@ impl<'a> Run<'a> {
     fn open(&mut self, b: usize, g: usize) {
         if g > 0 && self.p.resident_gradients {
             return;
+        }
+        if self.left[b] > 0.0 {
+            let idle = (self.left[b] + self.gradients + NOTICE - self.compute).max(0.0);
+            self.s.wait_optimizer += idle;
+            self.compute += idle;
         }
         if !self.p.resident_gradients && self.ring.len() >= GRADIENT_RING {
             let free = self.ring.pop_front().unwrap_or(0.0);
@@ -281,6 +316,10 @@ impl<'a> Run<'a> {
         self.compute += DRAG[1] * seconds + PEERS_DRAG * reduce;
         if self.p.copies_back(b) {
             self.compute += 2.0 * bytes / self.cost.memory;
+        }
+        if last_group && self.visits[b] > 0.0 {
+            self.fetch();
+            self.due = (self.compute, self.visits[b]);
         }
         if last_group && self.p.squares() {
             self.compute += bytes / self.cost.memory;
