@@ -28,6 +28,7 @@ mod updater;
 pub use device::CudaDevice;
 pub use library::ensure_libraries;
 pub use peer_rate::peer_bytes_per_second;
+pub use peers::check_peers;
 
 use cudarc::driver::sys;
 use driver::cu;
