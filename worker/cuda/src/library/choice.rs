@@ -6,6 +6,7 @@
 
 use super::search;
 use std::ffi::{CStr, CString, OsStr, OsString};
+use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -214,10 +215,10 @@ fn choose(
         })
     };
     let by_name = |version: &&str| ask(OsStr::new(&format!("{}{version}", kind.file)));
-    let given = kind.versions.iter().find_map(|v| by_name(&v));
+    let given = kind.versions.iter().find_map(&by_name);
     let wanted = first(before)
         .or_else(|| given.iter().find(|(_, v)| suits(v)).map(|(p, _)| p.clone()))
-        .or_else(|| kind.versions.iter().filter_map(|v| by_name(&v)).find(|(_, v)| suits(v)).map(|(p, _)| p))
+        .or_else(|| kind.versions.iter().filter_map(by_name).find(|(_, v)| suits(v)).map(|(p, _)| p))
         .or_else(|| first(after));
     Choice { wanted, given: given.map(|(p, _)| p) }
 }
@@ -243,8 +244,8 @@ fn links(kind: &Kind, path: &Path) -> Vec<(OsString, PathBuf)> {
     all
 }
 
-/// A folder below `cache` with these links. Its name is a hash of them, so it is made once and never changes: a process may open
-/// a part of a library hours later.
+/// A folder below `cache` with these links. Its name is a hash of them, so it never changes, and processes that make it at the
+/// same time make the same; one may open a part of a library hours later.
 fn link_folder(cache: &Path, mut links: Vec<(OsString, PathBuf)>) -> std::io::Result<PathBuf> {
     links.sort();
     let mut key = blake3::Hasher::new();
@@ -252,18 +253,13 @@ fn link_folder(cache: &Path, mut links: Vec<(OsString, PathBuf)>) -> std::io::Re
         key.update(&(part.len() as u64).to_le_bytes()).update(part);
     }
     let folder = cache.join(&key.finalize().to_hex().as_str()[..32]);
-    if folder.is_dir() {
-        return Ok(folder);
+    let unless_there = |made: std::io::Result<()>| made.or_else(|e| if e.kind() == ErrorKind::AlreadyExists { Ok(()) } else { Err(e) });
+    unless_there(std::fs::create_dir(&folder))?;
+    // Each time: what cleans folders for temporary files may have taken some of them.
+    for (name, to) in &links {
+        unless_there(symlink(to, folder.join(name)))?;
     }
-    let aside = folder.with_extension(std::process::id().to_string());
-    let _ = std::fs::remove_dir_all(&aside);
-    std::fs::create_dir(&aside)?;
-    let made = links.iter().try_for_each(|(name, to)| symlink(to, aside.join(name))).and_then(|()| std::fs::rename(&aside, &folder));
-    if made.is_err() {
-        let _ = std::fs::remove_dir_all(&aside);
-    }
-    // Another process may have been first.
-    if folder.is_dir() { Ok(folder) } else { made.map(|()| folder) }
+    Ok(folder)
 }
 
 /// What is to be done to have the wanted files opened.
@@ -433,7 +429,9 @@ mod tests {
         let mut names: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         assert_eq!(names, ["libnvrtc-builtins.so.12.2", "libnvrtc.so", "libnvrtc.so.12", "libnvrtc.so.13"]);
-        assert_eq!(link_folder(&disk.root, all.into_iter().rev().collect()).unwrap(), folder, "made once");
+        std::fs::remove_file(folder.join("libnvrtc.so")).unwrap();
+        assert_eq!(link_folder(&disk.root, all.into_iter().rev().collect()).unwrap(), folder, "the same links");
+        assert!(folder.join("libnvrtc.so").exists(), "what was cleaned away is made again");
         let others = links(&KINDS[0], &disk.root.join("v/libnvrtc.so.13"));
         assert_ne!(link_folder(&disk.root, others).unwrap(), folder);
     }
