@@ -13,6 +13,6 @@ part() { # name, command...
   local rc=$?
   [ $rc = 0 ] || failed=1
   printf '%-8s %-24s %4d s   %s\n' "$([ $rc = 0 ] && echo ok || echo FAILED)" "$name" $((SECONDS - begin)) \
-    "$(grep -E 'passed|skipped' "$out/$name.log" | tail -1)" | tee -a "$out/summary.txt"
+    "$(grep -E '[0-9]+ ([A-Za-z]+ )*(passed|failed|skipped)|^skipped:' "$out/$name.log" | tail -1)" | tee -a "$out/summary.txt"
   return $rc
 }

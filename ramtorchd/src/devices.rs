@@ -69,7 +69,9 @@ pub enum DeviceError {
     #[error("give either --gpus or --devices, not both")]
     Both,
     /// Fewer GPUs than asked for.
-    #[error("cuda:{index} was asked for, but the NVIDIA driver shows {found} GPU(s) on this machine (/proc/driver/nvidia/gpus)")]
+    #[error(
+        "cuda:{index} was asked for, but there are {found} GPU(s): those with a device node (/dev/nvidia0, /dev/nvidia1, and so on) that the driver knows (/proc/driver/nvidia/gpus). `ramtorch doctor` checks both; a container must be given its devices"
+    )]
     NoSuchGpu {
         /// The first that is missing.
         index: u32,

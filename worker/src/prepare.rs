@@ -24,6 +24,9 @@ pub(crate) fn run(
     gpus: rates::Gpus,
     control: &dyn Control,
 ) -> Result<Prepared, EngineError> {
+    if a.device.kind == DeviceKind::Cuda {
+        ramtorch_cuda::check_peers(gpus.all)?;
+    }
     control.heartbeat(0, "reading the model");
     let input = resolve(&spec.model).map_err(errors::model)?;
     for w in &input.warnings {

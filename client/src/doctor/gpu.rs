@@ -1,25 +1,76 @@
 //! GPUs, their driver, and the CUDA libraries.
 //!
-//! Libraries are looked for where workers look for them (`worker/cuda/src/library.rs`): the system's folders, the variables,
+//! Libraries are looked for where workers look for them (`worker/cuda/src/library/`): the variables, the system's folders,
 //! Python environments, toolkits. They are not loaded; versions are those in the names of their files.
 
 use super::{Facts, Finding};
 use std::path::{Path, PathBuf};
 
-/// File, least major version, whether it is needed, what it is, where it comes from.
-const LIBRARIES: [(&str, &str, u64, bool, &str); 5] = [
-    ("libcuda", "libcuda.so", 1, true, "the NVIDIA driver; in a container, start it with access to GPUs"),
-    ("libnvrtc", "libnvrtc.so", 12, true, "the CUDA toolkit, or the Python package nvidia-cuda-nvrtc"),
-    ("libcublasLt", "libcublasLt.so", 12, true, "the CUDA toolkit, or the Python package nvidia-cublas"),
-    (
-        "libcudnn",
-        "libcudnn.so",
-        9,
-        false,
-        "NVIDIA's cuDNN packages, or the Python package nvidia-cudnn-cu13; without it attention is slower",
-    ),
-    ("libnccl", "libnccl.so", 2, false, "NVIDIA's NCCL packages, or the Python package nvidia-nccl-cu13; needed by jobs on several GPUs"),
+struct Library {
+    /// Name of the check, and of the file before `.so`.
+    check: &'static str,
+    file: &'static str,
+    /// Major and minor.
+    least: (u64, u64),
+    /// Its major version is that of CUDA, of which the driver's is the newest that can be used.
+    of_cuda: bool,
+    needed: bool,
+    /// Where it comes from.
+    from: &'static str,
+}
+
+const LIBRARIES: [Library; 5] = [
+    Library {
+        check: "libcuda",
+        file: "libcuda.so",
+        least: (1, 0),
+        of_cuda: false,
+        needed: true,
+        from: "the NVIDIA driver; in a container, start it with access to GPUs",
+    },
+    Library {
+        check: "libnvrtc",
+        file: "libnvrtc.so",
+        least: (12, 0),
+        of_cuda: true,
+        needed: true,
+        from: "the CUDA toolkit, or the Python package nvidia-cuda-nvrtc",
+    },
+    Library {
+        check: "libcublasLt",
+        file: "libcublasLt.so",
+        least: (12, 0),
+        of_cuda: true,
+        needed: true,
+        from: "the CUDA toolkit, or the Python package nvidia-cublas",
+    },
+    Library {
+        check: "libcudnn",
+        file: "libcudnn.so",
+        least: (9, 0),
+        of_cuda: false,
+        needed: false,
+        from: "NVIDIA's cuDNN packages, or the Python package nvidia-cudnn-cu13 (-cu12 for CUDA 12); without it attention is slower",
+    },
+    // As in worker/cuda/src/peers/nccl.rs.
+    Library {
+        check: "libnccl",
+        file: "libnccl.so",
+        least: (2, 18),
+        of_cuda: false,
+        needed: false,
+        from: "NVIDIA's NCCL packages, or the Python package nvidia-nccl-cu13 (-cu12 for CUDA 12); needed by jobs on several GPUs",
+    },
 ];
+
+/// CUDA's major version that a driver of this branch supports, and with it all before; `None` for what is too old.
+fn cuda_of(branch: u32) -> Option<u64> {
+    match branch {
+        ..525 => None,
+        525..580 => Some(12),
+        580.. => Some(13),
+    }
+}
 
 pub fn all(facts: &Facts) -> Vec<Finding> {
     let cards = facts.names("/sys/bus/pci/devices").into_iter().filter(|d| is_nvidia_gpu(facts, d)).count();
@@ -36,18 +87,17 @@ pub fn all(facts: &Facts) -> Vec<Finding> {
     };
     let number = version.split_whitespace().find(|w| w.contains('.') && w.chars().all(|c| c.is_ascii_digit() || c == '.')).unwrap_or("?");
     let shown = facts.names("/proc/driver/nvidia/gpus").len();
-    let mut findings = vec![match number.split('.').next().and_then(|n| n.parse::<u32>().ok()) {
-        // CUDA 12 needs 525.
-        Some(major) if major < 525 => {
+    let branch = number.split('.').next().and_then(|n| n.parse::<u32>().ok());
+    let cuda = branch.and_then(cuda_of);
+    let mut findings = vec![match branch {
+        Some(_) if cuda.is_none() => {
             Finding::fail("driver", format!("version {number}"), "CUDA 12 needs version 525 or later: install a newer driver")
         }
         _ => Finding::ok("driver", format!("version {number}, {shown} GPU(s)")),
     }];
     findings.push(nodes(facts));
-    let folders = folders(facts);
-    for (check, file, least, needed, from) in LIBRARIES {
-        findings.push(library(facts, &folders, check, file, least, needed, from));
-    }
+    let files = files(facts);
+    findings.extend(LIBRARIES.iter().map(|l| l.look(&files, cuda)));
     findings
 }
 
@@ -69,25 +119,59 @@ fn nodes(facts: &Facts) -> Finding {
     Finding::ok("device nodes", format!("{gpus} GPU(s), nvidiactl, nvidia-uvm"))
 }
 
-fn library(facts: &Facts, folders: &[PathBuf], check: &'static str, file: &str, least: u64, needed: bool, from: &str) -> Finding {
+/// All files in the order in which workers search: the folders of the variables, what the loader finds by itself, all others.
+fn files(facts: &Facts) -> Vec<PathBuf> {
+    let below = |folders: Vec<PathBuf>| folders.into_iter().flat_map(|f| super::names(&f).into_iter().map(move |n| f.join(n)));
     let system = facts.ldconfig.lines().filter_map(|l| l.split(" => ").nth(1)).map(|p| facts.path(p.trim()));
-    let in_folders = folders.iter().flat_map(|f| super::names(f).into_iter().map(move |n| f.join(n)));
-    let named = |p: &PathBuf| {
-        p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n == file || n.strip_prefix(file).is_some_and(|r| r.starts_with('.')))
-    };
-    // What the loader finds by itself comes first.
-    let Some(path) = system.chain(in_folders).find(|p| named(p) && p.exists()) else {
-        let advice = format!("it comes with {from}; RAMTORCH_CUDA_LIBRARIES adds folders to the search");
-        return if needed { Finding::fail(check, "not found", advice) } else { Finding::warn(check, "not found", advice) };
-    };
-    // A link such as libcudnn.so.9 tells less than the file it leads to.
-    let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
-    let version = version_of(&real, file).or_else(|| version_of(&path, file)).unwrap_or_default();
-    let found =
-        format!("{} {}", if version.is_empty() { "version unknown" } else { &version }, path.parent().unwrap_or(Path::new("/")).display());
-    match version.split('.').next().and_then(|v| v.parse::<u64>().ok()) {
-        Some(major) if major < least => Finding::fail(check, found, format!("version {least} or later is needed; it comes with {from}")),
-        _ => Finding::ok(check, found),
+    let (named, others) = folders(facts);
+    below(named).chain(system).chain(below(others)).filter(|p| p.exists()).collect()
+}
+
+impl Library {
+    /// What is wrong with a version, where it is known.
+    fn problem(&self, version: &str, cuda: Option<u64>) -> Option<String> {
+        let mut numbers = version.split('.').map_while(|n| n.parse::<u64>().ok());
+        let (major, minor) = (numbers.next()?, numbers.next());
+        if (major, minor.unwrap_or(u64::MAX)) < self.least {
+            let (least, after) = self.least;
+            let after = if after == 0 { String::new() } else { format!(".{after}") };
+            return Some(format!("version {least}{after} or later is needed; it comes with {}", self.from));
+        }
+        let cuda = cuda.filter(|cuda| self.of_cuda && major > *cuda)?;
+        Some(format!(
+            "the driver supports CUDA {cuda}, and workers refuse what is made for a newer one: install version {cuda}, whose folder RAMTORCH_CUDA_LIBRARIES can name, or a newer driver"
+        ))
+    }
+
+    /// The first file that workers would take, else the first that is there, with what is wrong with it.
+    fn look(&self, files: &[PathBuf], cuda: Option<u64>) -> Finding {
+        let bad = |found: String, advice: String| match self.needed {
+            true => Finding::fail(self.check, found, advice),
+            false => Finding::warn(self.check, found, advice),
+        };
+        let mut first_problem = None;
+        for path in files.iter().filter(|p| self.names(p)) {
+            // A link such as libcudnn.so.9 tells less than the file it leads to.
+            let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            let version = version_of(&real, self.file).or_else(|| version_of(path, self.file)).unwrap_or_default();
+            let shown = if version.is_empty() { "version unknown" } else { &version };
+            let found = format!("{shown} {}", path.parent().unwrap_or(Path::new("/")).display());
+            match self.problem(&version, cuda) {
+                None => return Finding::ok(self.check, found),
+                Some(problem) => {
+                    first_problem.get_or_insert((found, problem));
+                }
+            }
+        }
+        match first_problem {
+            Some((found, problem)) => bad(found, problem),
+            None => bad("not found".into(), format!("it comes with {}; RAMTORCH_CUDA_LIBRARIES adds folders to the search", self.from)),
+        }
+    }
+
+    fn names(&self, path: &Path) -> bool {
+        let rest = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix(self.file));
+        rest.is_some_and(|r| r.is_empty() || r.starts_with('.'))
     }
 }
 
@@ -97,11 +181,12 @@ fn version_of(path: &Path, file: &str) -> Option<String> {
     Some(rest.to_string())
 }
 
-/// Folders in the order in which workers search them.
-fn folders(facts: &Facts) -> Vec<PathBuf> {
+/// Folders in the order in which workers search them: those before the system's own, and those after.
+fn folders(facts: &Facts) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let list = |name: &str| facts.variable(name).map(|v| std::env::split_paths(v).collect::<Vec<_>>()).unwrap_or_default();
-    let mut all: Vec<PathBuf> = list("RAMTORCH_CUDA_LIBRARIES");
-    all.extend(list("LD_LIBRARY_PATH"));
+    let absolute = |all: Vec<PathBuf>| all.into_iter().filter(|p| p.is_absolute()).collect::<Vec<_>>();
+    let named = [list("RAMTORCH_CUDA_LIBRARIES"), list("LD_LIBRARY_PATH")].concat();
+    let mut all: Vec<PathBuf> = Vec::new();
     for home in ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(|v| facts.variable(v)) {
         all.extend(["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"].map(|s| Path::new(home).join(s)));
     }
@@ -121,7 +206,7 @@ fn folders(facts: &Facts) -> Vec<PathBuf> {
         "/usr/lib/python3/dist-packages",
     ];
     patterns.extend(sites.into_iter().map(String::from).chain(home).map(|site| format!("{site}/nvidia/*/lib")));
-    all.into_iter().filter(|p| p.is_absolute()).chain(patterns.iter().flat_map(|p| matches(&facts.root, p))).collect()
+    (absolute(named), absolute(all).into_iter().chain(patterns.iter().flat_map(|p| matches(&facts.root, p))).collect())
 }
 
 /// Folders that match a pattern whose parts hold one `*` each, those that sort higher first.
@@ -200,5 +285,39 @@ mod tests {
         m.facts.ldconfig.clear();
         m.facts.environment.push(("RAMTORCH_CUDA_LIBRARIES".into(), chosen.to_str().unwrap().into()));
         assert_eq!(m.status("libnvrtc"), Status::Ok);
+    }
+
+    /// As workers do: what is made for a newer CUDA than the driver's is passed over, and refused where there is nothing else.
+    #[test]
+    fn libraries_are_compared_with_the_drivers_cuda() {
+        let mut m = with_driver();
+        m.write("/usr/local/cuda-13.0/lib64/libnvrtc.so.13", "");
+        assert_eq!(m.status("libnvrtc"), Status::Ok);
+        m.write("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.230.02  x\n");
+        let finding = m.finding("libnvrtc");
+        assert_eq!(finding.status, Status::Fail);
+        assert!(finding.advice.contains("supports CUDA 12") && finding.found.contains("cuda-13.0/lib64"), "{}", finding.advice);
+        m.write("/usr/local/cuda-12.2/lib64/libnvrtc.so.12.2.140", "");
+        assert!(m.finding("libnvrtc").found.starts_with("12.2.140 "));
+        assert_eq!([470, 525, 579, 580, 595].map(super::cuda_of), [None, Some(12), Some(12), Some(13), Some(13)]);
+        // Variables come before what the loader finds by itself.
+        m.write("/usr/lib/x86_64-linux-gnu/libnvrtc.so.12.9", "");
+        m.facts.ldconfig = "\tlibnvrtc.so.12.9 (libc6,x86-64) => /usr/lib/x86_64-linux-gnu/libnvrtc.so.12.9\n".into();
+        assert!(m.finding("libnvrtc").found.starts_with("12.9 "));
+        m.write("/chosen/libnvrtc.so.12.1", "");
+        let chosen = m.dir.path().join("chosen");
+        m.facts.environment.push(("RAMTORCH_CUDA_LIBRARIES".into(), chosen.to_str().unwrap().into()));
+        assert!(m.finding("libnvrtc").found.starts_with("12.1 "));
+    }
+
+    #[test]
+    fn what_is_optional_and_too_old_is_a_warning() {
+        let m = with_driver();
+        m.write("/usr/local/cuda-13.0/lib64/libnccl.so.2.17.1", "");
+        m.write("/usr/local/cuda-13.0/lib64/libcudnn.so.8.9.7", "");
+        assert_eq!((m.status("libnccl"), m.status("libcudnn")), (Status::Warn, Status::Warn));
+        assert!(m.finding("libnccl").advice.contains("2.18 or later"));
+        m.write("/opt/x/lib/python3.12/site-packages/nvidia/nccl/lib/libnccl.so.2", "");
+        assert_eq!(m.status("libnccl"), Status::Ok);
     }
 }

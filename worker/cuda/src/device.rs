@@ -89,10 +89,8 @@ impl CudaDevice {
         let Some(info) = all.iter().find(|g| g.ordinal == ordinal).cloned() else {
             return Err(EngineError::new(ErrorKind::Resources, format!("there is no usable cuda:{ordinal}, only {} GPUs", all.len())));
         };
-        if !info.cudnn {
-            tracing::warn!(
-                "cuda:{ordinal}: libcudnn was not found, attention will be much slower; install the Python package nvidia-cudnn-cu13 or cuDNN"
-            );
+        if let Err(why) = crate::library::cudnn() {
+            tracing::warn!("cuda:{ordinal}: cuDNN is not used, attention will be much slower: {why}");
         }
         let context = Context::open(ordinal)?;
         // Kernels of the copy streams are short and others wait for them: first in line.

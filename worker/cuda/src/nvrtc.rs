@@ -25,7 +25,7 @@ const COMMON: Source = Source { name: "common.cuh", text: include_str!("../../ke
 /// # Errors
 /// When the compiler refuses the source or does not know the device; the message carries its log.
 pub(crate) fn cubin(source: &Source, capability: (i32, i32), defines: &[String]) -> Result<Vec<u8>, EngineError> {
-    cubin_kept_in(cache_folder().as_deref(), source, capability, defines)
+    cubin_kept_in(cache_folder("kernels").as_deref(), source, capability, defines)
 }
 
 fn cubin_kept_in(folder: Option<&Path>, source: &Source, capability: (i32, i32), defines: &[String]) -> Result<Vec<u8>, EngineError> {
@@ -70,22 +70,26 @@ fn sealed(code: &[u8]) -> Vec<u8> {
     file
 }
 
-fn cache_folder() -> Option<PathBuf> {
+/// This user's folder called `name` for what can be made again, made where it is missing.
+pub(crate) fn cache_folder(name: &str) -> Option<PathBuf> {
     let named = |v: &str| std::env::var_os(v).map(PathBuf::from).filter(|p| p.is_absolute());
     // SAFETY: has no preconditions.
     let user = unsafe { libc::geteuid() };
+    // A folder that others own or write could hold their code, and so could one that they put in its place.
+    let own = |p: &Path| std::fs::symlink_metadata(p).is_ok_and(|m| m.is_dir() && m.uid() == user && m.mode() & 0o022 == 0);
     [
-        named("XDG_CACHE_HOME").map(|p| p.join("ramtorch/kernels")),
-        named("HOME").map(|p| p.join(".cache/ramtorch/kernels")),
-        Some(std::env::temp_dir().join(format!("ramtorch-{user}/kernels"))),
+        named("XDG_CACHE_HOME").map(|p| p.join("ramtorch")),
+        named("HOME").map(|p| p.join(".cache/ramtorch")),
+        Some(std::env::temp_dir().join(format!("ramtorch-{user}"))),
     ]
     .into_iter()
     .flatten()
-    .find(|folder| {
+    .map(|parent| (parent.join(name), parent))
+    .find(|(folder, parent)| {
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).is_ok();
-        // A folder that others own or write could hold their machine code.
-        made && std::fs::symlink_metadata(folder).is_ok_and(|m| m.is_dir() && m.uid() == user && m.mode() & 0o022 == 0)
+        made && own(parent) && own(folder)
     })
+    .map(|(folder, _)| folder)
 }
 
 fn checked(status: nv::nvrtcResult, what: &str) -> Result<(), EngineError> {
@@ -165,7 +169,7 @@ pub(crate) fn to_test_with() -> bool {
     let present = unsafe { nv::is_culib_present() };
     assert!(present || std::env::var_os("RAMTORCH_REQUIRE_NVRTC").is_none(), "libnvrtc is not on the library path");
     if !present {
-        eprintln!("1 NVRTC test skipped: libnvrtc is not on the library path");
+        crate::say_skipped("1 NVRTC test: libnvrtc is not on the library path");
     }
     present
 }

@@ -235,8 +235,8 @@ mod tests {
     /// Plans for packed layouts exist on an H100. Needs libcudnn (and a libcuda that loads), but no GPU.
     #[test]
     fn packed_plans_are_accepted() {
-        if !crate::library::present_cudnn() {
-            eprintln!("1 cuDNN test skipped: libcudnn is not on the library path");
+        if let Err(why) = crate::library::cudnn() {
+            crate::say_skipped(&format!("1 cuDNN test: {why}"));
             return;
         }
         for (heads, kv_heads, head_dim, seq) in [(32, 8, 128, 4096), (28, 4, 128, 1024), (9, 3, 64, 512), (4, 4, 64, 200)] {

@@ -151,6 +151,15 @@ fn over(why: &str) -> EngineError {
     EngineError::internal(format!("the connection to the other GPUs is given up: {why}"))
 }
 
+/// Whether these GPUs, by ordinal, have what they need to work on one job. Long before they connect: loading a job's weights
+/// takes minutes.
+///
+/// # Errors
+/// There are several, and NCCL is missing or too old (the message says where it was looked for).
+pub fn check_peers(gpus: &[u32]) -> Result<(), EngineError> {
+    if gpus.len() < 2 { Ok(()) } else { nccl::api().map(drop) }
+}
+
 impl Peers {
     /// Connects with the other ranks of `gang`, all of which do the same now. The device's context is current.
     ///

@@ -8,7 +8,7 @@ use crate::library;
 use cudarc::nccl::sys;
 use ramtorch_device::{Dtype, EngineError, ErrorKind};
 use std::ffi::{CStr, CString, c_int, c_void};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Oldest version that is used: communicators that do not block, and end when told to.
@@ -49,7 +49,7 @@ fn candidates() -> Vec<PathBuf> {
     in_folders.chain(NAMES.map(PathBuf::from)).collect()
 }
 
-fn open(path: &std::path::Path) -> Result<*mut c_void, String> {
+fn open(path: &Path) -> Result<*mut c_void, String> {
     use std::os::unix::ffi::OsStrExt;
     let name = CString::new(path.as_os_str().as_bytes()).map_err(|e| e.to_string())?;
     // SAFETY: a terminated string; NCCL's initialisers have no preconditions.
@@ -78,41 +78,80 @@ unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F, String>
     Ok(unsafe { std::mem::transmute_copy(&address) })
 }
 
-fn load() -> Result<Api, String> {
-    let mut last = String::from("no file of that name was found");
-    for path in candidates() {
-        let handle = match open(&path) {
-            Ok(handle) => handle,
-            Err(e) => {
-                last = e;
-                continue;
-            }
-        };
-        // SAFETY: the signatures are those of nccl.h, statuses and enumerations as the integers they are.
-        let api = unsafe {
-            let version: unsafe extern "C" fn(*mut c_int) -> u32 = symbol(handle, c"ncclGetVersion")?;
-            let mut v = 0;
-            if version(&mut v) != SUCCESS || v < LEAST {
-                let show = |v: i32| format!("{}.{}.{}", v / 10000, v / 100 % 100, v % 100);
-                last = format!("{} has version {}, {} or later is needed", path.display(), show(v), show(LEAST));
-                continue;
-            }
-            Api {
-                version: v,
-                get_unique_id: symbol(handle, c"ncclGetUniqueId")?,
-                init_rank: symbol(handle, c"ncclCommInitRankConfig")?,
-                async_error: symbol(handle, c"ncclCommGetAsyncError")?,
-                all_gather: symbol(handle, c"ncclAllGather")?,
-                reduce_scatter: symbol(handle, c"ncclReduceScatter")?,
-                abort: symbol(handle, c"ncclCommAbort")?,
-                error_string: symbol(handle, c"ncclGetErrorString")?,
-                last_error: symbol(handle, c"ncclGetLastError")?,
-            }
-        };
-        tracing::info!("NCCL {} from {}", api.version, path.display());
-        return Ok(api); // never closed: its threads may live as long as the process
+/// Why a file cannot be used. The later ones tell more than those before: a version that is too old says what to do, where the
+/// next name to try says only that there is no such file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Lack {
+    /// The loader finds no file, or cannot open what it finds.
+    File,
+    /// A file of a folder that was searched cannot be opened.
+    Opening,
+    /// It is too old, or lacks a function.
+    Content,
+}
+
+/// The first candidate that can be used, or of all reasons the one that tells most, the first of several.
+fn first<T>(candidates: Vec<PathBuf>, take: impl Fn(&Path) -> Result<T, (Lack, String)>) -> Result<T, String> {
+    let mut best: Option<(Lack, String)> = None;
+    for path in candidates {
+        match take(&path) {
+            Ok(found) => return Ok(found),
+            Err(e) if best.as_ref().is_none_or(|b| b.0 < e.0) => best = Some(e),
+            Err(_) => {}
+        }
     }
-    Err(last)
+    Err(best.map_or_else(|| "no file of that name was found".to_owned(), |b| b.1))
+}
+
+/// Its functions.
+fn functions(handle: *mut c_void) -> Result<Api, String> {
+    // SAFETY: the signatures are those of nccl.h, statuses and enumerations as the integers they are.
+    unsafe {
+        let version: unsafe extern "C" fn(*mut c_int) -> u32 = symbol(handle, c"ncclGetVersion")?;
+        let mut v = 0;
+        if version(&mut v) != SUCCESS {
+            return Err("it does not tell its version".into());
+        }
+        if v < LEAST {
+            // Versions before 2.9 count in thousands.
+            let show = |v: i32| match v {
+                ..10000 => format!("{}.{}.{}", v / 1000, v / 100 % 10, v % 100),
+                _ => format!("{}.{}.{}", v / 10000, v / 100 % 100, v % 100),
+            };
+            return Err(format!("it has version {}, {} or later is needed", show(v), show(LEAST)));
+        }
+        Ok(Api {
+            version: v,
+            get_unique_id: symbol(handle, c"ncclGetUniqueId")?,
+            init_rank: symbol(handle, c"ncclCommInitRankConfig")?,
+            async_error: symbol(handle, c"ncclCommGetAsyncError")?,
+            all_gather: symbol(handle, c"ncclAllGather")?,
+            reduce_scatter: symbol(handle, c"ncclReduceScatter")?,
+            abort: symbol(handle, c"ncclCommAbort")?,
+            error_string: symbol(handle, c"ncclGetErrorString")?,
+            last_error: symbol(handle, c"ncclGetLastError")?,
+        })
+    }
+}
+
+fn load() -> Result<Api, String> {
+    first(candidates(), |path| {
+        let lack = if path.is_absolute() { Lack::Opening } else { Lack::File };
+        let handle = open(path).map_err(|e| (lack, e))?;
+        let place = library::place_of(handle).unwrap_or_else(|| path.to_path_buf());
+        match functions(handle) {
+            Ok(api) => {
+                tracing::info!("NCCL {} from {}", api.version, place.display());
+                Ok(api) // never closed: its threads may live as long as the process
+            }
+            Err(e) => {
+                // Or the next candidate's bare name would give this one again.
+                // SAFETY: opened just now; nothing of it is kept.
+                unsafe { libc::dlclose(handle) };
+                Err((Lack::Content, format!("{}: {e}", place.display())))
+            }
+        }
+    })
 }
 
 /// NCCL, opened when first asked for.
@@ -125,7 +164,8 @@ pub(super) fn api() -> Result<&'static Api, EngineError> {
         EngineError::new(
             ErrorKind::Resources,
             format!(
-                "several GPUs cannot work on one job: libnccl.so.2 cannot be used: {e}. It comes from the NCCL package or the Python package nvidia-nccl-cu13; RAMTORCH_CUDA_LIBRARIES adds folders to search"
+                "several GPUs cannot work on one job: libnccl.so.2 cannot be used: {e}. It comes from the NCCL package or the Python package nvidia-nccl-cu13. {}",
+                library::searched()
             ),
         )
     })
@@ -243,6 +283,22 @@ impl Api {
 mod tests {
     use super::*;
 
+    /// What is too old or lacks a function is the reason, whatever is tried after it; but a later one that can be used is used.
+    #[test]
+    fn the_reason_that_tells_most_is_kept() {
+        let files = || ["/a", "/b", "/c", "name"].map(PathBuf::from).to_vec();
+        let take = |path: &Path| match path.to_str().unwrap() {
+            "/a" => Err((Lack::Opening, "not a library".to_owned())),
+            "/b" => Err((Lack::Content, "/b: too old".to_owned())),
+            "/c" => Err((Lack::Content, "/c: older still".to_owned())),
+            _ => Err((Lack::File, "no such file".to_owned())),
+        };
+        assert_eq!(first::<()>(files(), take), Err("/b: too old".to_owned()));
+        assert_eq!(first(files(), |p| if p == Path::new("name") { Ok(()) } else { take(p) }), Ok(()));
+        assert_eq!(first::<()>(files()[3..].to_vec(), take), Err("no such file".to_owned()));
+        assert!(first::<()>(Vec::new(), take).is_err());
+    }
+
     /// Where NCCL is installed, even without a GPU, it opens and makes ids; elsewhere the message says how to get it.
     #[test]
     fn nccl_is_found_or_the_message_says_what_to_do() {
@@ -253,7 +309,7 @@ mod tests {
             }
             Err(e) => {
                 assert_eq!(e.kind, ErrorKind::Resources);
-                assert!(e.message.contains("libnccl.so.2") && e.message.contains("nvidia-nccl"), "{e}");
+                assert!(e.message.contains("libnccl.so.2") && e.message.contains("nvidia-nccl") && e.message.contains("Searched: "), "{e}");
             }
         }
     }

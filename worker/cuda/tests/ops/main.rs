@@ -6,7 +6,8 @@
 //! ```text
 //! ops [FILTER…] [--list] [--bench] [--isolate] [--exact NAME]
 //! ```
-//! `--isolate` runs each test in a process of its own: a fault on the device ends one test and not all.
+//! `--isolate` runs each test in a process of its own: a fault on the device ends one test and not all. Tests that this machine
+//! cannot do are counted as skipped; with `--exact` the exit code is then 77.
 //! `--bench` measures instead of testing.
 #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
@@ -22,7 +23,26 @@ mod timeline;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+
+/// Exit code of a process whose only test was skipped.
+const SKIPPED: u8 = 77;
+/// The test that is running has called [`skip`].
+static SKIP: AtomicBool = AtomicBool::new(false);
+
+/// To be called by a test that this machine cannot do, which then returns.
+fn skip(why: &str) {
+    println!("skipped: {why}");
+    SKIP.store(true, Ordering::Relaxed);
+}
+
+#[derive(PartialEq, Clone, Copy)]
+enum Outcome {
+    Passed,
+    Skipped,
+    Failed,
+}
 
 /// A test: panics or returns.
 pub type Test = (&'static str, fn());
@@ -53,28 +73,54 @@ fn main() -> ExitCode {
         Ok(_) => {}
         Err(e) => {
             println!("{} CUDA tests skipped: no GPU ({e})", chosen.len());
-            return ExitCode::SUCCESS;
+            return if exact.is_some() { ExitCode::from(SKIPPED) } else { ExitCode::SUCCESS };
         }
     }
     if has("--bench") {
         bench::run(&filters);
         return ExitCode::SUCCESS;
     }
-    let mut failed = Vec::new();
+    let (mut failed, mut skipped) = (Vec::new(), 0);
     for (name, test) in &chosen {
         let before = Instant::now();
-        let passed = if has("--isolate") { isolated(name) } else { catch_unwind(AssertUnwindSafe(test)).is_ok() };
-        println!("{} {name} ({:.1} s)", if passed { "ok    " } else { "FAILED" }, before.elapsed().as_secs_f64());
-        if !passed {
-            failed.push(*name);
+        let outcome = if has("--isolate") { isolated(name) } else { here(*test) };
+        let word = match outcome {
+            Outcome::Passed => "ok     ",
+            Outcome::Skipped => "skipped",
+            Outcome::Failed => "FAILED ",
+        };
+        println!("{word} {name} ({:.1} s)", before.elapsed().as_secs_f64());
+        match outcome {
+            Outcome::Passed => {}
+            Outcome::Skipped => skipped += 1,
+            Outcome::Failed => failed.push(*name),
         }
     }
     if exact.is_none() {
-        println!("\n{} CUDA tests passed, {} failed: {}", chosen.len() - failed.len(), failed.len(), failed.join(" "));
+        let passed = chosen.len() - skipped - failed.len();
+        let names = if failed.is_empty() { String::new() } else { format!(": {}", failed.join(" ")) };
+        println!("\n{passed} CUDA tests passed, {skipped} skipped, {} failed{names}", failed.len());
     }
-    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    match failed.is_empty() {
+        false => ExitCode::FAILURE,
+        true if exact.is_some() && skipped > 0 => ExitCode::from(SKIPPED),
+        true => ExitCode::SUCCESS,
+    }
 }
 
-fn isolated(name: &str) -> bool {
-    Command::new("/proc/self/exe").args(["--exact", name]).status().is_ok_and(|s| s.success())
+fn here(test: fn()) -> Outcome {
+    SKIP.store(false, Ordering::Relaxed);
+    match catch_unwind(AssertUnwindSafe(test)) {
+        Err(_) => Outcome::Failed,
+        Ok(()) if SKIP.load(Ordering::Relaxed) => Outcome::Skipped,
+        Ok(()) => Outcome::Passed,
+    }
+}
+
+fn isolated(name: &str) -> Outcome {
+    match Command::new("/proc/self/exe").args(["--exact", name]).status().map(|s| s.code()) {
+        Ok(Some(0)) => Outcome::Passed,
+        Ok(Some(code)) if code == i32::from(SKIPPED) => Outcome::Skipped,
+        _ => Outcome::Failed,
+    }
 }

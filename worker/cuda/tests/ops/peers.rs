@@ -1,4 +1,4 @@
-//! Collectives between GPUs: one thread a rank, on as many GPUs as there are. With one GPU there is nothing to test.
+//! Collectives between GPUs: one thread a rank, on as many GPUs as there are. With one GPU there is nothing to test, and they are skipped.
 
 use crate::Test;
 use ramtorch_cpu::{Channel, Collectives};
@@ -58,7 +58,7 @@ fn most() -> usize {
     let n = all.len();
     println!("{n} GPU(s), peer access {:?}", ramtorch_cuda::peer_access(&all));
     if n < 2 {
-        println!("skipped: a gang needs two");
+        crate::skip("a gang needs two GPUs");
     }
     n
 }
