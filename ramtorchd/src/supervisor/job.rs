@@ -154,6 +154,10 @@ pub struct Job {
     pub progress_at: Option<Instant>,
     /// What became of its checkpoints.
     pub checkpoint_tally: CheckpointTally,
+    /// Its end could not be made durable, so that its segment stays: when that is tried again.
+    pub settle_at: Option<Instant>,
+    /// What it told when the state folder last took no record.
+    pub waits_for_room: Option<String>,
 }
 
 impl Job {
@@ -181,6 +185,8 @@ impl Job {
             ghosts: Vec::new(),
             progress_at: None,
             checkpoint_tally: CheckpointTally::default(),
+            settle_at: None,
+            waits_for_room: None,
         }
     }
 
@@ -233,6 +239,7 @@ impl Job {
         match &self.phase {
             Phase::Failing { judge_at, ended, .. } => !ended && now >= *judge_at,
             Phase::Backoff(until) => now >= *until,
+            Phase::Removing(_) => self.settle_at.is_some_and(|at| now >= at),
             _ => false,
         }
     }
@@ -294,7 +301,7 @@ impl Job {
             id: r.id.clone(),
             name: r.name.clone(),
             state: self.state().into(),
-            message: r.message.clone(),
+            message: self.waits_for_room.as_ref().filter(|_| self.settle_at.is_some()).unwrap_or(&r.message).clone(),
             exit_code: u32::from(r.exit_code),
             step: r.step,
             steps: r.steps,

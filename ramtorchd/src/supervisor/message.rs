@@ -81,6 +81,8 @@ pub enum Message {
     Created { job: JobKey, outcome: Result<(), EngineError> },
     /// Answer to `Outside::remove_segment`.
     Removed { job: JobKey, outcome: Result<(), String> },
+    /// Another answer to both: the state folder did not take what has to be durable before, and nothing was done.
+    Unsettled { job: JobKey, why: String },
 
     /// The kernel's log tells of an error of a GPU.
     Xid(Xid),

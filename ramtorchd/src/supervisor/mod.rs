@@ -39,6 +39,8 @@
 //!   the job with the first cause.
 //! - a worker outlives SIGKILL (it hangs in the kernel): it is given up, its device quarantined until it is gone. If that
 //!   is a GPU, no new gang gets the segment before: copies that the old one began may still arrive in it.
+//! - the state folder takes no record (its disk is full): no gang is started and no segment goes, until it does; that costs
+//!   no restart of the budget.
 //! - a preparation that tells of no progress for very long is ended like a failed one.
 //! - the daemon is stopped: a segment whose steps no checkpoint has stays, and is found as after a kill.
 //! - the daemon is killed: workers die with it (PDEATHSIG). The next daemon ends any survivor and starts a new gang
@@ -80,7 +82,7 @@ pub use message::{JobKey, Message, Refusal, RefusalKind};
 use crate::config::{JobLimits, KeepSegments, Supervision};
 use crate::process::{self, ProcKey};
 use devices::DevicePool;
-use job::{Ghost, Job, Phase, Stop};
+use job::{End, Ghost, Job, Phase, Stop};
 use jobs::Jobs;
 use oneoff::OneOff;
 use outside::Outside;
@@ -97,6 +99,8 @@ pub const TICK: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_millis(1000);
 /// A job that waits for memory is looked at again after so long.
 const MEMORY_RETRY: Duration = Duration::from_secs(5);
+/// A state folder that took no record is tried again after so long.
+const RECORD_RETRY: Duration = Duration::from_secs(3);
 /// Ended jobs whose metrics stay in memory; of older ones they are read from disk.
 const RECENT: usize = 16;
 
@@ -269,6 +273,7 @@ impl Supervisor {
             Message::Planned { job, outcome } => self.planned(job, outcome, now),
             Message::Created { job, outcome } => self.created(job, outcome, now),
             Message::Removed { job, outcome } => self.removed(job, outcome, now),
+            Message::Unsettled { job, why } => self.unsettled(job, &why, now),
             Message::Survivor { pid } => {
                 self.exorcise(|g| g.key.is_none() && g.record.identity.pid == pid);
                 if self.pool.absolve_survivor(pid) {
@@ -355,7 +360,7 @@ impl Supervisor {
     pub fn is_done(&self) -> bool {
         self.stopping.is_some()
             && self.procs.values().all(|p| p.role == Role::GivenUp)
-            && self.jobs.active().all(|j| matches!(j.phase, Phase::Queued { .. }))
+            && self.jobs.active().all(|j| matches!(j.phase, Phase::Queued { .. }) || j.settle_at.is_some())
     }
 
     /// Whether the time for an orderly stop is over.
@@ -369,7 +374,14 @@ impl Supervisor {
         left.problems.extend(self.procs.values().filter(|p| !p.has_exited()).map(|p| format!("{} could not be ended", p.who())));
         for (job, segment) in self.jobs.active().filter_map(|j| Some((j, j.record.segment.as_ref()?))) {
             let kept = match job.phase {
-                Phase::Removing(_) => false,
+                // Without its end on the disk it is all that there is of the job; with it, the next daemon removes it.
+                Phase::Removing(End::Final { .. }) => {
+                    let text = "has ended, and its end is not on the disk: its parameter store stays for the next daemon";
+                    left.problems.push(format!("job {} {text}", job.record.id));
+                    left.kept.insert(segment.name.clone());
+                    continue;
+                }
+                Phase::Removing(End::Requeue { .. }) => false,
                 // It was decided when the job was put back.
                 Phase::Queued { .. } => true,
                 // Its time was over: the next daemon finds it as after a death of this one.

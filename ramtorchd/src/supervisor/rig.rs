@@ -65,7 +65,7 @@ impl Outside for Fake {
     fn create_segment(&mut self, job: JobKey, segment: NewSegment) {
         self.with(|a| a.creations.push((job, segment.name)));
     }
-    fn remove_segment(&mut self, job: JobKey, _id: &str, name: String) {
+    fn remove_segment(&mut self, job: JobKey, _id: &str, name: String, _end: bool) {
         self.with(|a| a.removals.push((job, name)));
     }
     fn contents(&self, segment: &str) -> Contents {
