@@ -9,7 +9,7 @@ use super::watchers::{Ear, Watchers};
 use crate::process::ProcKey;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
-use ramtorch_worker::Level;
+use ramtorch_worker::{Level, Prepared};
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -227,6 +227,23 @@ impl Job {
         }
         let resumed = self.record.prepared.as_ref().and_then(|p| p.resume.as_ref()).map(|r| r.step);
         self.record.checkpoint_step.max(resumed).unwrap_or(0)
+    }
+
+    /// Why a job that had a checkpoint is not begun anew where its preparation found none: that would cut its files to nothing,
+    /// because a disk is not mounted.
+    pub fn lost_checkpoint(&self, prepared: &Prepared) -> Option<String> {
+        let known = self.record.checkpoint.as_ref().filter(|_| self.spec.checkpoint.resume && prepared.resume.is_none())?;
+        let folder = self.spec.checkpoint.path.as_ref()?;
+        let step = self.record.checkpoint_step.map(|step| format!(" of step {step}")).unwrap_or_default();
+        Some(format!(
+            "the job has written or gone on from the checkpoint {}{step}, and no sound checkpoint of `{}` is in {} now; nothing of the job's \
+             files was changed. If that folder's file system is not mounted, mount it, and submit the job again: it goes on from its \
+             newest checkpoint. If its checkpoints are damaged (the job's log names what was passed over), put back a copy. To begin \
+             anew, submit it with another name, or with [checkpoint] path and [output] metrics elsewhere",
+            known.display(),
+            self.spec.name,
+            folder.display()
+        ))
     }
 
     /// Whether it is over.

@@ -153,6 +153,14 @@ impl Supervisor {
         };
         match result {
             Ok(prepared) => {
+                if let Some(text) = job.lost_checkpoint(&prepared) {
+                    return self.fail(key, EngineError::input(text), now);
+                }
+                // Known from now on, whatever becomes of the job before its own first one.
+                if let Some(resume) = &prepared.resume {
+                    job.record.checkpoint = Some(resume.path.clone());
+                    job.record.checkpoint_step = Some(resume.step);
+                }
                 job.record.model.clone_from(&prepared.description);
                 job.record.steps = prepared.steps;
                 job.record.prepared = Some(prepared);
