@@ -155,6 +155,8 @@ impl Daemon {
         let reports = answers.clone();
         let report = move |event| drop(reports.send(Message::Process(event)));
         let runtime = tokio::runtime::Handle::current();
+        let disk = Disk::start(state.jobs()).map_err(system("start a thread"))?;
+        let records = disk.witness();
         let world = World {
             answers: answers.clone(),
             spawner: Spawner::start(runtime, boot_id.clone(), report).map_err(system("start a thread"))?,
@@ -162,7 +164,7 @@ impl Daemon {
             worker_socket: worker_socket.path().to_path_buf(),
             engine: engine.clone(),
             registry: registry.clone(),
-            disk: Disk::start(state.jobs()).map_err(system("start a thread"))?,
+            disk,
             jobs: state.jobs(),
             one_offs: state.empty_one_offs()?,
             cache: settings.cache_dir.clone(),
@@ -192,6 +194,7 @@ impl Daemon {
             handle: handle.clone(),
             engine,
             jobs: state.jobs(),
+            records,
             cache: settings.cache_dir,
             state_dir: settings.state_dir,
             started_unix_ms: node::unix_ms(),

@@ -590,6 +590,9 @@ impl Supervisor {
         }
         job.stop = Some(by);
         job.record.cancelled |= by == Stop::Cancel;
+        if by == Stop::Cancel {
+            hit(Point::JobCancelling);
+        }
         match &job.phase {
             Phase::Queued { .. } | Phase::Backoff(_) => self.conclude_stopped(key, now),
             Phase::Preparing(proc) => {
