@@ -65,8 +65,8 @@ impl JobsService {
         let cannot = |e: String| EngineError::new(ErrorKind::Output, format!("cannot keep the job in the state folder: {e}"));
         let record = write.await.map_err(|e| cannot(e.to_string()))?.map_err(|e| cannot(e.to_string()))?;
         let dir = self.context.jobs.join(&record.id);
-        let (record, spec, admin) = (Box::new(record), Box::new(spec), caller.admin);
-        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, admin, reply }).await;
+        let (record, spec) = (Box::new(record), Box::new(spec));
+        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, reply }).await;
         match answer {
             Ok(_) => self.context.claim(caller, outputs).await,
             Err(_) => drop(tokio::fs::remove_dir_all(dir).await),
@@ -273,8 +273,8 @@ impl Jobs for JobsService {
         let target = path.clone();
         self.context.allowed(move |roots| roots.check("the model folder", &target, Use::Write)).await?;
         let outputs = self.context.writable(&caller, process_gid, outputs::of_export(path.clone())).await?;
-        let (places, asks) = (outputs.clone(), caller.clone());
-        self.context.handle.ask(|reply| Message::Vacant { outputs: places, caller: asks, reply }).await?;
+        let (places, uid) = (outputs.clone(), caller.uid);
+        self.context.handle.ask(|reply| Message::Vacant { outputs: places, uid, reply }).await?;
         self.context.claim(&caller, outputs).await;
         let task = Task::Export { source, path, dtype, overwrite: request.overwrite };
         let r: Exported = oneoff::result(&self.context, task, false).await?;

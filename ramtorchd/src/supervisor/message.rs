@@ -34,9 +34,9 @@ pub type Commands = mpsc::Sender<Result<pb::Command, tonic::Status>>;
 #[allow(missing_docs)]
 pub enum Message {
     /// A job whose record is already durable.
-    Submit { record: Box<Record>, spec: Box<JobSpec>, admin: bool, reply: Reply<pb::Job> },
+    Submit { record: Box<Record>, spec: Box<JobSpec>, reply: Reply<pb::Job> },
     /// Whether no job that has not ended writes there.
-    Vacant { outputs: Vec<PathBuf>, caller: Caller, reply: Reply<()> },
+    Vacant { outputs: Vec<PathBuf>, uid: u32, reply: Reply<()> },
     /// The id of the job that a caller means, if it is the caller's to look into.
     Resolve { id: String, caller: Caller, reply: Reply<String> },
     /// What is told to Prometheus.

@@ -138,7 +138,7 @@ impl Bench {
         let record = Box::new(Record::new(format!("id{}", self.jobs), &spec, 0, 0));
         let id = record.id.clone();
         let (reply, _) = oneshot::channel();
-        self.handle(Message::Submit { record, spec: Box::new(spec), admin: true, reply });
+        self.handle(Message::Submit { record, spec: Box::new(spec), reply });
         id
     }
 
