@@ -10,7 +10,7 @@ use crate::access::serve::{self, Running};
 use crate::access::tls::{Tls, TlsError};
 use crate::config::Settings;
 use crate::disk::Disk;
-use crate::faults::kernel_log;
+use crate::faults::{kept, kernel_log};
 use crate::node;
 use crate::notify::Watchdog;
 use crate::process::Spawner;
@@ -166,6 +166,7 @@ impl Daemon {
             registry: registry.clone(),
             disk,
             jobs: state.jobs(),
+            quarantine: state.quarantine(),
             one_offs: state.empty_one_offs()?,
             cache: settings.cache_dir.clone(),
             boot_id: boot_id.clone(),
@@ -179,6 +180,10 @@ impl Daemon {
         let mut supervisor = Supervisor::new(settings.supervision, settings.jobs, pool, Box::new(world));
         let made = found.jobs.iter().map(|(r, ..)| (&r.outputs[..], r.uid, r.created_unix_ms));
         let ledger = Arc::new(Ledger::open(state.outputs(), made));
+        match kept::read(&state.quarantine()) {
+            Ok(faults) => supervisor.restore_faults(faults),
+            Err(e) => tracing::error!("{e}; GPUs that an earlier daemon found broken are in use again: look at them, and remove the file"),
+        }
         for (record, spec, history) in found.jobs {
             supervisor.adopt(record, spec, history);
         }

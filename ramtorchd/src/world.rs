@@ -2,6 +2,7 @@
 
 use crate::config::WorkerCommand;
 use crate::disk::Disk;
+use crate::faults::kept::Fault;
 use crate::node::{self, Memory};
 use crate::process::{self, ProcKey, SpawnRequest, Spawner};
 use crate::supervisor::JobKey;
@@ -37,6 +38,8 @@ pub struct World {
     pub disk: Disk,
     /// Folder of all jobs.
     pub jobs: PathBuf,
+    /// File of the devices that an error took out of use.
+    pub quarantine: PathBuf,
     /// Folder of the logs of one-off work.
     pub one_offs: PathBuf,
     /// Folder of token caches.
@@ -146,6 +149,13 @@ impl Outside for World {
 
     fn save(&mut self, record: &Record) {
         self.disk.save(record);
+    }
+
+    fn keep_faults(&mut self, faults: &[Fault]) {
+        match serde_json::to_vec_pretty(faults) {
+            Ok(bytes) => self.disk.replace_file(self.quarantine.clone(), bytes),
+            Err(e) => tracing::error!("the list of devices that are out of use cannot be encoded: {e}"),
+        }
     }
 
     fn delete(&mut self, id: &str) {

@@ -80,6 +80,7 @@ pub use actor::{Handle, Inbox, channel, run};
 pub use message::{JobKey, Message, Refusal, RefusalKind};
 
 use crate::config::{JobLimits, KeepSegments, Supervision};
+use crate::faults::kept::Fault;
 use crate::process::{self, ProcKey};
 use devices::DevicePool;
 use job::{End, Ghost, Job, Phase, Stop};
@@ -110,6 +111,8 @@ pub struct Supervisor {
     job_limits: JobLimits,
     out: Box<dyn Outside>,
     pool: DevicePool,
+    /// Why devices are out of use until an operator has looked at them.
+    faults: Vec<Fault>,
     jobs: Jobs,
     /// The first in the queue, once it has to wait: all that come after it wait for their turn.
     blocked: Option<JobKey>,
@@ -150,6 +153,7 @@ impl Supervisor {
             job_limits,
             out,
             pool,
+            faults: Vec::new(),
             jobs: Jobs::default(),
             blocked: None,
             watched: BTreeSet::new(),

@@ -2,6 +2,7 @@
 
 use super::message::JobKey;
 use super::record::Record;
+use crate::faults::kept::Fault;
 use crate::node::Memory;
 use crate::process::ProcKey;
 use nix::sys::signal::Signal;
@@ -34,6 +35,8 @@ pub trait Outside: Send {
     fn contents(&self, segment: &str) -> Contents;
     /// Makes a record durable, soon.
     fn save(&mut self, record: &Record);
+    /// Keeps these devices out of use for the next daemon, soon.
+    fn keep_faults(&mut self, faults: &[Fault]);
     /// Removes a forgotten job's folder, soon.
     fn delete(&mut self, id: &str);
     /// Removes log files of generations before `oldest`, soon.

@@ -32,6 +32,7 @@ pub(super) struct Asked {
     /// Processes that were sent SIGKILL or SIGTERM.
     pub(super) signalled: Vec<(ProcKey, Signal)>,
     pub(super) saved: Vec<Record>,
+    pub(super) faults: Vec<crate::faults::kept::Fault>,
     pub(super) tokens: u64,
     /// Step of every segment; none can be read where this is not said.
     pub(super) step: Option<u64>,
@@ -74,6 +75,9 @@ impl Outside for Fake {
     }
     fn save(&mut self, record: &Record) {
         self.with(|a| a.saved.push(record.clone()));
+    }
+    fn keep_faults(&mut self, faults: &[crate::faults::kept::Fault]) {
+        self.with(|a| a.faults = faults.to_vec());
     }
     fn delete(&mut self, _id: &str) {}
     fn tidy_logs(&mut self, _id: &str, _oldest: u64) {}
