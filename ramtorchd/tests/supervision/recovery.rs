@@ -88,6 +88,24 @@ impl Drop for InTheWay {
     }
 }
 
+/// A file system of half a megabyte.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    fn small(path: &std::path::Path) -> Option<Mounted> {
+        std::fs::create_dir_all(path).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=512k,mode=750", "none"]).arg(path).stderr(Stdio::null());
+        mount.status().is_ok_and(|s| s.success()).then(|| Mounted(path.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
 async fn until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + LIMIT;
     while !done() {
@@ -297,6 +315,50 @@ pub fn trials() -> Vec<Trial> {
             let logs = std::fs::read_dir(bench.settings.state_dir.join("jobs").join(&id).join("logs")).unwrap();
             let newest = logs.flatten().any(|e| e.file_name() == "rank-0.g2.log");
             assert!(newest, "no generation is used up by gangs that were not started");
+            bench.end().await;
+        }),
+        trial("a_disk_without_room_is_waited_for", || async {
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let state = bench.settings.state_dir.clone();
+            let Some(_mounted) = Mounted::small(&state) else {
+                eprintln!("SKIPPED a_disk_without_room_is_waited_for: nothing can be mounted here; run it as root");
+                return;
+            };
+            let mut client = bench.up().await;
+            let id = client.submit(bench.job("one", 100, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 10).await;
+            let filler = state.join("filler");
+            let mut file = std::fs::File::create(&filler).unwrap();
+            while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+            drop(file);
+            for pid in bench.workers() {
+                // It may have met the full disk by itself.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            let waits = |j: &ramtorch_client::v1::Job| j.message.contains("waits for room in the state folder");
+            let job = wait_for(&mut client, &id, "room", waits).await;
+            assert!(job.message.contains("No space left on device"), "{}", job.message);
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            let job = wait_for(&mut client, &id, "room", waits).await;
+            assert_eq!((job.restarts, bench.segments().len()), (1, 1), "{}", job.message);
+            std::fs::remove_file(&filler).unwrap();
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts, prepared(&mut client, &id).await), (100, 1, 1), "{}", job.message);
+            bench.down().await;
+            bench.assert_clean();
+        }),
+        trial("a_store_that_cannot_be_registered_is_waited_for", || async {
+            let (bench, mut client) = Bench::start(1, Script::quick()).await;
+            let (registry, away) = (bench.settings.state_dir.join("segments"), bench.settings.state_dir.join("away"));
+            std::fs::rename(&registry, &away).unwrap();
+            std::fs::write(&registry, "in the way").unwrap();
+            let id = client.submit(bench.job("one", 5, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "room", |j| j.message.contains("waits for room in the state folder")).await;
+            assert!(bench.segments().is_empty(), "nothing is made that no list has");
+            std::fs::remove_file(&registry).unwrap();
+            std::fs::rename(&away, &registry).unwrap();
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts), (5, 0), "{}", job.message);
             bench.end().await;
         }),
         trial("a_segment_goes_when_the_end_of_its_job_is_on_the_disk_and_not_before", || async {
