@@ -10,7 +10,7 @@ use crate::access::serve::{self, Running};
 use crate::access::tls::{Tls, TlsError};
 use crate::config::Settings;
 use crate::disk::Disk;
-use crate::faults::kernel_log;
+use crate::faults::{kept, kernel_log};
 use crate::node;
 use crate::notify::Watchdog;
 use crate::process::Spawner;
@@ -155,6 +155,8 @@ impl Daemon {
         let reports = answers.clone();
         let report = move |event| drop(reports.send(Message::Process(event)));
         let runtime = tokio::runtime::Handle::current();
+        let disk = Disk::start(state.jobs()).map_err(system("start a thread"))?;
+        let records = disk.witness();
         let world = World {
             answers: answers.clone(),
             spawner: Spawner::start(runtime, boot_id.clone(), report).map_err(system("start a thread"))?,
@@ -162,8 +164,9 @@ impl Daemon {
             worker_socket: worker_socket.path().to_path_buf(),
             engine: engine.clone(),
             registry: registry.clone(),
-            disk: Disk::start(state.jobs()).map_err(system("start a thread"))?,
+            disk,
             jobs: state.jobs(),
+            quarantine: state.quarantine(),
             one_offs: state.empty_one_offs()?,
             cache: settings.cache_dir.clone(),
             boot_id: boot_id.clone(),
@@ -177,6 +180,10 @@ impl Daemon {
         let mut supervisor = Supervisor::new(settings.supervision, settings.jobs, pool, Box::new(world));
         let made = found.jobs.iter().map(|(r, ..)| (&r.outputs[..], r.uid, r.created_unix_ms));
         let ledger = Arc::new(Ledger::open(state.outputs(), made));
+        match kept::read(&state.quarantine()) {
+            Ok(faults) => supervisor.restore_faults(faults),
+            Err(e) => tracing::error!("{e}; GPUs that an earlier daemon found broken are in use again: look at them, and remove the file"),
+        }
         for (record, spec, history) in found.jobs {
             supervisor.adopt(record, spec, history);
         }
@@ -192,6 +199,7 @@ impl Daemon {
             handle: handle.clone(),
             engine,
             jobs: state.jobs(),
+            records,
             cache: settings.cache_dir,
             state_dir: settings.state_dir,
             started_unix_ms: node::unix_ms(),

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 
 /// After something was written, what comes is gathered for so long.
 const GATHER: Duration = Duration::from_millis(20);
+/// Records that could not be written are tried again after so long: a disk that was full may have room.
+const AGAIN: Duration = Duration::from_secs(2);
 /// Records that are written together: as many files are open at once.
 const TOGETHER: usize = 64;
 
@@ -27,10 +29,12 @@ struct Pending {
     deletions: Vec<String>,
     tidies: HashMap<String, u64>,
     files: Vec<PathBuf>,
+    /// Other files that are replaced.
+    wholes: BTreeMap<PathBuf, Vec<u8>>,
     /// Jobs whose records are being written.
     writing: HashSet<String>,
-    /// Jobs whose newest record could not be written.
-    failed: HashSet<String>,
+    /// Newest records that could not be written, and why: they are tried again.
+    failed: HashMap<String, (Vec<u8>, String)>,
     /// Threads that wait for a record or for everything.
     waiting: usize,
     busy: bool,
@@ -39,7 +43,14 @@ struct Pending {
 
 impl Pending {
     fn is_empty(&self) -> bool {
-        self.records.is_empty() && self.deletions.is_empty() && self.tidies.is_empty() && self.files.is_empty()
+        self.records.is_empty() && self.deletions.is_empty() && self.tidies.is_empty() && self.files.is_empty() && self.wholes.is_empty()
+    }
+
+    /// Puts those records back that could not be written, unless there are newer ones.
+    fn again(&mut self) {
+        for (id, (bytes, _)) in &self.failed {
+            self.records.entry(id.clone()).or_insert_with(|| bytes.clone());
+        }
     }
 }
 
@@ -81,6 +92,7 @@ impl Disk {
     pub fn delete(&self, id: &str) {
         self.change(|p| {
             p.records.remove(id);
+            p.failed.remove(id);
             p.deletions.push(id.to_string());
         });
     }
@@ -95,6 +107,13 @@ impl Disk {
     /// Removes a file, soon.
     pub fn remove_file(&self, path: PathBuf) {
         self.change(|p| p.files.push(path));
+    }
+
+    /// Replaces a file, soon.
+    pub fn replace_file(&self, path: PathBuf, bytes: Vec<u8>) {
+        self.change(|p| {
+            p.wholes.insert(path, bytes);
+        });
     }
 
     /// Waits until everything is written, at most `limit`.
@@ -118,9 +137,19 @@ impl Disk {
 pub struct Witness(Arc<Shared>);
 
 impl Witness {
-    /// Waits until what was saved of a job before this call is durable, at most `limit`. `false`: it is not.
-    pub fn durable(&self, id: &str, limit: Duration) -> bool {
-        self.0.settled(limit, |p| p.records.contains_key(id) || p.writing.contains(id)) && !lock(&self.0).failed.contains(id)
+    /// Waits until what was saved of a job before this call is durable, at most `limit`.
+    ///
+    /// # Errors
+    /// It is not: why.
+    pub fn durable(&self, id: &str, limit: Duration) -> Result<(), String> {
+        let path = self.0.jobs.join(id).join("job.json");
+        if !self.0.settled(limit, |p| p.records.contains_key(id) || p.writing.contains(id)) {
+            return Err(format!("{} was not written within {:.0} s", path.display(), limit.as_secs_f64()));
+        }
+        match lock(&self.0).failed.get(id) {
+            Some((_, why)) => Err(format!("{} cannot be written: {why}", path.display())),
+            None => Ok(()),
+        }
     }
 }
 
@@ -174,7 +203,16 @@ fn work(shared: &Shared) {
                 if pending.closed {
                     return;
                 }
-                pending = shared.changed.wait(pending).unwrap_or_else(PoisonError::into_inner);
+                if pending.failed.is_empty() {
+                    pending = shared.changed.wait(pending).unwrap_or_else(PoisonError::into_inner);
+                    continue;
+                }
+                let left = last.map_or(AGAIN, |last| (last + AGAIN).saturating_duration_since(Instant::now()));
+                if left.is_zero() {
+                    pending.again();
+                    break;
+                }
+                pending = shared.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
             }
             // One that comes alone is written at once.
             let until = last.map_or_else(Instant::now, |last| last + GATHER);
@@ -206,27 +244,37 @@ fn write(todo: Pending, shared: &Shared) {
         let written = replace_all(&files);
         // Those who wait for these records wait for no others.
         let mut pending = lock(shared);
-        for (id, written) in ids.iter().zip(&written) {
-            pending.writing.remove(id);
-            match written {
-                Ok(()) => pending.failed.remove(id),
-                Err(_) => pending.failed.insert(id.clone()),
-            };
+        let mut news = Vec::new();
+        for ((id, (path, bytes)), written) in ids.into_iter().zip(files).zip(written) {
+            pending.writing.remove(&id);
+            let before = pending.failed.remove(&id).map(|(_, why)| why);
+            if let Err(why) = written.map_err(|e| e.to_string()) {
+                if before.as_ref() != Some(&why) {
+                    news.push((id.clone(), path, why.clone()));
+                }
+                // One that was forgotten meanwhile is not written again.
+                if !pending.deletions.contains(&id) {
+                    pending.failed.insert(id, (bytes, why));
+                }
+            }
         }
         drop(pending);
         shared.changed.notify_all();
-        for ((id, (path, _)), written) in ids.iter().zip(&files).zip(written) {
-            if let Err(e) = written {
-                tracing::error!(
-                    job = id,
-                    "cannot write the job's record {}: {e}; a restarted daemon would not know its state",
-                    path.display()
-                );
-            }
+        for (id, path, why) in news {
+            tracing::error!(
+                job = id,
+                "cannot write the job's record {}: {why}; it is tried again, and until then a restarted daemon would not know its state",
+                path.display()
+            );
         }
     }
     for (id, oldest) in todo.tidies {
         tidy_logs(&jobs.join(&id).join("logs"), oldest);
+    }
+    for (path, bytes) in todo.wholes {
+        if let Err(e) = replace(&path, &bytes) {
+            tracing::error!("cannot write {}: {e}; the next daemon would not know what it should", path.display());
+        }
     }
     for path in todo.files {
         let _ = std::fs::remove_file(path);
@@ -365,15 +413,32 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk::start(dir.path().into()).unwrap();
         disk.save(&record("a"));
-        assert!(disk.witness().durable("a", Duration::from_secs(10)));
+        assert_eq!(disk.witness().durable("a", Duration::from_secs(10)), Ok(()));
         assert!(dir.path().join("a/job.json").exists());
         // A file is in the way of the folder.
         std::fs::write(dir.path().join("b"), "").unwrap();
         disk.save(&record("b"));
-        assert!(!disk.witness().durable("b", Duration::from_secs(10)));
+        let why = disk.witness().durable("b", Duration::from_secs(10)).unwrap_err();
+        assert!(why.contains("b/job.json cannot be written: "), "{why}");
         std::fs::remove_file(dir.path().join("b")).unwrap();
         disk.save(&record("b"));
-        assert!(disk.witness().durable("b", Duration::from_secs(10)));
+        assert_eq!(disk.witness().durable("b", Duration::from_secs(10)), Ok(()));
+    }
+
+    #[test]
+    fn a_record_that_could_not_be_written_is_tried_again_until_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::start(dir.path().into()).unwrap();
+        std::fs::write(dir.path().join("a"), "").unwrap();
+        disk.save(&record("a"));
+        disk.witness().durable("a", Duration::from_secs(10)).unwrap_err();
+        std::fs::remove_file(dir.path().join("a")).unwrap();
+        let end = Instant::now() + 10 * AGAIN;
+        while disk.witness().durable("a", Duration::from_secs(10)).is_err() {
+            assert!(Instant::now() < end, "nobody tries again");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(dir.path().join("a/job.json").exists());
     }
 
     #[test]

@@ -14,6 +14,7 @@ use ramtorch_client::ui::{FollowOptions, Format, Interrupt, follow};
 use ramtorch_client::{Client, ClientError, Endpoint, exit, trace, v1};
 use ramtorch_job::JobSpec;
 use ramtorch_store::Registry;
+use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +26,8 @@ const TEMPORARY_PREFIX: &str = "ramtorch-run-";
 
 /// A folder younger than this may belong to a run that has not locked it yet.
 const SWEEP_AGE: Duration = Duration::from_secs(60);
+/// Whether cancelled jobs have ended is asked this often.
+const END_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Writing a trace may go on for so long after the job has ended.
 const TRACE_LIMIT: Duration = Duration::from_secs(60);
@@ -214,12 +217,19 @@ async fn submit(socket: &Path, request: v1::SubmitRequest, spec: &JobSpec) -> Re
     let mut client = Client::connect(Endpoint::unix(socket)).await?;
     let spec_toml = spec.to_toml();
     let mut unfinished = None;
+    let mut cancelled = Vec::new();
     for job in client.list(false).await? {
         if job.spec_toml == spec_toml {
             unfinished = Some(job);
         } else {
-            client.cancel(&job.id).await?;
+            cancelled.push(client.cancel(&job.id).await?.id);
         }
+    }
+    // They most often wrote where this one will. The supervisor bounds how long the end of a job takes.
+    while !cancelled.is_empty() {
+        tokio::time::sleep(END_INTERVAL).await;
+        let unended: HashSet<String> = client.list(false).await?.into_iter().map(|job| job.id).collect();
+        cancelled.retain(|id| unended.contains(id));
     }
     let job = match unfinished {
         Some(job) => job,

@@ -8,6 +8,7 @@
 //! STATE_DIR/jobs/ID/job.json        the job, replaced atomically
 //! STATE_DIR/jobs/ID/metrics.jsonl   its metrics, a line a step, written by its first rank
 //! STATE_DIR/jobs/ID/logs/           output of its workers, a file a rank and generation
+//! STATE_DIR/quarantine.json         devices that an error took out of use, while there are any
 //! STATE_DIR/outputs.jsonl           which user's job made what, appended
 //! STATE_DIR/oneoff/                 logs of one-off work, removed with it
 //! ```
@@ -95,6 +96,11 @@ impl StateDir {
     /// Folder of all jobs.
     pub fn jobs(&self) -> PathBuf {
         self.dir.join("jobs")
+    }
+
+    /// Devices that an error took out of use.
+    pub fn quarantine(&self) -> PathBuf {
+        self.dir.join("quarantine.json")
     }
 
     /// Which user's job made what.

@@ -2,6 +2,7 @@
 
 use crate::config::WorkerCommand;
 use crate::disk::Disk;
+use crate::faults::kept::Fault;
 use crate::node::{self, Memory};
 use crate::process::{self, ProcKey, SpawnRequest, Spawner};
 use crate::supervisor::JobKey;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 /// A job's record has so long to reach the disk.
-const RECORD_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+pub const RECORD_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// The real [`Outside`].
 pub struct World {
@@ -37,6 +38,8 @@ pub struct World {
     pub disk: Disk,
     /// Folder of all jobs.
     pub jobs: PathBuf,
+    /// File of the devices that an error took out of use.
+    pub quarantine: PathBuf,
     /// Folder of the logs of one-off work.
     pub one_offs: PathBuf,
     /// Folder of token caches.
@@ -78,22 +81,22 @@ impl Outside for World {
         env.extend(self.sandbox.clone());
         let request = SpawnRequest { key, exe: self.worker.exe.clone(), args: self.worker.args.clone(), env, log, signals };
         let (spawner, answers, witness) = (self.spawner.clone(), self.answers.clone(), self.disk.witness());
-        let not_started = move |tail: &str| {
-            let ended = process::Ended { status: process::Status::Unknown, tail: tail.into() };
+        let not_started = move |status: process::Status, tail: &str| {
+            let ended = process::Ended { status, tail: tail.into() };
             let _ = answers.send(Message::Process(process::Event::Ended(key, ended)));
         };
         let Some(job) = job.map(str::to_string) else {
             if !spawner.spawn(request) {
-                not_started("the spawning thread is gone");
+                not_started(process::Status::Unknown, "the spawning thread is gone");
             }
             return;
         };
         tokio::task::spawn_blocking(move || {
             // What a gang does must not outrun what a later daemon would know of it: its segment and its generation.
-            if !witness.durable(&job, RECORD_LIMIT) {
-                not_started("the job's record could not be written to the state folder");
+            if let Err(why) = witness.durable(&job, RECORD_LIMIT) {
+                not_started(process::Status::Unrecorded, &why);
             } else if !spawner.spawn(request) {
-                not_started("the spawning thread is gone");
+                not_started(process::Status::Unknown, "the spawning thread is gone");
             }
         });
     }
@@ -121,23 +124,19 @@ impl Outside for World {
         let (engine, registry) = (self.engine.clone(), self.registry.clone());
         self.in_background(move || {
             let NewSegment { name, job_id, generation, plan } = segment;
-            let create = || -> Result<(), EngineError> {
-                registry.register(&name, &job_id, generation, plan.segment_bytes).map_err(|e| {
-                    EngineError::new(ErrorKind::Output, format!("cannot note the parameter store in the state folder: {e}"))
-                })?;
-                guard(|| engine.create_segment(&name, &plan))
-            };
-            Message::Created { job, outcome: create() }
+            if let Err(e) = registry.register(&name, &job_id, generation, plan.segment_bytes) {
+                return Message::Unsettled { job, why: e.to_string() };
+            }
+            Message::Created { job, outcome: guard(|| engine.create_segment(&name, &plan)) }
         });
     }
 
-    fn remove_segment(&mut self, job: JobKey, id: &str, name: String) {
+    fn remove_segment(&mut self, job: JobKey, id: &str, name: String, end: bool) {
         let (registry, witness, id) = (self.registry.clone(), self.disk.witness(), id.to_string());
         self.in_background(move || {
-            // A daemon that finds the record without its end and without its segment would run the job again. On a disk
-            // that takes nothing more, the memory is worth more than that.
-            if !witness.durable(&id, RECORD_LIMIT) {
-                tracing::warn!(job = id, "the job's end is not on the disk; its parameter store is removed all the same");
+            // A daemon that finds the record without its end and without its segment would run the job again.
+            if let (true, Err(why)) = (end, witness.durable(&id, RECORD_LIMIT)) {
+                return Message::Unsettled { job, why };
             }
             let outcome = Store::unlink(&name).and_then(|()| registry.forget(&name)).map_err(|e| e.to_string());
             Message::Removed { job, outcome }
@@ -150,6 +149,13 @@ impl Outside for World {
 
     fn save(&mut self, record: &Record) {
         self.disk.save(record);
+    }
+
+    fn keep_faults(&mut self, faults: &[Fault]) {
+        match serde_json::to_vec_pretty(faults) {
+            Ok(bytes) => self.disk.replace_file(self.quarantine.clone(), bytes),
+            Err(e) => tracing::error!("the list of devices that are out of use cannot be encoded: {e}"),
+        }
     }
 
     fn delete(&mut self, id: &str) {

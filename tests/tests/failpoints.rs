@@ -75,6 +75,9 @@ groups! {
 /// Points that [`a_successor_goes_on_where_the_daemon_was_asked_to_stop`] and [`a_stop_loses_nothing`] pass.
 const OF_A_STOP: &[&str] = &["job.requeued"];
 
+/// Points that a cancelled job passes: `an_answered_cancel_is_durable` in `ramtorchd/tests/supervision/recovery.rs`.
+const OF_A_CANCEL: &[&str] = &["job.cancelling", "job.cancelled"];
+
 /// Points that a job passes only where gradients are not clipped: `tests/early_updates.rs`.
 const OF_EARLY_UPDATES: &[&str] =
     &["step.updating", "early.begun", "early.kept", "early.published", "early.closed", "rerun.begun", "rerun.loaded", "rerun.dropped"];
@@ -120,7 +123,7 @@ fn survives_in(sandbox: &Sandbox, what: &str, entries: &[&str]) -> serde_json::V
 /// stopped elsewhere.
 fn stop_at(point: Point) -> Option<String> {
     let name = point.name();
-    if [OF_A_STOP, OF_EARLY_UPDATES, OF_A_LOG].concat().contains(&name) {
+    if [OF_A_STOP, OF_A_CANCEL, OF_EARLY_UPDATES, OF_A_LOG].concat().contains(&name) {
         return None;
     }
     let lead = match name {
@@ -170,7 +173,7 @@ stops! {
 fn every_point_is_in_a_group() {
     let named: Vec<&str> =
         GROUPS.iter().flat_map(|g| g.iter()).flat_map(|e| e.split(',')).filter_map(|e| Some(e.split_once('=')?.0)).collect();
-    let elsewhere = [OF_A_STOP, OF_EARLY_UPDATES, OF_A_LOG].concat();
+    let elsewhere = [OF_A_STOP, OF_A_CANCEL, OF_EARLY_UPDATES, OF_A_LOG].concat();
     let missing: Vec<&str> = Point::ALL.iter().map(|p| p.name()).filter(|n| !named.contains(n) && !elsewhere.contains(n)).collect();
     assert!(missing.is_empty(), "no test lets a process die at {missing:?}");
 }

@@ -297,7 +297,8 @@ fn training_and_calls_go_on_under_load() {
     let calm_end = lines();
 
     let tally = Arc::new(Tally::default());
-    let job = Fixture::load("llama").job("waits").set("train.steps", 1).set("schedule.warmup_steps", 0u64);
+    // Without outputs: no second job may name one of a job that has not ended.
+    let job = Fixture::load("llama").job("waits").set("train.steps", 1).set("schedule.warmup_steps", 0u64).unset("output.metrics");
     let base_dir = sandbox.root().to_str().unwrap().to_owned();
     let request = v1::SubmitRequest { job_toml: job.text(), base_dir, file_name: "waits.toml".into(), dry_run: false };
     let socket = daemon.socket().to_path_buf();

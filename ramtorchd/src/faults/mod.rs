@@ -6,8 +6,9 @@
 //!  kernel log: Xid of the driver ──────┘                        ├─ fail         the job ends: again would be the same
 //!                                                               └─ note         told, and nothing else
 //! ```
-//! A quarantined device comes back when the daemon starts again: nobody but an operator knows that it was reset or replaced.
+//! A quarantine is kept in the state folder. Nobody but an operator knows that a device was reset or replaced, and ends it.
 
+pub mod kept;
 pub mod kernel_log;
 pub mod table;
 

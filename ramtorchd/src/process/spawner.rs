@@ -49,6 +49,8 @@ pub enum Status {
     Signal(i32),
     /// It never started, or could not be waited for.
     Unknown,
+    /// It was not started, because the record of its job could not be made durable first.
+    Unrecorded,
 }
 
 /// The end of a process.
@@ -202,7 +204,7 @@ impl std::fmt::Display for Status {
                 Ok(signal) => write!(f, "was killed by {signal}"),
                 Err(_) => write!(f, "was killed by signal {number}"),
             },
-            Status::Unknown => write!(f, "did not start"),
+            Status::Unknown | Status::Unrecorded => write!(f, "did not start"),
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::supervisor::oneoff::OneOffEvent;
 use crate::supervisor::record::{self, Record};
 use crate::supervisor::watchers::Told;
 use crate::supervisor::{Message, Refusal, RefusalKind};
+use crate::world::RECORD_LIMIT;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
 use ramtorch_proto::v1::jobs_server::Jobs;
@@ -64,8 +65,8 @@ impl JobsService {
         let cannot = |e: String| EngineError::new(ErrorKind::Output, format!("cannot keep the job in the state folder: {e}"));
         let record = write.await.map_err(|e| cannot(e.to_string()))?.map_err(|e| cannot(e.to_string()))?;
         let dir = self.context.jobs.join(&record.id);
-        let (record, spec, admin) = (Box::new(record), Box::new(spec), caller.admin);
-        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, admin, reply }).await;
+        let (record, spec) = (Box::new(record), Box::new(spec));
+        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, reply }).await;
         match answer {
             Ok(_) => self.context.claim(caller, outputs).await,
             Err(_) => drop(tokio::fs::remove_dir_all(dir).await),
@@ -184,7 +185,20 @@ impl Jobs for JobsService {
     async fn cancel(&self, request: Request<pb::CancelRequest>) -> Result<Response<pb::Job>, Status> {
         let caller = caller(&request)?;
         let id = self.context.own(&caller, request.into_inner().id).await?;
-        Ok(Response::new(self.context.handle.ask(|reply| Message::Cancel { id, reply }).await?))
+        let job = self.context.handle.ask(|reply| Message::Cancel { id, reply }).await?;
+        // Durable before it is answered: a job that its user was told is cancelled does not go on when the daemon dies.
+        let (records, id) = (self.context.records.clone(), job.id.clone());
+        let durable = tokio::task::spawn_blocking(move || records.durable(&id, RECORD_LIMIT)).await;
+        if let Err(why) = durable.map_err(|e| e.to_string()).and_then(|written| written) {
+            let text = format!(
+                "job {} is being cancelled, and that could not be noted in the state folder: {why}; a daemon that starts before it is \
+                 noted goes on with the job: make room, and see `ramtorch describe {}`",
+                job.id, job.id
+            );
+            return Err(Refusal::from(EngineError::new(ErrorKind::Output, text)).into());
+        }
+        ramtorch_failpoint::hit(ramtorch_failpoint::Point::JobCancelled);
+        Ok(Response::new(job))
     }
 
     async fn checkpoint(&self, request: Request<pb::CheckpointRequest>) -> Result<Response<pb::CheckpointResponse>, Status> {
@@ -259,8 +273,8 @@ impl Jobs for JobsService {
         let target = path.clone();
         self.context.allowed(move |roots| roots.check("the model folder", &target, Use::Write)).await?;
         let outputs = self.context.writable(&caller, process_gid, outputs::of_export(path.clone())).await?;
-        let (places, asks) = (outputs.clone(), caller.clone());
-        self.context.handle.ask(|reply| Message::Vacant { outputs: places, caller: asks, reply }).await?;
+        let (places, uid) = (outputs.clone(), caller.uid);
+        self.context.handle.ask(|reply| Message::Vacant { outputs: places, uid, reply }).await?;
         self.context.claim(&caller, outputs).await;
         let task = Task::Export { source, path, dtype, overwrite: request.overwrite };
         let r: Exported = oneoff::result(&self.context, task, false).await?;

@@ -14,6 +14,7 @@ pub use worker::WorkerService;
 use crate::access::Caller;
 use crate::access::outputs::{self, Ledger, Output, Writer};
 use crate::access::paths::{PathError, Roots};
+use crate::disk::Witness;
 use crate::supervisor::Message;
 use crate::supervisor::outside::Engine;
 use crate::supervisor::{Handle, Refusal, RefusalKind};
@@ -36,6 +37,8 @@ pub struct Context {
     pub engine: Arc<dyn Engine>,
     /// Folder of all jobs.
     pub jobs: PathBuf,
+    /// Sees when a job's record is on the disk.
+    pub records: Witness,
     /// Folder of token caches.
     pub cache: PathBuf,
     /// State folder.

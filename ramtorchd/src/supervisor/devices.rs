@@ -137,7 +137,7 @@ impl DevicePool {
         self.slots[index].quarantine.push(Quarantine::Survivor(pid));
     }
 
-    /// Takes a device out of use for as long as the daemon lives: an operator has to look at it. Whether that is news.
+    /// Takes a device out of use for good: an operator has to look at it. Whether that is news.
     pub fn quarantine_faulty(&mut self, index: usize) -> bool {
         let Some(slot) = self.slots.get_mut(index) else { return false };
         let news = !slot.quarantine.contains(&Quarantine::Fault);

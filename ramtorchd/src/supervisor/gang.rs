@@ -116,6 +116,7 @@ impl Supervisor {
         let record = WorkerRecord { identity, device: proc.device_name.clone() };
         if let Role::Rank { job, .. } | Role::Prepare { job } = proc.role {
             if let Some(job) = self.jobs.get_mut(&job) {
+                job.waits_for_room = None;
                 job.record.workers.push(record);
                 self.out.save(&job.record);
             }
@@ -435,8 +436,12 @@ impl Supervisor {
         }
         match &mut job.phase {
             Phase::Starting | Phase::Running => {
-                tracing::warn!(job = job.record.id, rank, "{}", cause.text);
-                job.record.message = format!("a worker failed: {}", cause.text);
+                if cause.sign == Sign::Unrecorded {
+                    job.record.message.clone_from(&cause.text);
+                } else {
+                    tracing::warn!(job = job.record.id, rank, "{}", cause.text);
+                    job.record.message = format!("a worker failed: {}", cause.text);
+                }
                 job.phase = Phase::Failing { judge_at, ended: false, causes: vec![cause] };
                 self.drop_checkpoint_waiters(key, "a worker failed and the gang is started again; ask again");
                 self.give_up_trace(key, "a worker failed and the gang is started again; ask again");
@@ -462,6 +467,7 @@ impl Supervisor {
                 }
             }
             Phase::Backoff(_) => self.resume(key, now),
+            Phase::Removing(_) => self.settle_again(key),
             _ => {}
         }
     }
@@ -484,6 +490,11 @@ impl Supervisor {
         let Some(job) = self.jobs.get_mut(&key) else { return };
         let outcomes: Vec<Outcome> = job.ranks.drain(..).filter_map(|r| r.outcome).collect();
         job.forget_workers();
+        // Of this generation there was never a process: while the disk takes no record, none is used up, nor the logs of earlier ones.
+        let unborn = |o: &Outcome| matches!(o, Outcome::Failed(Cause { sign: Sign::Unrecorded, .. }));
+        if !outcomes.is_empty() && outcomes.iter().all(unborn) {
+            job.record.generation -= 1;
+        }
         let mut stopped = false;
         let mut failures: Vec<Cause> = Vec::new();
         for outcome in outcomes {
@@ -526,6 +537,9 @@ impl Supervisor {
     pub(super) fn judge(&mut self, key: JobKey, causes: &[Cause], now: Instant) {
         let budget = self.limits.restart_budget;
         let Some(root) = causes.iter().min_by_key(|c| c.at) else { return };
+        if root.sign == Sign::Unrecorded {
+            return self.wait_for_room(key, root.text.clone(), now);
+        }
         let mut text = root.describe();
         let sign = root.sign.name();
         *self.tally.failures_by_cause.entry(sign).or_default() += 1;
@@ -576,6 +590,9 @@ impl Supervisor {
         }
         job.stop = Some(by);
         job.record.cancelled |= by == Stop::Cancel;
+        if by == Stop::Cancel {
+            hit(Point::JobCancelling);
+        }
         match &job.phase {
             Phase::Queued { .. } | Phase::Backoff(_) => self.conclude_stopped(key, now),
             Phase::Preparing(proc) => {

@@ -2,11 +2,15 @@
 
 use super::Supervisor;
 use super::proc::{Cause, Role, Sign};
+use crate::faults::kept::Fault;
 use crate::faults::kernel_log::{self, Xid};
 use crate::faults::{GpuError, Source, Verdict};
 use ramtorch_worker::{DeviceKind, Level};
 use std::path::Path;
 use std::time::Instant;
+
+/// What ends a quarantine.
+const RELEASE: &str = "it was reset or replaced, quarantine.json removed from the state folder and ramtorchd started again";
 
 impl Supervisor {
     /// Weighs the errors of GPUs among the causes of a failure; those that call for it take their device out of use.
@@ -27,13 +31,8 @@ impl Supervisor {
             match error.verdict_where(again) {
                 Verdict::Quarantine => {
                     let name = self.pool.spec(error.device).to_string();
-                    if self.pool.quarantine_faulty(error.device) {
-                        tracing::error!("{name} is out of use: {}; reset or replace it, then start ramtorchd again", error.describe());
-                    }
-                    text.push_str(&format!(
-                        "\n{name} is out of use until it was reset or replaced and ramtorchd started again: {}",
-                        error.describe()
-                    ));
+                    self.put_out_of_use(error);
+                    text.push_str(&format!("\n{name} is out of use until {RELEASE}: {}", error.describe()));
                     gravest = Some(Verdict::Quarantine);
                 }
                 Verdict::Fail if gravest != Some(Verdict::Quarantine) => {
@@ -70,8 +69,8 @@ impl Supervisor {
         let on_it = self.procs.values().find(|p| p.device == Some(device) && matches!(p.role, Role::Rank { .. }));
         let Some((key, Role::Rank { job, rank })) = on_it.map(|p| (p.key, p.role)) else {
             tracing::warn!("{text}");
-            if verdict == Verdict::Quarantine && self.pool.quarantine_faulty(device) {
-                tracing::error!("{name} is out of use; reset or replace it, then start ramtorchd again");
+            if verdict == Verdict::Quarantine {
+                self.put_out_of_use(&error);
             }
             return;
         };
@@ -80,6 +79,34 @@ impl Supervisor {
             self.blame(key, job, rank, cause, now);
         } else {
             self.note(job, Level::Warn, &text, Some(rank));
+        }
+    }
+
+    /// Its device is broken: for this daemon, and for those that come after it in this boot.
+    fn put_out_of_use(&mut self, error: &GpuError) {
+        if !self.pool.quarantine_faulty(error.device) {
+            return;
+        }
+        let fault = Fault::new(self.pool.spec(error.device), error, self.out.boot_id(), self.out.unix_ms());
+        tracing::error!("{} is out of use until {RELEASE}: {}", fault.device, fault.error);
+        self.faults.push(fault);
+        self.out.keep_faults(&self.faults);
+    }
+
+    /// What an earlier daemon found broken. A boot resets GPUs: what was before it counts no more.
+    pub fn restore_faults(&mut self, mut faults: Vec<Fault>) {
+        let known = faults.len();
+        faults.retain(|f| f.boot_id == self.out.boot_id());
+        for fault in &faults {
+            // One that this daemon does not have now stays on the list all the same.
+            let index = (0..self.pool.count()).find(|i| fault.is_of(self.pool.spec(*i)));
+            if index.is_some_and(|i| self.pool.quarantine_faulty(i)) {
+                tracing::error!("{} stays out of use until {RELEASE}: {}", fault.device, fault.error);
+            }
+        }
+        self.faults = faults;
+        if self.faults.len() != known {
+            self.out.keep_faults(&self.faults);
         }
     }
 

@@ -9,7 +9,7 @@ use super::watchers::{Ear, Watchers};
 use crate::process::ProcKey;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
-use ramtorch_worker::Level;
+use ramtorch_worker::{Level, Prepared};
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -154,6 +154,10 @@ pub struct Job {
     pub progress_at: Option<Instant>,
     /// What became of its checkpoints.
     pub checkpoint_tally: CheckpointTally,
+    /// Its end could not be made durable, so that its segment stays: when that is tried again.
+    pub settle_at: Option<Instant>,
+    /// What it told when the state folder last took no record.
+    pub waits_for_room: Option<String>,
 }
 
 impl Job {
@@ -181,6 +185,8 @@ impl Job {
             ghosts: Vec::new(),
             progress_at: None,
             checkpoint_tally: CheckpointTally::default(),
+            settle_at: None,
+            waits_for_room: None,
         }
     }
 
@@ -223,6 +229,23 @@ impl Job {
         self.record.checkpoint_step.max(resumed).unwrap_or(0)
     }
 
+    /// Why a job that had a checkpoint is not begun anew where its preparation found none: that would cut its files to nothing,
+    /// because a disk is not mounted.
+    pub fn lost_checkpoint(&self, prepared: &Prepared) -> Option<String> {
+        let known = self.record.checkpoint.as_ref().filter(|_| self.spec.checkpoint.resume && prepared.resume.is_none())?;
+        let folder = self.spec.checkpoint.path.as_ref()?;
+        let step = self.record.checkpoint_step.map(|step| format!(" of step {step}")).unwrap_or_default();
+        Some(format!(
+            "the job has written or gone on from the checkpoint {}{step}, and no sound checkpoint of `{}` is in {} now; nothing of the job's \
+             files was changed. If that folder's file system is not mounted, mount it, and submit the job again: it goes on from its \
+             newest checkpoint. If its checkpoints are damaged (the job's log names what was passed over), put back a copy. To begin \
+             anew, submit it with another name, or with [checkpoint] path and [output] metrics elsewhere",
+            known.display(),
+            self.spec.name,
+            folder.display()
+        ))
+    }
+
     /// Whether it is over.
     pub fn has_ended(&self) -> bool {
         matches!(self.phase, Phase::Ended)
@@ -233,6 +256,7 @@ impl Job {
         match &self.phase {
             Phase::Failing { judge_at, ended, .. } => !ended && now >= *judge_at,
             Phase::Backoff(until) => now >= *until,
+            Phase::Removing(_) => self.settle_at.is_some_and(|at| now >= at),
             _ => false,
         }
     }
@@ -294,7 +318,7 @@ impl Job {
             id: r.id.clone(),
             name: r.name.clone(),
             state: self.state().into(),
-            message: r.message.clone(),
+            message: self.waits_for_room.as_ref().filter(|_| self.settle_at.is_some()).unwrap_or(&r.message).clone(),
             exit_code: u32::from(r.exit_code),
             step: r.step,
             steps: r.steps,

@@ -34,9 +34,9 @@ pub type Commands = mpsc::Sender<Result<pb::Command, tonic::Status>>;
 #[allow(missing_docs)]
 pub enum Message {
     /// A job whose record is already durable.
-    Submit { record: Box<Record>, spec: Box<JobSpec>, admin: bool, reply: Reply<pb::Job> },
+    Submit { record: Box<Record>, spec: Box<JobSpec>, reply: Reply<pb::Job> },
     /// Whether no job that has not ended writes there.
-    Vacant { outputs: Vec<PathBuf>, caller: Caller, reply: Reply<()> },
+    Vacant { outputs: Vec<PathBuf>, uid: u32, reply: Reply<()> },
     /// The id of the job that a caller means, if it is the caller's to look into.
     Resolve { id: String, caller: Caller, reply: Reply<String> },
     /// What is told to Prometheus.
@@ -81,6 +81,8 @@ pub enum Message {
     Created { job: JobKey, outcome: Result<(), EngineError> },
     /// Answer to `Outside::remove_segment`.
     Removed { job: JobKey, outcome: Result<(), String> },
+    /// Another answer to both: the state folder did not take what has to be durable before, and nothing was done.
+    Unsettled { job: JobKey, why: String },
 
     /// The kernel's log tells of an error of a GPU.
     Xid(Xid),

@@ -39,6 +39,8 @@
 //!   the job with the first cause.
 //! - a worker outlives SIGKILL (it hangs in the kernel): it is given up, its device quarantined until it is gone. If that
 //!   is a GPU, no new gang gets the segment before: copies that the old one began may still arrive in it.
+//! - the state folder takes no record (its disk is full): no gang is started and no segment goes, until it does; that costs
+//!   no restart of the budget.
 //! - a preparation that tells of no progress for very long is ended like a failed one.
 //! - the daemon is stopped: a segment whose steps no checkpoint has stays, and is found as after a kill.
 //! - the daemon is killed: workers die with it (PDEATHSIG). The next daemon ends any survivor and starts a new gang
@@ -78,9 +80,10 @@ pub use actor::{Handle, Inbox, channel, run};
 pub use message::{JobKey, Message, Refusal, RefusalKind};
 
 use crate::config::{JobLimits, KeepSegments, Supervision};
+use crate::faults::kept::Fault;
 use crate::process::{self, ProcKey};
 use devices::DevicePool;
-use job::{Ghost, Job, Phase, Stop};
+use job::{End, Ghost, Job, Phase, Stop};
 use jobs::Jobs;
 use oneoff::OneOff;
 use outside::Outside;
@@ -97,6 +100,8 @@ pub const TICK: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_millis(1000);
 /// A job that waits for memory is looked at again after so long.
 const MEMORY_RETRY: Duration = Duration::from_secs(5);
+/// A state folder that took no record is tried again after so long.
+const RECORD_RETRY: Duration = Duration::from_secs(3);
 /// Ended jobs whose metrics stay in memory; of older ones they are read from disk.
 const RECENT: usize = 16;
 
@@ -106,6 +111,8 @@ pub struct Supervisor {
     job_limits: JobLimits,
     out: Box<dyn Outside>,
     pool: DevicePool,
+    /// Why devices are out of use until an operator has looked at them.
+    faults: Vec<Fault>,
     jobs: Jobs,
     /// The first in the queue, once it has to wait: all that come after it wait for their turn.
     blocked: Option<JobKey>,
@@ -146,6 +153,7 @@ impl Supervisor {
             job_limits,
             out,
             pool,
+            faults: Vec::new(),
             jobs: Jobs::default(),
             blocked: None,
             watched: BTreeSet::new(),
@@ -269,6 +277,7 @@ impl Supervisor {
             Message::Planned { job, outcome } => self.planned(job, outcome, now),
             Message::Created { job, outcome } => self.created(job, outcome, now),
             Message::Removed { job, outcome } => self.removed(job, outcome, now),
+            Message::Unsettled { job, why } => self.unsettled(job, &why, now),
             Message::Survivor { pid } => {
                 self.exorcise(|g| g.key.is_none() && g.record.identity.pid == pid);
                 if self.pool.absolve_survivor(pid) {
@@ -355,7 +364,7 @@ impl Supervisor {
     pub fn is_done(&self) -> bool {
         self.stopping.is_some()
             && self.procs.values().all(|p| p.role == Role::GivenUp)
-            && self.jobs.active().all(|j| matches!(j.phase, Phase::Queued { .. }))
+            && self.jobs.active().all(|j| matches!(j.phase, Phase::Queued { .. }) || j.settle_at.is_some())
     }
 
     /// Whether the time for an orderly stop is over.
@@ -369,7 +378,14 @@ impl Supervisor {
         left.problems.extend(self.procs.values().filter(|p| !p.has_exited()).map(|p| format!("{} could not be ended", p.who())));
         for (job, segment) in self.jobs.active().filter_map(|j| Some((j, j.record.segment.as_ref()?))) {
             let kept = match job.phase {
-                Phase::Removing(_) => false,
+                // Without its end on the disk it is all that there is of the job; with it, the next daemon removes it.
+                Phase::Removing(End::Final { .. }) => {
+                    let text = "has ended, and its end is not on the disk: its parameter store stays for the next daemon";
+                    left.problems.push(format!("job {} {text}", job.record.id));
+                    left.kept.insert(segment.name.clone());
+                    continue;
+                }
+                Phase::Removing(End::Requeue { .. }) => false,
                 // It was decided when the job was put back.
                 Phase::Queued { .. } => true,
                 // Its time was over: the next daemon finds it as after a death of this one.

@@ -2,6 +2,7 @@
 
 use super::message::JobKey;
 use super::record::Record;
+use crate::faults::kept::Fault;
 use crate::node::Memory;
 use crate::process::ProcKey;
 use nix::sys::signal::Signal;
@@ -24,15 +25,18 @@ pub trait Outside: Send {
     /// Plans a job; answered by `Message::Planned`. Where it does not fit, it is tried again with
     /// `alone_bytes` for the segment, to tell "later" from "never".
     fn plan(&mut self, job: JobKey, request: PlanRequest, alone_bytes: u64);
-    /// Registers a segment durably, then creates it; answered by `Message::Created`.
+    /// Registers a segment durably, then creates it; answered by `Message::Created`, or by `Message::Unsettled` where it cannot
+    /// be registered.
     fn create_segment(&mut self, job: JobKey, segment: NewSegment);
-    /// Unlinks a segment, once what was saved of its job is durable, then forgets its registration; answered by
-    /// `Message::Removed`.
-    fn remove_segment(&mut self, job: JobKey, id: &str, name: String);
+    /// Unlinks a segment, then forgets its registration; answered by `Message::Removed`. If this is the job's `end`, what was
+    /// saved of it is durable before; where that cannot be, nothing is removed and `Message::Unsettled` is the answer.
+    fn remove_segment(&mut self, job: JobKey, id: &str, name: String, end: bool);
     /// What a segment holds now. A look at a few words of it, at once.
     fn contents(&self, segment: &str) -> Contents;
     /// Makes a record durable, soon.
     fn save(&mut self, record: &Record);
+    /// Keeps these devices out of use for the next daemon, soon.
+    fn keep_faults(&mut self, faults: &[Fault]);
     /// Removes a forgotten job's folder, soon.
     fn delete(&mut self, id: &str);
     /// Removes log files of generations before `oldest`, soon.

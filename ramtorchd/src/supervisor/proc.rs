@@ -77,6 +77,8 @@ pub enum Sign {
     Disbelieved,
     /// Its GPU did.
     Gpu,
+    /// It was not started: the record of its job could not be made durable. Nobody's failure but the disk's.
+    Unrecorded,
 }
 
 impl Sign {
@@ -93,6 +95,7 @@ impl Sign {
             Sign::Stalled => "stalled",
             Sign::Disbelieved => "disbelieved",
             Sign::Gpu => "gpu",
+            Sign::Unrecorded => "unrecorded",
         }
     }
 }
@@ -441,6 +444,7 @@ impl Proc {
             Status::Code(code) => (kind_of_code(i64::from(code)), Sign::Exited, format!("{} {status} without a result", self.who())),
             Status::Signal(_) => (ErrorKind::Internal, Sign::Signalled, format!("{} {status}", self.who())),
             Status::Unknown => (ErrorKind::Internal, Sign::Lost, format!("{} {status}", self.who())),
+            Status::Unrecorded => return Outcome::Failed(Cause::defect(at, Sign::Unrecorded, super::queue::room(&tail))),
         };
         let when = if self.registered { "" } else { " before its first call" };
         Outcome::Failed(Cause { kind, tail, ..Cause::defect(at, sign, format!("{text}{when}")) })

@@ -153,6 +153,14 @@ impl Supervisor {
         };
         match result {
             Ok(prepared) => {
+                if let Some(text) = job.lost_checkpoint(&prepared) {
+                    return self.fail(key, EngineError::input(text), now);
+                }
+                // Known from now on, whatever becomes of the job before its own first one.
+                if let Some(resume) = &prepared.resume {
+                    job.record.checkpoint = Some(resume.path.clone());
+                    job.record.checkpoint_step = Some(resume.step);
+                }
                 job.record.model.clone_from(&prepared.description);
                 job.record.steps = prepared.steps;
                 job.record.prepared = Some(prepared);
@@ -358,9 +366,10 @@ impl Supervisor {
                     self.out.save(&job.record);
                 }
                 let id = job.record.id.clone();
+                let is_end = matches!(end, End::Final { .. });
                 job.phase = Phase::Removing(end);
                 hit(Point::JobRemoving);
-                self.out.remove_segment(key, &id, name);
+                self.out.remove_segment(key, &id, name, is_end);
             }
             None => self.finish(key, end, now),
         }
@@ -371,10 +380,53 @@ impl Supervisor {
         let Phase::Removing(end) = &job.phase else { return };
         let end = end.clone();
         job.record.segment = None;
+        (job.settle_at, job.waits_for_room) = (None, None);
         if let Err(e) = outcome {
             self.note(key, ramtorch_worker::Level::Error, &format!("the parameter store could not be removed: {e}"), None);
         }
         self.finish(key, end, now);
+    }
+
+    /// The end of a job is not on the disk, so that its segment stays, until it is.
+    pub(super) fn unsettled(&mut self, key: JobKey, why: &str, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let message = match &job.phase {
+            // Its segment could not be registered, and was not made.
+            Phase::Reserving if job.stop.is_some() => return self.conclude_stopped(key, now),
+            Phase::Reserving => return self.wait_for_room(key, room(why), now),
+            Phase::Removing(End::Final { message, .. }) => message,
+            _ => return,
+        };
+        // Shown only: the end that is to be made durable has its own words.
+        let text = format!("{message}; its parameter store is kept meanwhile: it {}", room(why));
+        job.settle_at = Some(now + super::RECORD_RETRY);
+        if job.waits_for_room.replace(text.clone()).is_none() {
+            self.note(key, ramtorch_worker::Level::Error, &text, None);
+        }
+        self.show(key);
+    }
+
+    /// The state folder took no record: nothing is begun that a later daemon would not know of. The job keeps its segment and
+    /// its devices, since nobody else could start either, and its budget of restarts, since none of its processes failed.
+    pub(super) fn wait_for_room(&mut self, key: JobKey, text: String, now: Instant) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        job.phase = Phase::Backoff(now + super::RECORD_RETRY);
+        job.record.message.clone_from(&text);
+        if job.waits_for_room.replace(text.clone()).as_ref() != Some(&text) {
+            self.note(key, ramtorch_worker::Level::Warn, &text, None);
+        }
+        self.changed(key);
+    }
+
+    /// Once more, what [`Supervisor::unsettled`] waits for.
+    pub(super) fn settle_again(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get_mut(&key) else { return };
+        let Some(name) = job.record.segment.as_ref().map(|s| s.name.clone()) else { return };
+        // Far enough off that one answer comes before the next question.
+        job.settle_at = job.settle_at.map(|at| at + 30 * super::RECORD_RETRY);
+        let id = job.record.id.clone();
+        self.out.save(&job.record);
+        self.out.remove_segment(key, &id, name, true);
     }
 
     fn finish(&mut self, key: JobKey, end: End, now: Instant) {
@@ -441,6 +493,11 @@ impl Supervisor {
 /// What everybody waits for who comes after a job that waits.
 fn turn(id: &str) -> String {
     format!("waits for its turn after job {id}")
+}
+
+/// What a job waits for whose record cannot be written.
+pub(super) fn room(why: &str) -> String {
+    format!("waits for room in the state folder: {why}")
 }
 
 /// Writes the end of a job into its record.

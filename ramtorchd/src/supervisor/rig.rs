@@ -32,6 +32,7 @@ pub(super) struct Asked {
     /// Processes that were sent SIGKILL or SIGTERM.
     pub(super) signalled: Vec<(ProcKey, Signal)>,
     pub(super) saved: Vec<Record>,
+    pub(super) faults: Vec<crate::faults::kept::Fault>,
     pub(super) tokens: u64,
     /// Step of every segment; none can be read where this is not said.
     pub(super) step: Option<u64>,
@@ -65,7 +66,7 @@ impl Outside for Fake {
     fn create_segment(&mut self, job: JobKey, segment: NewSegment) {
         self.with(|a| a.creations.push((job, segment.name)));
     }
-    fn remove_segment(&mut self, job: JobKey, _id: &str, name: String) {
+    fn remove_segment(&mut self, job: JobKey, _id: &str, name: String, _end: bool) {
         self.with(|a| a.removals.push((job, name)));
     }
     fn contents(&self, segment: &str) -> Contents {
@@ -74,6 +75,9 @@ impl Outside for Fake {
     }
     fn save(&mut self, record: &Record) {
         self.with(|a| a.saved.push(record.clone()));
+    }
+    fn keep_faults(&mut self, faults: &[crate::faults::kept::Fault]) {
+        self.with(|a| a.faults = faults.to_vec());
     }
     fn delete(&mut self, _id: &str) {}
     fn tidy_logs(&mut self, _id: &str, _oldest: u64) {}
@@ -138,7 +142,7 @@ impl Bench {
         let record = Box::new(Record::new(format!("id{}", self.jobs), &spec, 0, 0));
         let id = record.id.clone();
         let (reply, _) = oneshot::channel();
-        self.handle(Message::Submit { record, spec: Box::new(spec), admin: true, reply });
+        self.handle(Message::Submit { record, spec: Box::new(spec), reply });
         id
     }
 

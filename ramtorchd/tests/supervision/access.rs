@@ -290,14 +290,15 @@ pub fn trials() -> Vec<Trial> {
             let again = users.ask(alice, &outputs, "submit").await.unwrap();
             root.cancel(&again).await.unwrap();
             wait_state(&mut root, &again, JobState::Cancelled).await;
-            // Root may, and twice at once.
-            let ids = [
-                root.submit(bench.job("a", 100_000, "[output]\nmetrics = \"metrics\"\n")).await.unwrap().id,
-                root.submit(bench.job("b", 100_000, "[output]\nmetrics = \"metrics\"\n")).await.unwrap().id,
-            ];
-            for id in ids {
-                root.cancel(&id).await.unwrap();
-            }
+            // Root may, but not twice at once.
+            let metrics = "[output]\nmetrics = \"metrics\"\n";
+            let id = root.submit(bench.job("a", 100_000, metrics)).await.unwrap().id;
+            let why = root.submit(bench.job("b", 100_000, metrics)).await.unwrap_err().to_string();
+            assert!(why.contains(&id) && why.contains("has not ended"), "{why}");
+            root.cancel(&id).await.unwrap();
+            wait_state(&mut root, &id, JobState::Cancelled).await;
+            let id = root.submit(bench.job("b", 100_000, metrics)).await.unwrap().id;
+            root.cancel(&id).await.unwrap();
             bench.end().await;
         }),
         trial("what_is_there_is_written_over_by_those_who_could_do_so_themselves", || async {
@@ -357,6 +358,13 @@ pub fn trials() -> Vec<Trial> {
             assert!(answers.last().unwrap().as_ref().unwrap_err().contains("calls_per_second"), "{answers:?}");
             let large = v1::SubmitRequest { job_toml: "#".repeat(20 << 20), ..bench.job("x", 1, "") };
             assert!(client.submit(large).await.is_err());
+            // No call is left to ask with whether it trains already.
+            let history = bench.settings.state_dir.join("jobs").join(&id).join("metrics.jsonl");
+            let end = std::time::Instant::now() + crate::bench::LIMIT;
+            while !std::fs::metadata(&history).is_ok_and(|m| m.len() > 0) {
+                assert!(std::time::Instant::now() < end, "no step was committed");
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
             // No call is left to cancel with: what trains keeps its segment for the next daemon.
             bench.down().await;
             bench.assert_kept(1);

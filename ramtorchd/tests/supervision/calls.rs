@@ -54,6 +54,25 @@ pub fn trials() -> Vec<Trial> {
             assert_eq!(refused(client.checkpoint(&id).await).0, exit::USAGE);
             bench.end().await;
         }),
+        trial("nobody_writes_where_an_unfinished_job_does", || async {
+            // The tests' user is the daemon's, and so an administrator.
+            let (bench, mut client) = Bench::start(1, Script::endless()).await;
+            let outputs = "[checkpoint]\npath = \"c\"\n[output]\nmetrics = \"m\"\n";
+            let id = running(&bench, &mut client, outputs).await;
+            for more in [outputs, "[checkpoint]\npath = \"c\"\n", "[output]\nmetrics = \"m\"\n"] {
+                let (code, message) = refused(client.submit(bench.job("two", 5, more)).await);
+                assert!(code == exit::OUTPUT && message.contains(&id) && message.contains("has not ended"), "{code} {message}");
+            }
+            assert_eq!(client.list(true).await.unwrap().len(), 1, "what is refused leaves nothing");
+            let elsewhere = client.submit(bench.job("three", 5, "[output]\nmetrics = \"n\"\n")).await.unwrap().id;
+            client.cancel(&id).await.unwrap();
+            wait_state(&mut client, &id, JobState::Cancelled).await;
+            let again = client.submit(bench.job("two", 5, outputs)).await.unwrap().id;
+            for id in [elsewhere, again] {
+                wait_state(&mut client, &id, JobState::Succeeded).await;
+            }
+            bench.end().await;
+        }),
         trial("a_job_without_a_checkpoint_path_takes_none", || async {
             let (bench, mut client) = Bench::start(1, Script::endless()).await;
             let id = running(&bench, &mut client, "").await;

@@ -6,7 +6,7 @@ use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::stat::Mode;
 use ramtorch_worker::{
     Assignment, Command, Control, EngineError, ErrorKind, EvalResult, Exported, Generated, Inspected, Level, Plan, PlanRequest, Prepared,
-    RankTrace, StepMetrics, Task, TensorSummary, TrainOutcome,
+    RankTrace, ResumePoint, StepMetrics, Task, TensorSummary, TrainOutcome,
 };
 use ramtorchd::supervisor::outside::{Contents, Engine};
 use ramtorchd::worker;
@@ -193,7 +193,7 @@ fn engine(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::
                 architecture: serde_json::Value::Null,
                 description: "a fake".into(),
                 weights: None,
-                resume: None,
+                resume: spec.checkpoint.path.as_deref().filter(|_| spec.checkpoint.resume).and_then(newest_checkpoint),
                 train_sequences: 1,
                 validation_sequences: 0,
                 sequence_length: 1,
@@ -241,6 +241,13 @@ fn engine(assignment: &Assignment, control: &dyn Control) -> Result<serde_json::
             value(Inspected { step: 4, tensors: vec![tensor] })
         }
     }
+}
+
+/// The newest of the folders that workers of this kind make.
+fn newest_checkpoint(folder: &Path) -> Option<ResumePoint> {
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    let steps = entries.filter_map(|e| e.file_name().to_str()?.strip_prefix("step-")?.parse::<u64>().ok());
+    steps.max().map(|step| ResumePoint { path: folder.join(format!("step-{step}")), step })
 }
 
 /// The segment of a fake job: word 0 is the committed step, word 1 + r where rank r has got to.

@@ -4,8 +4,8 @@ use crate::bench::{Bench, wait_for, wait_state};
 use crate::fake::{Act, At, Script, fault};
 use crate::trial;
 use libtest_mimic::Trial;
-use ramtorch_client::exit;
 use ramtorch_client::v1::JobState;
+use ramtorch_client::{Client, exit};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -25,6 +25,34 @@ pub fn trials() -> Vec<Trial> {
             assert_eq!((job.step, job.restarts), (12, 1), "{}", job.message);
             let states: Vec<String> = client.info().await.unwrap().devices.into_iter().map(|d| d.state).collect();
             assert_eq!(states, ["free", "quarantined", "free"]);
+            bench.end().await;
+        }),
+        trial("a_gpu_that_is_broken_stays_so_for_the_next_daemon", || async {
+            let script = Script::quick().with(fault(At::Step(5), Act::Cuda(214)).rank(1).generation(1));
+            let (mut bench, mut client) = Bench::start(3, script).await;
+            let id = client.submit(bench.job("one", 12, "[device]\nranks = 2\n")).await.unwrap().id;
+            wait_state(&mut client, &id, JobState::Succeeded).await;
+            let file = bench.settings.state_dir.join("quarantine.json");
+            let text = std::fs::read_to_string(&file).unwrap();
+            assert!(text.contains("cpu:1") && text.contains("214"), "{text}");
+            let states =
+                async |mut client: Client| -> Vec<String> { client.info().await.unwrap().devices.into_iter().map(|d| d.state).collect() };
+            for _ in 0..2 {
+                bench.down().await;
+                assert_eq!(states(bench.up().await).await, ["free", "quarantined", "free"]);
+            }
+            // Of an earlier boot; and removed by an operator.
+            let mut faults: serde_json::Value = serde_json::from_str(&text).unwrap();
+            faults[0]["boot_id"] = "another".into();
+            bench.down().await;
+            std::fs::write(&file, faults.to_string()).unwrap();
+            assert_eq!(states(bench.up().await).await, ["free", "free", "free"]);
+            bench.down().await;
+            std::fs::write(&file, &text).unwrap();
+            assert_eq!(states(bench.up().await).await, ["free", "quarantined", "free"]);
+            bench.down().await;
+            std::fs::remove_file(&file).unwrap();
+            assert_eq!(states(bench.up().await).await, ["free", "free", "free"]);
             bench.end().await;
         }),
         trial("a_job_waits_with_its_store_where_no_spare_gpu_is_left", || async {

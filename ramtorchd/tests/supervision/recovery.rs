@@ -18,8 +18,14 @@ struct Apart(Child);
 
 impl Apart {
     async fn start(bench: &Bench, devices: u32, more: &[&str]) -> Apart {
+        Apart::armed(bench, devices, more, "").await
+    }
+
+    /// One with these fail points.
+    async fn armed(bench: &Bench, devices: u32, more: &[&str], points: &str) -> Apart {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.arg("daemon").arg(bench.dir.path()).arg(devices.to_string()).args(more);
+        command.env(ramtorch_failpoint::VARIABLE, points);
         let child = command.stdout(Stdio::null()).spawn().unwrap();
         let end = Instant::now() + LIMIT;
         while tokio::net::UnixStream::connect(&bench.settings.socket).await.is_err() {
@@ -59,6 +65,45 @@ async fn log(client: &mut Client, id: &str) -> String {
 /// How often the job was prepared.
 async fn prepared(client: &mut Client, id: &str) -> usize {
     log(client, id).await.matches("prepare ").count()
+}
+
+/// A folder in the way of a job's record: no record of it can be written while it is there, as on a disk without room.
+struct InTheWay(std::path::PathBuf);
+
+impl InTheWay {
+    fn of(bench: &Bench, id: &str) -> InTheWay {
+        let path = bench.settings.state_dir.join("jobs").join(id).join("job.tmp");
+        let end = Instant::now() + LIMIT;
+        // A record may be being written under this name.
+        while std::fs::create_dir(&path).is_err() {
+            assert!(Instant::now() < end, "{} is always in use", path.display());
+        }
+        InTheWay(path)
+    }
+}
+
+impl Drop for InTheWay {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// A file system of half a megabyte.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    fn small(path: &std::path::Path) -> Option<Mounted> {
+        std::fs::create_dir_all(path).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=512k,mode=750", "none"]).arg(path).stderr(Stdio::null());
+        mount.status().is_ok_and(|s| s.success()).then(|| Mounted(path.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }
 
 async fn until(what: &str, mut done: impl FnMut() -> bool) {
@@ -204,11 +249,170 @@ pub fn trials() -> Vec<Trial> {
                 kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
             }
             client.cancel(&id).await.unwrap();
-            tokio::time::sleep(Duration::from_millis(300)).await;
             apart.signal(Signal::SIGKILL);
             apart.wait();
             let mut client = bench.up().await;
             assert_eq!(wait_state(&mut client, &id, JobState::Cancelled).await.id, id);
+            bench.end().await;
+        }),
+        trial("an_answered_cancel_is_durable", || async {
+            if !ramtorch_failpoint::COMPILED_IN {
+                return;
+            }
+            // Both a job that runs and one that waits; the daemon dies before the answer, on either side of the disk.
+            for (point, queued) in [("job.cancelling", false), ("job.cancelled", false), ("job.cancelling", true), ("job.cancelled", true)]
+            {
+                let mut bench = Bench::new(1, Script::endless());
+                let mut apart = Apart::armed(&bench, 1, &[], &format!("{point}=kill")).await;
+                let mut client = bench.client().await;
+                let first = client.submit(bench.job("one", 100_000, "")).await.unwrap().id;
+                wait_for(&mut client, &first, "a step", |j| j.step >= 1).await;
+                let second = client.submit(bench.job("two", 100_000, "")).await.unwrap().id;
+                let id = if queued { second } else { first };
+                client.cancel(&id).await.unwrap_err();
+                assert!(!apart.wait().success(), "{point}");
+                until("the workers have died with it", || bench.workers().is_empty()).await;
+                let mut client = bench.up().await;
+                let job = client.get(&id).await.unwrap();
+                match point {
+                    "job.cancelled" => assert_eq!(wait_state(&mut client, &id, JobState::Cancelled).await.id, id),
+                    // Nobody was told that it is: it goes on.
+                    _ => assert!(!matches!(job.state(), JobState::Cancelled | JobState::Stopping), "{point} {}", job.message),
+                }
+                bench.end().await;
+            }
+        }),
+        trial("a_cancel_that_cannot_be_noted_is_not_answered_with_success", || async {
+            let (bench, mut client) = Bench::start(1, Script::endless()).await;
+            let id = client.submit(bench.job("one", 100_000, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "a step", |j| j.step >= 1).await;
+            let obstacle = InTheWay::of(&bench, &id);
+            let (code, text) = crate::bench::refused(client.cancel(&id).await);
+            assert!(code == ramtorch_client::exit::OUTPUT && text.contains("could not be noted"), "{code} {text}");
+            drop(obstacle);
+            wait_state(&mut client, &id, JobState::Cancelled).await;
+            bench.end().await;
+        }),
+        trial("a_full_state_folder_costs_no_restart_and_no_step", || async {
+            let mut script = Script { step_ms: 20, ..Script::default() };
+            script.load_ms = 1;
+            let (bench, mut client) = Bench::start(2, script).await;
+            let id = client.submit(bench.job("one", 100, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 10).await;
+            let obstacle = InTheWay::of(&bench, &id);
+            kill(Pid::from_raw(bench.workers()[0]), Signal::SIGKILL).unwrap();
+            let waits = |j: &ramtorch_client::v1::Job| j.message.contains("waits for room in the state folder");
+            let job = wait_for(&mut client, &id, "room", waits).await;
+            assert!(job.message.contains("job.json cannot be written"), "{}", job.message);
+            // Longer than the whole budget of restarts lasts.
+            tokio::time::sleep(Duration::from_secs(7)).await;
+            let job = wait_for(&mut client, &id, "room", waits).await;
+            assert_eq!((job.restarts, bench.segments().len(), job.step >= 10), (1, 1, true), "{}", job.message);
+            drop(obstacle);
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts), (100, 1), "{}", job.message);
+            assert_eq!(prepared(&mut client, &id).await, 1, "it goes on from its segment");
+            let logs = std::fs::read_dir(bench.settings.state_dir.join("jobs").join(&id).join("logs")).unwrap();
+            let newest = logs.flatten().any(|e| e.file_name() == "rank-0.g2.log");
+            assert!(newest, "no generation is used up by gangs that were not started");
+            bench.end().await;
+        }),
+        trial("a_disk_without_room_is_waited_for", || async {
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let state = bench.settings.state_dir.clone();
+            let Some(_mounted) = Mounted::small(&state) else {
+                eprintln!("SKIPPED a_disk_without_room_is_waited_for: nothing can be mounted here; run it as root");
+                return;
+            };
+            let mut client = bench.up().await;
+            let id = client.submit(bench.job("one", 100, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 10).await;
+            let filler = state.join("filler");
+            let mut file = std::fs::File::create(&filler).unwrap();
+            while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+            drop(file);
+            for pid in bench.workers() {
+                // It may have met the full disk by itself.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            let waits = |j: &ramtorch_client::v1::Job| j.message.contains("waits for room in the state folder");
+            let job = wait_for(&mut client, &id, "room", waits).await;
+            assert!(job.message.contains("No space left on device"), "{}", job.message);
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            let job = wait_for(&mut client, &id, "room", waits).await;
+            assert_eq!((job.restarts, bench.segments().len()), (1, 1), "{}", job.message);
+            std::fs::remove_file(&filler).unwrap();
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts, prepared(&mut client, &id).await), (100, 1, 1), "{}", job.message);
+            bench.down().await;
+            bench.assert_clean();
+        }),
+        trial("a_store_that_cannot_be_registered_is_waited_for", || async {
+            let (bench, mut client) = Bench::start(1, Script::quick()).await;
+            let (registry, away) = (bench.settings.state_dir.join("segments"), bench.settings.state_dir.join("away"));
+            std::fs::rename(&registry, &away).unwrap();
+            std::fs::write(&registry, "in the way").unwrap();
+            let id = client.submit(bench.job("one", 5, "")).await.unwrap().id;
+            wait_for(&mut client, &id, "room", |j| j.message.contains("waits for room in the state folder")).await;
+            assert!(bench.segments().is_empty(), "nothing is made that no list has");
+            std::fs::remove_file(&registry).unwrap();
+            std::fs::rename(&away, &registry).unwrap();
+            let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+            assert_eq!((job.step, job.restarts), (5, 0), "{}", job.message);
+            bench.end().await;
+        }),
+        trial("a_segment_goes_when_the_end_of_its_job_is_on_the_disk_and_not_before", || async {
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let kept = "its parameter store is kept meanwhile: it waits for room in the state folder";
+            // With a daemon that sees room again, and with one that is stopped before.
+            for stops in [false, true] {
+                let mut apart = Apart::start(&bench, 1, &[]).await;
+                let mut client = bench.client().await;
+                let id = client.submit(bench.job("one", 40, "")).await.unwrap().id;
+                wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
+                let obstacle = InTheWay::of(&bench, &id);
+                let job = wait_for(&mut client, &id, "its end", |j| j.message.contains(kept)).await;
+                assert!(job.message.starts_with("finished after step 40"), "{}", job.message);
+                assert_eq!(bench.segments().len(), 1);
+                if stops {
+                    apart.signal(Signal::SIGTERM);
+                    apart.wait();
+                    assert_eq!(bench.segments().len(), 1, "the next daemon knows nothing of the end but by the segment");
+                    drop(obstacle);
+                    let mut client = bench.up().await;
+                    let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+                    assert_eq!((job.step, prepared(&mut client, &id).await), (40, 1));
+                    bench.down().await;
+                } else {
+                    drop(obstacle);
+                    let job = wait_state(&mut client, &id, JobState::Succeeded).await;
+                    assert_eq!(job.message, "finished after step 40");
+                    apart.signal(Signal::SIGTERM);
+                    assert!(apart.wait().success());
+                }
+                bench.assert_clean();
+            }
+        }),
+        trial("a_job_whose_checkpoints_are_gone_is_not_begun_anew", || async {
+            let mut bench = Bench::new(1, Script { step_ms: 20, ..Script::default() });
+            let mut apart = Apart::start(&bench, 1, &["never"]).await;
+            let mut client = bench.client().await;
+            let id = client.submit(bench.job("one", 100_000, "[checkpoint]\npath = \"c\"\n")).await.unwrap().id;
+            wait_for(&mut client, &id, "some steps", |j| j.step >= 5).await;
+            client.checkpoint(&id).await.unwrap();
+            let history = bench.settings.state_dir.join("jobs").join(&id).join("metrics.jsonl");
+            apart.signal(Signal::SIGTERM);
+            assert!(apart.wait().success());
+            let lines = std::fs::read_to_string(&history).unwrap();
+            // Their file system is not mounted.
+            std::fs::rename(bench.dir.path().join("c"), bench.dir.path().join("away")).unwrap();
+            let mut client = bench.up().await;
+            let job = wait_state(&mut client, &id, JobState::Failed).await;
+            assert_eq!(job.exit_code, u32::from(ramtorch_client::exit::INPUT), "{}", job.message);
+            for word in ["/c/step-", "of step ", "mount it, and submit the job again", "another name"] {
+                assert!(job.message.contains(word), "{word:?} is not in: {}", job.message);
+            }
+            assert_eq!(std::fs::read_to_string(&history).unwrap(), lines, "nothing is cut");
             bench.end().await;
         }),
         trial("a_second_daemon_is_refused", || async {

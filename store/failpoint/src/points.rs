@@ -98,6 +98,10 @@ points! {
     JobFailing = "job.failing", Daemon;
     /// The gang is gone and will be started again.
     JobBackoff = "job.backoff", Daemon;
+    /// Cancelling was asked for.
+    JobCancelling = "job.cancelling", Daemon;
+    /// That is durable, and not answered.
+    JobCancelled = "job.cancelled", Daemon;
     /// Removing.
     JobRemoving = "job.removing", Daemon;
     /// Ended.

@@ -36,7 +36,8 @@ pub struct Skipped {
 /// Find the newest sound checkpoint in folder `root`. A folder that does not exist holds none.
 ///
 /// # Errors
-/// The folder itself cannot be read. What is wrong with single checkpoints is told in [`Search::skipped`].
+/// The folder itself cannot be read, or the operating system refuses to read what is in it: such a checkpoint may be sound, and
+/// an older one in its place would lose steps. What is wrong with single checkpoints is told in [`Search::skipped`].
 pub fn find_sound(root: &Path, options: &FindOptions) -> Result<Search, ModelError> {
     let mut search = Search::default();
     for (step, path) in list(root)? {
@@ -60,10 +61,23 @@ pub fn find_sound(root: &Path, options: &FindOptions) -> Result<Search, ModelErr
                 search.found = Some(checkpoint);
                 return Ok(search);
             }
+            Err(e) if is_unreadable(&e) => return Err(e),
             Err(e) => search.skipped.push(Skipped { path, reason: e.to_string() }),
         }
     }
     Ok(search)
+}
+
+/// Whether the operating system refused (a disk's error, a server that is gone, missing permission), and not the checkpoint is
+/// wrong: something is missing in it, or is of another kind.
+fn is_unreadable(e: &ModelError) -> bool {
+    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
+    match e {
+        ModelError::Read { source, .. } => {
+            source.raw_os_error().is_some() && !matches!(source.kind(), NotFound | NotADirectory | IsADirectory)
+        }
+        _ => false,
+    }
 }
 
 /// Checkpoint folders in `root`, newest first. One that was moved aside for a new one of the same step counts while that is

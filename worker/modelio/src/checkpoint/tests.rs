@@ -341,6 +341,29 @@ fn a_damaged_tensor_is_named_and_the_checkpoint_before_used() {
     assert_eq!((behind.found.unwrap().step(), behind.skipped.len()), (1, 0));
 }
 
+/// An older one in its place would lose steps that a mount brings back.
+#[test]
+fn what_the_system_does_not_read_is_an_error_and_not_passed_over() {
+    let folder = empty_folder();
+    let (store, _) = state(1, 1);
+    let good = write(folder.path(), 1, 1, &store, 0).unwrap().path;
+    let newer = folder.path().join(folder_name(2));
+    std::fs::create_dir(&newer).unwrap();
+    // Links that lead to themselves: whoever runs this cannot read them.
+    std::os::unix::fs::symlink(MANIFEST_FILE, newer.join(MANIFEST_FILE)).unwrap();
+    let error = find_sound(folder.path(), &FindOptions::default()).unwrap_err();
+    assert!(matches!(&error, ModelError::Read { path, .. } if path.starts_with(&newer)), "{error}");
+    std::fs::remove_file(newer.join(MANIFEST_FILE)).unwrap();
+    for name in entries(&good) {
+        std::fs::copy(good.join(&name), newer.join(&name)).unwrap();
+    }
+    let shard = newer.join("shard-00000-of-00001.safetensors");
+    std::fs::remove_file(&shard).unwrap();
+    std::os::unix::fs::symlink(&shard, &shard).unwrap();
+    let error = find_sound(folder.path(), &FindOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("shard-00000"), "{error}");
+}
+
 #[test]
 fn incomplete_and_foreign_folders_are_passed_over_with_a_reason() {
     let folder = empty_folder();
