@@ -224,7 +224,7 @@ impl Rank<'_> {
             if state.validation_due(n.step) && n.validation_loss.is_nan() {
                 n.validation_loss = state.validate(n.step)?;
             }
-            metrics.add_missing(&n)?;
+            metrics.add_missing(&n, self.control)?;
         }
         for (m, line) in metrics.untold(self.history.told, committed) {
             self.control.metrics(&m, &line);
@@ -287,6 +287,7 @@ impl Rank<'_> {
                 (result, _) => result,
             }
         })?;
+        metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner).close(self.control);
         durable.sync(self.control);
         let Loop { session, committed, .. } = state;
         session.close(); // frees the device for the sample
