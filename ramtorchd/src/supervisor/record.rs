@@ -86,6 +86,9 @@ pub struct Record {
     /// Its step, where it is known.
     #[serde(default)]
     pub checkpoint_step: Option<u64>,
+    /// When it became durable; 0 where that is not known.
+    #[serde(default)]
+    pub checkpoint_unix_ms: i64,
     /// Text generated at the end.
     #[serde(default)]
     pub sample: Option<String>,
@@ -163,6 +166,7 @@ impl Record {
             output: None,
             checkpoint: None,
             checkpoint_step: None,
+            checkpoint_unix_ms: 0,
             sample: None,
         }
     }
