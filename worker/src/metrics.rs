@@ -163,18 +163,21 @@ impl LineFile {
     fn open(path: &Path, committed: u64, strict: bool) -> Result<LineFile, Unopened> {
         let fail = |what: &'static str| move |e: std::io::Error| Unopened { error: cannot(path, what, &e), of_disk: of_disk(&e) };
         let folder = path.parent().unwrap_or(Path::new("/"));
+        if strict {
+            crate::places::check("metrics file", path).map_err(|error| Unopened { error, of_disk: false })?;
+        }
         std::fs::create_dir_all(folder).map_err(fail("make its folder"))?;
         let is_new = !path.exists();
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        if !strict {
-            options.mode(0o640); // as everything in the state folder
-        }
         #[cfg(test)]
         if is_new {
             tests::room_for(path, 1).map_err(fail("open it"))?;
         }
-        let file = options.open(path).map_err(fail("open it"))?;
+        let file = match strict {
+            true => crate::places::open(path),
+            // 0640 as everything in the state folder.
+            false => OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o640).open(path),
+        };
+        let file = file.map_err(fail("open it"))?;
         let regular = file.metadata().map_err(fail("look at it"))?.is_file();
         let mut this = LineFile { path: path.to_path_buf(), file, regular, text: Vec::new(), bytes: 0, last: committed };
         if !regular {
@@ -340,7 +343,10 @@ impl Own {
                 self.owed.drain(..end);
                 if !std::mem::replace(&mut self.forgot, true) {
                     let path = self.target.path.display();
-                    control.event(Level::Warn, &format!("metrics file {path}: it lacks more lines than are kept in memory; the oldest are lost"));
+                    control.event(
+                        Level::Warn,
+                        &format!("metrics file {path}: it lacks more lines than are kept in memory; the oldest are lost"),
+                    );
                 }
             }
         }
@@ -551,11 +557,8 @@ impl Metrics {
                 return user.tell(control, &done);
             }
             let last = user.target.file.as_ref().map_or(0, |f| f.last);
-            let text = format!(
-                "metrics file {} has no step after {last}; {} has them",
-                user.target.path.display(),
-                own.target.path.display()
-            );
+            let text =
+                format!("metrics file {} has no step after {last}; {} has them", user.target.path.display(), own.target.path.display());
             control.event(Level::Error, &text);
         }
     }

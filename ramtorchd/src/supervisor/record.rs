@@ -62,6 +62,9 @@ pub struct Record {
     /// Where it writes for its user, links followed at its submission.
     #[serde(default)]
     pub outputs: Vec<PathBuf>,
+    /// No links were followed for them: of a version that did not note any.
+    #[serde(default)]
+    pub outputs_as_given: bool,
     /// What preparation found; dropped when the job ends.
     #[serde(default)]
     pub prepared: Option<Prepared>,
@@ -158,6 +161,7 @@ impl Record {
             model: String::new(),
             metrics_path: spec.output.metrics.clone(),
             outputs: Vec::new(),
+            outputs_as_given: false,
             prepared: None,
             plan: None,
             segment: None,

@@ -304,6 +304,7 @@ impl Rank<'_> {
         }
         if let Some(path) = &self.spec.output.path {
             self.control.heartbeat(step, "exporting");
+            crate::places::check("`output.path`", path)?;
             checkpoint::export_store(&self.store, self.spec, &self.architecture, path)?;
             hit(Point::ExportDone);
             outcome.output = Some(path.clone());
