@@ -115,7 +115,7 @@ fn a_full_disk_under_the_metrics_ends_no_training() {
     let daemon = ramtorch_tests::binary(Binary::Daemon);
     let script = format!(
         "{mount}; head -c 100000 /dev/zero > small/fill || true; {} run {} --devices cpu:2 > log 2>&1 & pid=$!
-         until [ $(grep -c 'Training goes on' log) -ge 2 ]; do kill -0 $pid || break; sleep 0.05; done
+         until [ $(grep -c 'rank 0: warn: metrics file' log) -ge 2 ]; do kill -0 $pid || break; sleep 0.05; done
          rm small/fill; wait $pid || {{ cat log; exit 1; }}; cat log; cp small/metrics.jsonl metrics.jsonl",
         daemon.display(),
         file.display()
