@@ -5,7 +5,6 @@ use crate::access::config::TcpConfig;
 use crate::access::gate::Gate;
 use crate::access::outputs::Ledger;
 use crate::access::paths::Roots;
-use crate::access::sandbox::{self, Sandbox};
 use crate::access::serve::{self, Running};
 use crate::access::tls::{Tls, TlsError};
 use crate::config::Settings;
@@ -150,7 +149,7 @@ impl Daemon {
             let recovery = tokio::task::spawn_blocking(move || recovery::recover(&jobs, &registry, &boot_id, history));
             recovery.await.map_err(|e| system("recover")(std::io::Error::other(e)))??
         };
-        let roots = Arc::new(Roots::new(service.paths, vec![settings.cache_dir.clone(), settings.state_dir.clone()]));
+        let roots = Arc::new(Roots::new(service.paths, vec![settings.cache_dir.clone()]));
         let (handle, answers, inbox) = supervisor::channel();
         let reports = answers.clone();
         let report = move |event| drop(reports.send(Message::Process(event)));
@@ -171,7 +170,7 @@ impl Daemon {
             cache: settings.cache_dir.clone(),
             boot_id: boot_id.clone(),
             signals: HashMap::new(),
-            sandbox: worker_sandbox(&roots)?,
+            roots: roots.clone(),
         };
         tracing::info!(socket = %settings.socket.display(), state = %settings.state_dir.display(), "{}", settings.devices_note);
         let has_gpus = settings.devices.iter().any(|d| d.spec.kind == DeviceKind::Cuda);
@@ -360,17 +359,6 @@ fn watch_kernel_log(answers: mpsc::UnboundedSender<Message>) -> Option<kernel_lo
             None
         }
     }
-}
-
-/// What workers are told of `[paths]`.
-fn worker_sandbox(roots: &Roots) -> Result<Option<(&'static str, std::ffi::OsString)>, StartError> {
-    if roots.is_open() {
-        return Ok(None);
-    }
-    let (read, write) = roots.lists();
-    let system = |e: serde_json::Error| StartError::System { what: "encode [paths] for workers", source: e.into() };
-    let text = serde_json::to_string(&Sandbox { read, write }).map_err(system)?;
-    Ok(Some((sandbox::VARIABLE, text.into())))
 }
 
 fn serve_workers(handle: Handle, listener: UnixListener) -> Running {

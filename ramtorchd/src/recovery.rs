@@ -64,6 +64,7 @@ pub fn recover(jobs: &Path, registry: &Registry, boot_id: &str, history: usize) 
                 if record.outputs.is_empty() {
                     // Of a version that did not note them. No link is followed here: a file system that hangs must not stop the start.
                     record.outputs = outputs::of_job(&spec).into_iter().map(|o| o.path).collect();
+                    record.outputs_as_given = true;
                 }
                 found.jobs.push((record, spec, Vec::new()));
             }

@@ -1,11 +1,14 @@
 //! What the state task does to the real world: processes, shared memory, files.
 
+use crate::access::paths::{JobWrites, Roots};
+use crate::access::sandbox::{self, Rules};
 use crate::config::WorkerCommand;
 use crate::disk::Disk;
 use crate::faults::kept::Fault;
 use crate::node::{self, Memory};
 use crate::process::{self, ProcKey, SpawnRequest, Spawner};
 use crate::supervisor::JobKey;
+use crate::supervisor::job::Job;
 use crate::supervisor::message::{Message, Planned};
 use crate::supervisor::outside::{Contents, Engine, NewSegment, Outside};
 use crate::supervisor::record::Record;
@@ -19,6 +22,9 @@ use tokio::sync::mpsc;
 
 /// A job's record has so long to reach the disk.
 pub const RECORD_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Where the CUDA driver keeps kernels that it has compiled.
+const CUDA_CACHE: &str = "CUDA_CACHE_PATH";
 
 /// The real [`Outside`].
 pub struct World {
@@ -46,13 +52,24 @@ pub struct World {
     pub cache: PathBuf,
     /// This boot.
     pub boot_id: String,
-    /// What workers are told of the folders that they may use.
-    pub sandbox: Option<(&'static str, std::ffi::OsString)>,
+    /// Folders that workers may use.
+    pub roots: Arc<Roots>,
     /// Ways to signal the processes that live.
     pub signals: HashMap<ProcKey, mpsc::UnboundedSender<Signal>>,
 }
 
 impl World {
+    /// What a worker is told of files.
+    fn rules(&self, job: Option<&Job>) -> Rules {
+        let writes = job.map(|j| JobWrites {
+            folder: self.jobs.join(&j.record.id),
+            outputs: j.record.outputs.clone(),
+            cache: j.spec.data.cache.clone(),
+        });
+        let outputs = job.filter(|j| !j.record.outputs_as_given).map(|j| j.record.outputs.clone());
+        Rules { sandbox: self.roots.sandbox(writes), outputs }
+    }
+
     /// Runs `work` where blocking is allowed; its answer is told.
     fn in_background(&self, work: impl FnOnce() -> Message + Send + 'static) {
         let answers = self.answers.clone();
@@ -63,7 +80,7 @@ impl World {
 }
 
 impl Outside for World {
-    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf, job: Option<&str>) {
+    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf, job: Option<&Job>) {
         let (sender, signals) = mpsc::unbounded_channel();
         self.signals.insert(key, sender);
         let mut env = vec![
@@ -78,14 +95,23 @@ impl Outside for World {
             // Sums that switches make (NVLink multicast) come in no fixed order.
             ("NCCL_NVLS_ENABLE", "0".into()),
         ];
-        env.extend(self.sandbox.clone());
+        let rules = self.rules(job);
+        if rules.sandbox.is_some() && std::env::var_os(CUDA_CACHE).is_none() {
+            // The driver's own place is in the home of the daemon's user, which may be the state folder.
+            env.push((CUDA_CACHE, self.cache.join("cuda").into_os_string()));
+        }
+        let rules = serde_json::to_string(&rules);
+        env.extend(rules.as_ref().ok().map(|text| (sandbox::VARIABLE, text.into())));
         let request = SpawnRequest { key, exe: self.worker.exe.clone(), args: self.worker.args.clone(), env, log, signals };
         let (spawner, answers, witness) = (self.spawner.clone(), self.answers.clone(), self.disk.witness());
         let not_started = move |status: process::Status, tail: &str| {
             let ended = process::Ended { status, tail: tail.into() };
             let _ = answers.send(Message::Process(process::Event::Ended(key, ended)));
         };
-        let Some(job) = job.map(str::to_string) else {
+        if let Err(e) = rules {
+            return not_started(&format!("what it may read and write cannot be told to it: {e}"));
+        }
+        let Some(job) = job.map(|j| j.record.id.clone()) else {
             if !spawner.spawn(request) {
                 not_started(process::Status::Unknown, "the spawning thread is gone");
             }

@@ -99,6 +99,36 @@ fn a_disk_with_room_for_one_keeps_the_one() {
     assert_eq!(read_metrics(&sandbox.path("metrics.jsonl")).len(), 8);
 }
 
+/// The disk under `output.metrics` is full from the first step on, also for the gang that follows one that was killed, and has room
+/// again before the end: training goes on, and no line is missing or there twice.
+#[test]
+fn a_full_disk_under_the_metrics_ends_no_training() {
+    let job = everything(60);
+    let (sandbox, whole) = (Sandbox::new(), Sandbox::new());
+    let mount = "mount -t tmpfs -o size=64k none small";
+    std::fs::create_dir(sandbox.path("small")).unwrap();
+    if !sandbox.can_mount(mount) {
+        return;
+    }
+    whole.run_job("whole", &job, "cpu:2").expect_success();
+    let file = sandbox.write_job("full", &job.set("output.metrics", "small/metrics.jsonl"));
+    let daemon = ramtorch_tests::binary(Binary::Daemon);
+    let script = format!(
+        "{mount}; head -c 100000 /dev/zero > small/fill || true; {} run {} --devices cpu:2 > log 2>&1 & pid=$!
+         until [ $(grep -c 'rank 0: warn: metrics file' log) -ge 2 ]; do kill -0 $pid || break; sleep 0.05; done
+         rm small/fill; wait $pid || {{ cat log; exit 1; }}; cat log; cp small/metrics.jsonl metrics.jsonl",
+        daemon.display(),
+        file.display()
+    );
+    // The tmpfs is there before anything runs in the background.
+    let script = script.replacen("; head", "\nhead", 1).replacen("|| true; ", "|| true\n", 1);
+    let mut command = sandbox.namespace(&script);
+    command.env(VARIABLE, "step.announced=12*off->kill").env(MARKS_VARIABLE, sandbox.path("marks"));
+    let said = sandbox.start(command).wait(LIMIT).expect_success().text();
+    assert!(said.contains("No space left") && said.contains("is written again"), "{said}");
+    assert_eq!(bits(&read_metrics(&sandbox.path("metrics.jsonl"))), bits(&read_metrics(&whole.path("metrics.jsonl"))));
+}
+
 /// Power is cut, and the machine comes back: another boot id, no shared memory, pids that are somebody else's. The daemon is
 /// started by nobody's hand but its service manager's, and the job goes on from its newest sound checkpoint, to the bit.
 #[test]

@@ -20,6 +20,7 @@ mod metrics;
 mod model;
 mod numa;
 mod optimizer;
+mod places;
 mod plan;
 mod prepare;
 mod rates;

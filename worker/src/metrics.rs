@@ -14,6 +14,10 @@
 //! Nothing is cut off but lines of steps that will be run again, and what a death or a power cut left of one. A file that holds
 //! anything else is somebody else's: it is refused, before training, and not touched. Where somebody has written into the user's file
 //! since, the run goes on without it, and the job's own file has the lines.
+//!
+//! A disk that is full or broken ends no training. An event tells of it, and every later step tries again: the user's file gets what
+//! it lacks from the job's own, which gets it from memory. So a line is lost only of steps that could not be written to the job's own
+//! file before the process died, and of those beyond [`OWED_MAX`].
 
 use crate::api::{Control, EngineError, ErrorKind, History, Level, StepMetrics};
 use crate::record::StepNumbers;
@@ -21,8 +25,14 @@ use ramtorch_failpoint::{Point, hit};
 use serde::de::IgnoredAny;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes of lines that are kept in memory while the job's own file cannot be written: some ten thousand steps.
+const OWED_MAX: usize = 8 << 20;
+/// Bytes that are made up at a time.
+const PIECE: u64 = 1 << 20;
 
 /// What tells a line of ours from other JSON. Its values are looked at elsewhere.
 #[derive(serde::Deserialize)]
@@ -122,6 +132,19 @@ fn cannot(path: &Path, what: &str, e: &std::io::Error) -> EngineError {
     EngineError::new(ErrorKind::Output, format!("metrics file {}: cannot {what}: {e}", path.display()))
 }
 
+/// Why a file could not be opened.
+struct Unopened {
+    error: EngineError,
+    /// Of the disk, which may have room again, or be there again; not of the path that was asked for.
+    of_disk: bool,
+}
+
+fn of_disk(e: &std::io::Error) -> bool {
+    use nix::errno::Errno::{EDQUOT, EIO, EMFILE, ENFILE, ENOLINK, ENOMEM, ENOSPC, ENXIO, ESTALE, ETIMEDOUT};
+    let such = [EDQUOT, EIO, EMFILE, ENFILE, ENOLINK, ENOMEM, ENOSPC, ENXIO, ESTALE, ETIMEDOUT];
+    e.raw_os_error().is_some_and(|code| such.iter().any(|errno| *errno as i32 == code))
+}
+
 /// One file.
 struct LineFile {
     path: PathBuf,
@@ -137,17 +160,24 @@ struct LineFile {
 
 impl LineFile {
     /// Opens the file and cuts off what will be written again. `strict`: nobody else may have written there.
-    fn open(path: &Path, committed: u64, strict: bool) -> Result<LineFile, EngineError> {
-        let fail = |what: &'static str| move |e: std::io::Error| cannot(path, what, &e);
+    fn open(path: &Path, committed: u64, strict: bool) -> Result<LineFile, Unopened> {
+        let fail = |what: &'static str| move |e: std::io::Error| Unopened { error: cannot(path, what, &e), of_disk: of_disk(&e) };
         let folder = path.parent().unwrap_or(Path::new("/"));
+        if strict {
+            crate::places::check("metrics file", path).map_err(|error| Unopened { error, of_disk: false })?;
+        }
         std::fs::create_dir_all(folder).map_err(fail("make its folder"))?;
         let is_new = !path.exists();
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        if !strict {
-            options.mode(0o640); // as everything in the state folder
+        #[cfg(test)]
+        if is_new {
+            tests::room_for(path, 1).map_err(fail("open it"))?;
         }
-        let file = options.open(path).map_err(fail("open it"))?;
+        let file = match strict {
+            true => crate::places::open(path),
+            // 0640 as everything in the state folder.
+            false => OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o640).open(path),
+        };
+        let file = file.map_err(fail("open it"))?;
         let regular = file.metadata().map_err(fail("look at it"))?.is_file();
         let mut this = LineFile { path: path.to_path_buf(), file, regular, text: Vec::new(), bytes: 0, last: committed };
         if !regular {
@@ -158,12 +188,18 @@ impl LineFile {
             let _ = File::open(folder).and_then(|f| f.sync_all());
         }
         this.file.read_to_end(&mut this.text).map_err(fail("read it"))?;
-        let kept = survey(&this.text, committed, strict).map_err(|what| foreign(path, &what))?;
+        let refused = |what: String| Unopened { error: foreign(path, &what), of_disk: false };
+        let kept = survey(&this.text, committed, strict).map_err(refused)?;
         this.text.truncate(kept.bytes);
         (this.bytes, this.last) = (kept.bytes as u64, kept.last);
-        this.file.set_len(this.bytes).map_err(fail("shorten it"))?;
-        this.file.seek(SeekFrom::End(0)).map_err(fail("seek in it"))?;
+        this.cut().map_err(fail("shorten it"))?;
         Ok(this)
+    }
+
+    /// Cuts off what is past the last whole line.
+    fn cut(&mut self) -> std::io::Result<()> {
+        self.file.set_len(self.bytes)?;
+        self.file.seek(SeekFrom::Start(self.bytes)).map(drop)
     }
 
     /// Whether the line of this step has to be written. One that was loaded was run elsewhere, perhaps long ago: its line is that
@@ -173,12 +209,12 @@ impl LineFile {
         n.step > 0 && n.tokens > 0 && self.last != n.step && (!n.loaded || self.last + 1 == n.step)
     }
 
-    /// Adds whole lines, the last of this step. Where that fails, nothing of them stays.
+    /// Adds whole lines, the last of this step. Where that fails, nothing of them stays, or it is cut off before the next try.
     fn append(&mut self, lines: &[u8], last: u64) -> Result<(), EngineError> {
         // One write call, so that a line is torn only by a full disk.
-        if let Err(e) = self.file.write_all(lines) {
+        if let Err(e) = self.write(lines) {
             if self.regular {
-                let _ = self.file.set_len(self.bytes).and_then(|()| self.file.seek(SeekFrom::End(0)));
+                let _ = self.cut();
             }
             return Err(cannot(&self.path, "write it", &e));
         }
@@ -186,26 +222,206 @@ impl LineFile {
         Ok(())
     }
 
+    fn write(&mut self, lines: &[u8]) -> std::io::Result<()> {
+        // A broken disk may have kept what failed before: a place that is not the end of the last line is not written to.
+        if self.regular && self.file.metadata()?.len() > self.bytes {
+            self.cut()?;
+        }
+        #[cfg(test)]
+        if let Err((e, room)) = tests::room_for(&self.path, lines.len()).map_err(|e| (e, tests::take_room(&self.path))) {
+            self.file.write_all(&lines[..room])?;
+            return Err(e);
+        }
+        self.file.write_all(lines)
+    }
+
+    /// Adds those of these lines that are of later steps than the last one.
+    fn append_later(&mut self, lines: &[u8]) -> Result<(), EngineError> {
+        let (mut later, mut last) = (Vec::new(), self.last);
+        for line in lines.split_inclusive(|b| *b == b'\n') {
+            if let Piece::Line(step) = piece(line) {
+                if step > last {
+                    later.extend_from_slice(line);
+                    last = step;
+                }
+            }
+        }
+        if later.is_empty() { Ok(()) } else { self.append(&later, last) }
+    }
+
+    /// Whole lines from here on, [`PIECE`] at most, and where the next ones begin.
+    fn read(&self, from: u64) -> Result<(Vec<u8>, u64), EngineError> {
+        let mut length = (self.bytes - from.min(self.bytes)).min(PIECE);
+        loop {
+            let mut piece = vec![0; usize::try_from(length).map_err(EngineError::internal)?];
+            self.file.read_exact_at(&mut piece, from).map_err(|e| cannot(&self.path, "read it", &e))?;
+            match piece.iter().rposition(|b| *b == b'\n') {
+                Some(end) => piece.truncate(end + 1),
+                // No line of ours is so long; the file may hold anything else.
+                None if from + length < self.bytes => {
+                    length = (2 * length).min(self.bytes - from);
+                    continue;
+                }
+                None => {}
+            }
+            let next = from + piece.len() as u64;
+            return Ok((piece, next));
+        }
+    }
+
     fn lines(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
         self.text.split_inclusive(|b| *b == b'\n')
+    }
+}
+
+/// A file that may be in no state to be written for a while.
+struct Target {
+    path: PathBuf,
+    /// The step that training went on from.
+    committed: u64,
+    strict: bool,
+    file: Option<LineFile>,
+    /// An event has told that it cannot be written, and none that it can be again.
+    troubled: bool,
+}
+
+impl Target {
+    fn open(path: &Path, committed: u64, strict: bool) -> (Target, Option<Unopened>) {
+        let (file, why) = match LineFile::open(path, committed, strict) {
+            Ok(file) => (Some(file), None),
+            Err(e) => (None, Some(e)),
+        };
+        (Target { path: path.to_path_buf(), committed, strict, file, troubled: false }, why)
+    }
+
+    /// The file, opened by now.
+    fn ready(&mut self, durable: &Durable) -> Result<&mut LineFile, EngineError> {
+        if self.file.is_none() {
+            let mut file = LineFile::open(&self.path, self.committed, self.strict).map_err(|e| e.error)?;
+            file.text = Vec::new();
+            durable.add(&file);
+            self.file = Some(file);
+        }
+        self.file.as_mut().ok_or_else(|| EngineError::internal("a metrics file is neither open nor refused"))
+    }
+
+    /// Tells of a change for the worse or the better, once.
+    fn tell(&mut self, control: &dyn Control, done: &Result<(), EngineError>, what_then: &str) {
+        match done {
+            Err(e) if !self.troubled => {
+                self.troubled = true;
+                control.event(Level::Warn, &format!("{e}. Training goes on, and every step tries again; {what_then}"));
+            }
+            Ok(()) if self.troubled => {
+                self.troubled = false;
+                control.event(Level::Info, &format!("metrics file {} is written again", self.path.display()));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The job's own file.
+struct Own {
+    target: Target,
+    /// Lines that are not in the file yet: all that come after the first which could not be written.
+    owed: Vec<u8>,
+    /// Some of them were given up.
+    forgot: bool,
+}
+
+impl Own {
+    fn add(&mut self, line: &[u8], control: &dyn Control, durable: &Durable) {
+        self.owed.extend_from_slice(line);
+        let owed = std::mem::take(&mut self.owed);
+        let done = self.target.ready(durable).and_then(|file| file.append_later(&owed));
+        if done.is_err() {
+            self.owed = owed;
+            if self.owed.len() > OWED_MAX {
+                let excess = self.owed.len() - OWED_MAX;
+                let end = self.owed[excess..].iter().position(|b| *b == b'\n').map_or(self.owed.len(), |at| excess + at + 1);
+                self.owed.drain(..end);
+                if !std::mem::replace(&mut self.forgot, true) {
+                    let path = self.target.path.display();
+                    control.event(
+                        Level::Warn,
+                        &format!("metrics file {path}: it lacks more lines than are kept in memory; the oldest are lost"),
+                    );
+                }
+            }
+        }
+        self.target.tell(control, &done, "until then its lines are in memory alone, and a death of this process would lose them");
+    }
+
+    /// Where its file ends.
+    fn end(&self) -> u64 {
+        self.target.file.as_ref().map_or(0, |f| f.bytes)
+    }
+}
+
+/// The user's file.
+struct Wanted {
+    target: Target,
+    /// It lacks lines: none of those that begin before this place of the job's own file.
+    behind: Option<u64>,
+    /// The line of a step that was loaded, which no file of this job has.
+    loaded: Option<(StepNumbers, Vec<u8>)>,
+}
+
+impl Wanted {
+    /// Adds what it lacks.
+    fn catch_up(&mut self, own: &Own, durable: &Durable) -> Result<(), EngineError> {
+        let Some(mut at) = self.behind else { return Ok(()) };
+        let file = self.target.ready(durable)?;
+        if let Some((n, line)) = self.loaded.as_ref().filter(|(n, _)| file.lacks(n)) {
+            file.append(line, n.step)?;
+        }
+        self.loaded = None;
+        if let Some(source) = &own.target.file {
+            while at < source.bytes {
+                let (lines, next) = source.read(at)?;
+                file.append_later(&lines)?;
+                at = next;
+                self.behind = Some(at);
+            }
+        }
+        file.append_later(&own.owed)?;
+        self.behind = None;
+        Ok(())
+    }
+
+    fn add(&mut self, line: &[u8], step: u64, before: u64, own: &Own, durable: &Durable) -> Result<(), EngineError> {
+        if self.behind.is_none() {
+            let done = self.target.ready(durable)?.append(line, step);
+            // Lines that the job's own file owes as well are found by their steps.
+            self.behind = done.is_err().then_some(before);
+            return done;
+        }
+        self.catch_up(own, durable)
+    }
+
+    fn tell(&mut self, control: &dyn Control, done: &Result<(), EngineError>) {
+        self.target.tell(control, done, "it will get what it lacks from the job's own file");
     }
 }
 
 /// The metrics files of a job; none, on ranks that write none.
 #[derive(Default)]
 pub(crate) struct Metrics {
-    /// The job's own; none where it cannot be written.
-    own: Option<LineFile>,
+    /// The job's own.
+    own: Option<Own>,
     /// The user's, where one was asked for.
-    user: Option<LineFile>,
+    user: Option<Wanted>,
+    durable: Durable,
 }
 
 impl Metrics {
     /// Opens them where the run goes on from step `committed`. The user's gets what only the job's own has.
     ///
     /// # Errors
-    /// The user's cannot be written. An event tells where it is somebody else's, which [`check`] has denied before training, or where the
-    /// job's own cannot be written: both are of less worth than a run.
+    /// The user's cannot be written, and that is not the disk's fault, before this job has made a step: better said then than after
+    /// days. An event tells of all else, which is of less worth than a run: of a file that is somebody else's, which [`check`] has denied
+    /// before training, and of one that cannot be written now.
     pub fn open(user: Option<&Path>, history: &History, committed: u64, control: &dyn Control) -> Result<Metrics, EngineError> {
         let ours = |path: &&Path| match check(path, committed) {
             Ok(()) => true,
@@ -214,16 +430,25 @@ impl Metrics {
                 false
             }
         };
-        let mut user = user.filter(ours).map(|path| LineFile::open(path, committed, true)).transpose()?;
-        let own = LineFile::open(&history.path, committed, false).map_err(|e| tell_of_own(control, &e)).ok();
-        if let (Some(user), Some(own)) = (&mut user, &own) {
-            let missing = own.lines().filter(|l| matches!(piece(l), Piece::Line(step) if step > user.last));
-            let missing = missing.collect::<Vec<_>>().concat();
-            if !missing.is_empty() {
-                user.append(&missing, own.last)?;
-            }
+        let (target, why) = Target::open(&history.path, committed, false);
+        let mut own = Own { target, owed: Vec::new(), forgot: false };
+        if let Some(why) = why {
+            own.target.tell(control, &Err(why.error), "until then what is known of this job's steps after a restart will have gaps");
         }
-        if let Some(user) = user.as_ref().filter(|u| u.last > 0 && u.last + 1 < committed) {
+        let mut wanted = None;
+        if let Some(path) = user.filter(ours) {
+            let (target, why) = Target::open(path, committed, true);
+            let mut user = Wanted { target, behind: Some(0), loaded: None };
+            let done = match why {
+                Some(why) if !why.of_disk && history.told == 0 => return Err(why.error),
+                Some(why) => Err(why.error),
+                None => user.catch_up(&own, &Durable::default()),
+            };
+            user.tell(control, &done);
+            wanted = Some(user);
+        }
+        let whole = wanted.as_ref().filter(|u| u.behind.is_none()).and_then(|u| u.target.file.as_ref());
+        if let Some(user) = whole.filter(|u| u.last > 0 && u.last + 1 < committed) {
             let text = format!(
                 "metrics file {} ends with step {}, and the run goes on from step {committed}: the steps between are not in it",
                 user.path.display(),
@@ -231,23 +456,50 @@ impl Metrics {
             );
             control.event(Level::Warn, &text);
         }
-        Ok(Metrics { own, user })
+        let durable = Durable::default();
+        for file in [own.target.file.as_ref(), wanted.as_ref().and_then(|u| u.target.file.as_ref())].into_iter().flatten() {
+            durable.add(file);
+        }
+        Ok(Metrics { own: Some(own), user: wanted, durable })
     }
 
     /// Whether the line of this step, the committed one, is missing.
     pub fn lacks(&self, n: &StepNumbers) -> bool {
-        [&self.own, &self.user].into_iter().flatten().any(|file| file.lacks(n))
+        let own = self.own.as_ref().map(|o| o.target.file.as_ref());
+        let user = self.user.as_ref().map(|u| u.target.file.as_ref());
+        // Of one that cannot be opened it is not known: then its line is made, and written where it is missing.
+        [own, user].into_iter().flatten().any(|file| file.map_or(n.step > 0 && n.tokens > 0, |file| file.lacks(n)))
     }
 
     /// Adds the line of the committed step where it is missing.
     ///
     /// # Errors
-    /// The user's cannot be written.
-    pub fn add_missing(&mut self, n: &StepNumbers) -> Result<(), EngineError> {
+    /// It cannot be made.
+    pub fn add_missing(&mut self, n: &StepNumbers, control: &dyn Control) -> Result<(), EngineError> {
         let line = encode(&n.metrics())?;
-        for file in [&mut self.own, &mut self.user].into_iter().flatten().filter(|file| file.lacks(n)) {
-            file.append(&line, n.step)?;
-            file.text.extend_from_slice(&line);
+        let Some(own) = &mut self.own else { return Ok(()) };
+        let before = own.end();
+        // A step that was loaded is another job's, unless all steps before it are there.
+        let missing = match &own.target.file {
+            Some(file) => file.lacks(n),
+            None => !n.loaded && n.step > 0 && n.tokens > 0,
+        };
+        if missing {
+            own.add(&line, control, &self.durable);
+            if let Some(file) = &mut own.target.file {
+                file.text.extend_from_slice(&line);
+            }
+        }
+        if let Some(user) = &mut self.user {
+            let done = match (&user.behind, &user.target.file) {
+                (None, Some(file)) if file.lacks(n) => user.add(&line, n.step, before, own, &self.durable),
+                (None, _) => Ok(()),
+                (Some(_), _) => {
+                    user.loaded = n.loaded.then_some((*n, line));
+                    user.catch_up(own, &self.durable)
+                }
+            };
+            user.tell(control, &done);
         }
         Ok(())
     }
@@ -258,7 +510,8 @@ impl Metrics {
         let mut lines = Vec::new();
         // Steps come one after the other: what lies before a gap stays in the file.
         let mut next = committed;
-        for line in self.own.iter().flat_map(|own| own.lines().rev()).take_while(|_| told < committed) {
+        let own = self.own.as_ref().and_then(|o| o.target.file.as_ref());
+        for line in own.iter().flat_map(|own| own.lines().rev()).take_while(|_| told < committed) {
             match serde_json::from_slice::<StepMetrics>(line) {
                 Ok(m) if m.step == next && next > told => lines.push((m, String::from_utf8_lossy(line).trim_end().to_string())),
                 _ => break,
@@ -266,45 +519,77 @@ impl Metrics {
             next -= 1;
         }
         lines.reverse();
-        for file in [&mut self.own, &mut self.user].into_iter().flatten() {
+        let own = self.own.as_mut().and_then(|o| o.target.file.as_mut());
+        let user = self.user.as_mut().and_then(|u| u.target.file.as_mut());
+        for file in [own, user].into_iter().flatten() {
             file.text = Vec::new();
         }
         lines
     }
 
-    /// Adds the line of a step that has just been committed; returns it.
+    /// Adds the line of a step that has just been committed; returns it. Where a file cannot be written, an event tells, and the next
+    /// step tries again.
     ///
     /// # Errors
-    /// The user's file cannot be written.
+    /// The line cannot be made.
     pub fn write(&mut self, m: &StepMetrics, control: &dyn Control) -> Result<String, EngineError> {
         let line = encode(m)?;
-        if let Some(Err(e)) = self.own.as_mut().map(|own| own.append(&line, m.step)) {
-            tell_of_own(control, &e);
-            self.own = None;
-        }
+        let Some(own) = &mut self.own else { return Err(EngineError::internal("this rank has no metrics files")) };
+        let before = own.end();
+        own.add(&line, control, &self.durable);
         hit(Point::StepNoted);
         if let Some(user) = &mut self.user {
-            user.append(&line, m.step)?;
+            let done = user.add(&line, m.step, before, own, &self.durable);
+            user.tell(control, &done);
         }
         Ok(String::from_utf8_lossy(&line).trim_end().to_string())
     }
 
+    /// A last try for what could not be written; an event tells what stays missing.
+    pub fn close(&mut self, control: &dyn Control) {
+        let Some(own) = &mut self.own else { return };
+        if !own.owed.is_empty() {
+            own.add(&[], control, &self.durable);
+        }
+        if let Some(user) = self.user.as_mut().filter(|u| u.behind.is_some()) {
+            let done = user.catch_up(own, &self.durable);
+            if done.is_ok() {
+                return user.tell(control, &done);
+            }
+            let last = user.target.file.as_ref().map_or(0, |f| f.last);
+            let text =
+                format!("metrics file {} has no step after {last}; {} has them", user.target.path.display(), own.target.path.display());
+            control.event(Level::Error, &text);
+        }
+    }
+
     /// What makes them durable.
     pub fn durable(&self) -> Durable {
-        let files = [&self.own, &self.user].into_iter().flatten().filter(|f| f.regular);
-        Durable(files.filter_map(|f| Some((f.path.clone(), f.file.try_clone().ok()?))).collect())
+        self.durable.clone()
     }
 }
 
 /// Makes metrics files durable, from any thread.
-#[derive(Default)]
-pub(crate) struct Durable(Vec<(PathBuf, File)>);
+#[derive(Default, Clone)]
+pub(crate) struct Durable(Arc<Mutex<Vec<(PathBuf, Arc<File>)>>>);
 
 impl Durable {
+    fn files(&self) -> MutexGuard<'_, Vec<(PathBuf, Arc<File>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, file: &LineFile) {
+        if let (true, Ok(again)) = (file.regular, file.file.try_clone()) {
+            self.files().push((file.path.clone(), Arc::new(again)));
+        }
+    }
+
     /// Returns once all lines that were written before are on the disk. An event tells where that fails: what is made durable
     /// next is worth more than they are.
     pub fn sync(&self, control: &dyn Control) {
-        for (path, file) in &self.0 {
+        // Not under the lock, which the step loop may want meanwhile.
+        let files = self.files().clone();
+        for (path, file) in &files {
             if let Err(e) = file.sync_data() {
                 let text = format!("metrics file {}: cannot make it durable: {e}; a power cut may cost its last lines", path.display());
                 control.event(Level::Warn, &text);
@@ -319,22 +604,44 @@ fn encode(m: &StepMetrics) -> Result<Vec<u8>, EngineError> {
     Ok(line)
 }
 
-fn tell_of_own(control: &dyn Control, e: &EngineError) {
-    let text = format!("{e}; what is known of this job's steps after a restart will have gaps");
-    control.event(Level::Warn, &text);
-}
-
 /// Opens a user's metrics file as the first rank of a gang does; returns the step of the last line that was kept.
 #[cfg(fuzzing)]
 pub(crate) fn recover(path: &Path, committed: u64) -> Result<u64, EngineError> {
-    LineFile::open(path, committed, true).map(|file| file.last)
+    LineFile::open(path, committed, true).map(|file| file.last).map_err(|e| e.error)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::api::{Command, RankTrace};
-    use std::sync::Mutex;
+    use std::cell::RefCell;
+    use std::collections::HashMap;
+
+    thread_local! {
+        /// Bytes that still go into a file whose disk is full.
+        static ROOM: RefCell<HashMap<PathBuf, usize>> = RefCell::default();
+    }
+
+    /// Fails as a full disk does.
+    pub(super) fn room_for(path: &Path, bytes: usize) -> std::io::Result<()> {
+        ROOM.with_borrow(|room| match room.get(path) {
+            Some(room) if *room < bytes => Err(nix::errno::Errno::ENOSPC.into()),
+            _ => Ok(()),
+        })
+    }
+
+    /// What of a write goes into the file nevertheless.
+    pub(super) fn take_room(path: &Path) -> usize {
+        ROOM.with_borrow_mut(|room| room.get_mut(path).map_or(0, std::mem::take))
+    }
+
+    fn full(path: &Path, room: usize) {
+        ROOM.with_borrow_mut(|rooms| rooms.insert(path.into(), room));
+    }
+
+    fn has_room_again(path: &Path) {
+        ROOM.with_borrow_mut(|rooms| rooms.remove(path));
+    }
 
     #[derive(Default)]
     struct Heard(Mutex<Vec<String>>);
@@ -436,7 +743,7 @@ mod tests {
             let (_dir, history, path) = folder(Some(&lines(13..=own)), Some(&lines(1..=user)));
             let mut metrics = Metrics::open(Some(&path), &history, 16, &Heard::default()).unwrap();
             assert_eq!(metrics.lacks(&numbers(16)), own == 15);
-            metrics.add_missing(&numbers(16)).unwrap();
+            metrics.add_missing(&numbers(16), &Heard::default()).unwrap();
             let told: Vec<u64> = metrics.untold(14, 16).iter().map(|(m, _)| m.step).collect();
             assert_eq!(told, [15, 16]);
             metrics.write(&numbers(17).metrics(), &Heard::default()).unwrap();
@@ -446,7 +753,7 @@ mod tests {
         // The very first line of a run that goes on with an empty file, or none.
         let (_dir, history, path) = folder(None, None);
         let mut metrics = Metrics::open(Some(&path), &history, 13, &Heard::default()).unwrap();
-        metrics.add_missing(&numbers(13)).unwrap();
+        metrics.add_missing(&numbers(13), &Heard::default()).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), line(13));
         assert_eq!(metrics.untold(0, 13).len(), 1);
     }
@@ -459,7 +766,7 @@ mod tests {
             let (_dir, history, path) = folder(Some(own), Some(user));
             let heard = Heard::default();
             let mut metrics = Metrics::open(Some(&path), &history, 10, &heard).unwrap();
-            metrics.add_missing(&loaded).unwrap();
+            metrics.add_missing(&loaded, &heard).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
             assert_eq!(std::fs::read_to_string(&history.path).unwrap(), "", "another job ran it");
             assert_eq!(heard.0.lock().unwrap().len(), usize::from(user == lines(1..=8)), "a gap is told");
@@ -474,7 +781,7 @@ mod tests {
         assert!(!metrics.lacks(&numbers(8)));
         assert_eq!(metrics.untold(8, 8), []);
         metrics.durable().sync(&Heard::default());
-        assert_eq!(metrics.durable().0.len(), 2);
+        assert_eq!(metrics.durable().files().len(), 2);
     }
 
     /// Lines of an earlier version's daemon had steps twice where they were run again.
@@ -498,10 +805,107 @@ mod tests {
     }
 
     #[test]
+    fn a_full_disk_costs_the_users_file_no_line() {
+        for room in [0, 1, 30] {
+            let (_dir, history, path) = folder(None, None);
+            let heard = Heard::default();
+            let mut metrics = Metrics::open(Some(&path), &history, 0, &heard).unwrap();
+            let write = |metrics: &mut Metrics, step| metrics.write(&numbers(step).metrics(), &heard).map(drop).unwrap();
+            (1..=3).for_each(|step| write(&mut metrics, step));
+            full(&path, room);
+            (4..=6).for_each(|step| write(&mut metrics, step));
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), lines(1..=3), "nothing torn");
+            has_room_again(&path);
+            write(&mut metrics, 7);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), lines(1..=7));
+            write(&mut metrics, 8);
+            full(&path, room);
+            write(&mut metrics, 9);
+            // Another gang, on a disk that is still full, and a third.
+            for committed in [9, 10] {
+                drop(metrics);
+                metrics = Metrics::open(Some(&path), &history, committed, &heard).unwrap();
+                metrics.add_missing(&numbers(committed), &heard).unwrap();
+                metrics.untold(0, committed);
+                write(&mut metrics, committed + 1);
+            }
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), lines(1..=8));
+            has_room_again(&path);
+            metrics.close(&heard);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), lines(1..=11));
+            assert_eq!(std::fs::read_to_string(&history.path).unwrap(), lines(1..=11));
+            let heard = heard.0.lock().unwrap();
+            assert_eq!(heard.len(), 6, "once for the worse in each gang, once for the better: {heard:?}");
+            assert!(heard[0].contains("No space left") && heard[0].contains("goes on") && heard[1].contains("again"), "{heard:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_made_yet_is_made_later() {
+        let (_dir, history, path) = folder(Some(&lines(1..=3)), None);
+        let heard = Heard::default();
+        full(&path, 0);
+        let mut metrics = Metrics::open(Some(&path), &history, 4, &heard).unwrap();
+        assert!(metrics.lacks(&numbers(4)));
+        metrics.add_missing(&numbers(4), &heard).unwrap();
+        metrics.untold(0, 4);
+        metrics.write(&numbers(5).metrics(), &heard).unwrap();
+        assert_eq!(metrics.durable().files().len(), 1);
+        metrics.close(&heard);
+        has_room_again(&path);
+        metrics.write(&numbers(6).metrics(), &heard).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), lines(1..=6));
+        assert_eq!(metrics.durable().files().len(), 2, "made durable from now on");
+        // What is wrong with the path, and not with the disk, is told before the first step.
+        let none = History { told: 0, ..history };
+        assert!(Metrics::open(Some(Path::new("/proc/none/user")), &none, 0, &heard).is_err());
+        let told = History { told: 3, ..none };
+        assert!(Metrics::open(Some(Path::new("/proc/none/user")), &told, 6, &heard).is_ok());
+    }
+
+    #[test]
+    fn the_jobs_own_file_gets_what_it_owes() {
+        let (_dir, history, path) = folder(None, None);
+        let heard = Heard::default();
+        let mut metrics = Metrics::open(Some(&path), &history, 0, &heard).unwrap();
+        let write = |metrics: &mut Metrics, step| metrics.write(&numbers(step).metrics(), &heard).map(drop).unwrap();
+        write(&mut metrics, 1);
+        full(&history.path, 5);
+        write(&mut metrics, 2);
+        full(&path, 9);
+        (3..=5).for_each(|step| write(&mut metrics, step));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), lines(1..=2), "it needs the other only for what it lacks");
+        has_room_again(&path);
+        write(&mut metrics, 6);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), lines(1..=6), "from memory");
+        has_room_again(&history.path);
+        write(&mut metrics, 7);
+        for path in [&path, &history.path] {
+            assert_eq!(std::fs::read_to_string(path).unwrap(), lines(1..=7));
+        }
+        // What is owed is bounded; whole lines go.
+        full(&history.path, 0);
+        let own = metrics.own.as_mut().unwrap();
+        own.owed = lines([8]).into_bytes().repeat(OWED_MAX / lines([8]).len() + 1);
+        write(&mut metrics, 9);
+        let own = metrics.own.as_ref().unwrap();
+        assert!(own.owed.len() <= OWED_MAX && own.owed.starts_with(b"{\"step\":8,") && own.forgot);
+    }
+
+    /// More than is read at a time.
+    #[test]
+    fn much_that_is_missing_is_made_up_in_pieces() {
+        let all = 1..=(3 * PIECE as usize / line(1).len()) as u64;
+        let (_dir, history, path) = folder(Some(&lines(all.clone())), Some(&lines(1..=7)));
+        Metrics::open(Some(&path), &history, *all.end(), &Heard::default()).unwrap();
+        assert!(std::fs::read_to_string(&path).unwrap() == lines(all));
+    }
+
+    #[test]
     fn a_pipe_has_no_lines() {
         let (_dir, history, _) = folder(None, None);
         let mut metrics = Metrics::open(Some(Path::new("/dev/null")), &history, 5, &Heard::default()).unwrap();
         metrics.write(&numbers(6).metrics(), &Heard::default()).unwrap();
-        assert_eq!(metrics.durable().0.len(), 1);
+        assert_eq!(metrics.durable().files().len(), 1);
     }
 }

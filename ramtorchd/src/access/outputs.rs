@@ -155,6 +155,74 @@ pub fn places(outputs: &[Output]) -> Vec<PathBuf> {
     outputs.iter().filter_map(|o| o.place().unwrap_or_else(|_| Some(o.path.clone()))).collect()
 }
 
+/// Why a job must not start.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Moved {
+    /// It leads elsewhere than when the job was submitted.
+    #[error(
+        "{what} {}: it leads to {} now, and not to where it did when the job was submitted ({}). Nothing was written there. Somebody has put a link \
+         or another file in its way: remove that, or submit the job again",
+        .path.display(), .now.display(), list(.then)
+    )]
+    Elsewhere {
+        /// Its role, as a key of the job file.
+        what: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// Where it leads.
+        now: PathBuf,
+        /// Where the job's outputs were.
+        then: Vec<PathBuf>,
+    },
+    /// It cannot be followed any more.
+    #[error("{0}; it could be followed when the job was submitted, and nothing is written there")]
+    Lost(#[from] PathError),
+}
+
+fn list(places: &[PathBuf]) -> String {
+    places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Makes the outputs of a job that is about to start those that it was submitted with: where they were found then (`places`; none for
+/// jobs of a version that did not note them) they have to be now. From here on the job writes there, whatever links come later. To be
+/// asked in the job's worker: a file system that hangs must not stop the daemon. Touches the file system.
+///
+/// # Errors
+/// One leads elsewhere by now.
+pub fn settle(spec: &mut JobSpec, places: Option<&[PathBuf]>) -> Result<(), Moved> {
+    let mut now = Vec::new();
+    for output in of_job(spec) {
+        let place = match output.place() {
+            Ok(place) => place,
+            // The job itself will stumble over it.
+            Err(_) if places.is_none() => Some(output.path.clone()),
+            Err(e) => return Err(e.into()),
+        };
+        now.push((output, place));
+    }
+    if let Some(then) = places {
+        // Devices are not among them: a file that has become one makes lists that differ, too.
+        if !now.iter().filter_map(|(_, place)| place.as_ref()).eq(then) {
+            let moved = now.iter().find(|(_, place)| place.as_ref().is_some_and(|p| !then.contains(p)));
+            let moved = moved.or_else(|| now.iter().find(|(_, place)| place.is_none())).or(now.first());
+            let (what, path, now) = match moved {
+                Some((output, place)) => (output.what, output.path.clone(), place.clone().unwrap_or_else(|| "a device or a pipe".into())),
+                None => ("its outputs", PathBuf::new(), PathBuf::new()),
+            };
+            return Err(Moved::Elsewhere { what, path, now, then: then.to_vec() });
+        }
+    }
+    let (c, o) = (&mut spec.checkpoint, &mut spec.output);
+    for (output, place) in now {
+        for path in [&mut c.path, &mut o.path, &mut o.metrics] {
+            if path.as_ref() == Some(&output.path) {
+                *path = Some(place.clone().unwrap_or_else(|| output.path.clone()));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A line of the ledger.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Claim {
@@ -474,6 +542,55 @@ mod tests {
         std::os::unix::fs::symlink(at("nowhere"), at("dangling")).unwrap();
         assert!(check("dangling", false, BOB).unwrap_err().contains("leads nowhere"));
         assert_eq!(ledger.check(&[file("/dev/null")], &who(BOB, &[])), Ok(()));
+    }
+
+    #[test]
+    fn a_link_that_came_after_submission_stops_the_job() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let at = |p: &str| root.join(p);
+        for d in ["mine", "theirs/ck"] {
+            std::fs::create_dir_all(at(d)).unwrap();
+        }
+        std::fs::write(at("theirs/m.jsonl"), "theirs").unwrap();
+        std::os::unix::fs::symlink(at("mine"), at("way")).unwrap();
+        let text = "name = \"a\"\n[model]\npath = \"m\"\n[data]\nformat = \"text\"\ntrain = \"t\"\n[train]\nsteps = 3\nbatch_size = 2\n\
+                    [checkpoint]\npath = \"way/ck\"\n[output]\npath = \"mine/model\"\nmetrics = \"mine/new/m.jsonl\"\n";
+        let spec = JobSpec::parse(text, &root, "j").unwrap();
+        let then = places(&of_job(&spec));
+        assert_eq!(then, [at("mine/ck"), at("mine/model"), at("mine/new/m.jsonl")]);
+        let settled = || {
+            let mut spec = spec.clone();
+            settle(&mut spec, Some(&then)).map(|()| spec)
+        };
+        let made = settled().unwrap();
+        assert_eq!(places(&of_job(&made)), then);
+        assert_eq!(made.checkpoint.path, Some(at("mine/ck")), "no link is followed again");
+        // What the job itself makes changes nothing.
+        std::fs::create_dir_all(at("mine/ck/step-1")).unwrap();
+        std::fs::create_dir(at("mine/new")).unwrap();
+        std::fs::write(at("mine/new/m.jsonl"), "").unwrap();
+        assert_eq!(settled(), Ok(made.clone()));
+        // The leaf, its folder, a folder of a link that was there, and a device.
+        let swap = |path: &str, target: PathBuf| {
+            std::fs::rename(at(path), at("aside")).unwrap();
+            std::os::unix::fs::symlink(target, at(path)).unwrap();
+            let e = settled().unwrap_err();
+            std::fs::remove_file(at(path)).unwrap();
+            std::fs::rename(at("aside"), at(path)).unwrap();
+            assert!(settled().is_ok());
+            e.to_string()
+        };
+        let e = swap("mine/new/m.jsonl", at("theirs/m.jsonl"));
+        assert!(e.contains("`output.metrics`") && e.contains("theirs/m.jsonl") && e.contains("submit"), "{e}");
+        assert!(swap("mine/new", at("theirs")).contains("theirs/m.jsonl"));
+        assert!(swap("mine", at("theirs")).contains("`checkpoint.path`"));
+        assert!(swap("mine/ck", at("theirs/ck")).contains("theirs/ck"));
+        assert!(swap("mine/new/m.jsonl", "/dev/null".into()).contains("`output.metrics`"));
+        assert!(swap("mine/ck", at("nowhere")).contains("leads nowhere"));
+        // Of a version that noted none.
+        let mut old = spec.clone();
+        assert_eq!((settle(&mut old, None), old), (Ok(()), made));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! says so to operators.
 
 use super::config::PathsConfig;
+use super::sandbox::Sandbox;
 use ramtorch_job::JobSpec;
 use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
@@ -67,6 +68,17 @@ fn allowed(roots: &[PathBuf]) -> String {
     }
 }
 
+/// Where the worker of a job writes.
+#[derive(Debug, Clone)]
+pub struct JobWrites {
+    /// The job's own, in the state folder.
+    pub folder: PathBuf,
+    /// Outputs, links followed at its submission.
+    pub outputs: Vec<PathBuf>,
+    /// The folder of token caches that it names.
+    pub cache: Option<PathBuf>,
+}
+
 /// The rules of `[paths]`.
 #[derive(Debug, Clone, Default)]
 pub struct Roots {
@@ -86,9 +98,29 @@ impl Roots {
         self.config.read.is_empty() && self.config.write.is_empty()
     }
 
-    /// Folders below which workers read, and below which they write.
-    pub fn lists(&self) -> (Vec<PathBuf>, Vec<PathBuf>) {
-        (self.config.read.clone(), self.config.write.iter().chain(&self.own).cloned().collect())
+    /// What confines a worker: that of a job to what the job writes, any other to the roots.
+    pub fn sandbox(&self, job: Option<JobWrites>) -> Option<Sandbox> {
+        if self.is_open() {
+            return None;
+        }
+        let (read, write) = (self.config.read.iter(), self.config.write.iter());
+        Some(match job {
+            Some(JobWrites { folder, outputs, cache }) => Sandbox {
+                read: read.chain(write.clone()).cloned().collect(),
+                write: self.own.iter().cloned().chain([folder]).collect(),
+                // They are written beside their old versions.
+                make: outputs.iter().filter_map(|p| p.parent().map(Path::to_path_buf)).collect(),
+                caches: cache.into_iter().collect(),
+                roots: write.cloned().collect(),
+            },
+            None => Sandbox {
+                read: read.cloned().collect(),
+                write: write.chain(&self.own).cloned().collect(),
+                make: Vec::new(),
+                caches: Vec::new(),
+                roots: Vec::new(),
+            },
+        })
     }
 
     /// Checks one path. Touches the file system.

@@ -33,6 +33,17 @@ impl Source {
     }
 }
 
+/// Source and label, as in metrics, of all errors that may be counted.
+pub fn labels() -> impl Iterator<Item = (&'static str, String)> {
+    let known = |source: Source, codes: Vec<u32>| {
+        let labels = codes.into_iter().map(|code| code.to_string()).chain(std::iter::once("other".to_string()));
+        labels.map(move |label| (source.name(), label))
+    };
+    let cuda = table::CUDA.iter().map(|e| e.code).collect();
+    let xid = table::XID.iter().map(|e| e.code).collect();
+    known(Source::Cuda, cuda).chain(known(Source::Xid, xid))
+}
+
 /// An error of one GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GpuError {

@@ -208,10 +208,7 @@ impl Supervisor {
         let Some(job) = self.jobs.get_mut(&key) else { return };
         let ok = written.error.is_empty();
         match ok {
-            true => {
-                job.checkpoint_tally.written += 1;
-                job.checkpoint_tally.newest = Some((written.step, at));
-            }
+            true => job.checkpoint_tally.written += 1,
             false => job.checkpoint_tally.failed += 1,
         }
         let (asked, others) = job.checkpoints.drain(..).partition::<Vec<_>, _>(|(request, _)| *request == written.request);
@@ -219,6 +216,7 @@ impl Supervisor {
         if ok {
             job.record.checkpoint = Some(PathBuf::from(&written.path));
             job.record.checkpoint_step = Some(written.step);
+            job.record.checkpoint_unix_ms = at;
         }
         for (_, reply) in asked {
             let answer = match ok {

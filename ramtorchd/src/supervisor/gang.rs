@@ -51,7 +51,7 @@ impl Supervisor {
             Role::Rank { job, .. } | Role::Prepare { job } => self.jobs.get(&job),
             Role::OneOff { .. } | Role::GivenUp => None,
         };
-        self.out.spawn(key, &token, log, job.map(|j| j.record.id.as_str()));
+        self.out.spawn(key, &token, log, job);
         Ok(key)
     }
 

@@ -60,7 +60,7 @@ pub mod devices;
 pub(crate) mod fuzz;
 mod gang;
 mod gpus;
-mod job;
+pub(crate) mod job;
 mod jobs;
 pub mod message;
 pub mod oneoff;

@@ -1,5 +1,6 @@
 //! What the state task does to the world. None of it blocks; answers come back as messages.
 
+use super::job::Job;
 use super::message::JobKey;
 use super::record::Record;
 use crate::faults::kept::Fault;
@@ -15,7 +16,7 @@ use std::path::PathBuf;
 pub trait Outside: Send {
     /// Starts a worker with this secret, once what was saved of its job (if it is for one) is durable. Events of the
     /// process follow.
-    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf, job: Option<&str>);
+    fn spawn(&mut self, key: ProcKey, token: &str, log: PathBuf, job: Option<&Job>);
     /// Signals a started worker.
     fn signal(&mut self, key: ProcKey, signal: Signal);
     /// The process is gone: nothing will be done with it any more.

@@ -62,6 +62,9 @@ pub struct Record {
     /// Where it writes for its user, links followed at its submission.
     #[serde(default)]
     pub outputs: Vec<PathBuf>,
+    /// No links were followed for them: of a version that did not note any.
+    #[serde(default)]
+    pub outputs_as_given: bool,
     /// What preparation found; dropped when the job ends.
     #[serde(default)]
     pub prepared: Option<Prepared>,
@@ -86,6 +89,9 @@ pub struct Record {
     /// Its step, where it is known.
     #[serde(default)]
     pub checkpoint_step: Option<u64>,
+    /// When it became durable; 0 where that is not known.
+    #[serde(default)]
+    pub checkpoint_unix_ms: i64,
     /// Text generated at the end.
     #[serde(default)]
     pub sample: Option<String>,
@@ -155,6 +161,7 @@ impl Record {
             model: String::new(),
             metrics_path: spec.output.metrics.clone(),
             outputs: Vec::new(),
+            outputs_as_given: false,
             prepared: None,
             plan: None,
             segment: None,
@@ -163,6 +170,7 @@ impl Record {
             output: None,
             checkpoint: None,
             checkpoint_step: None,
+            checkpoint_unix_ms: 0,
             sample: None,
         }
     }

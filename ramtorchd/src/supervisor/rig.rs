@@ -1,6 +1,7 @@
 //! A state task in a world of its own: no processes, files or real time. For its tests, and for fuzzing what workers say.
 #![allow(clippy::unwrap_used)]
 
+use super::job::Job;
 use super::message::{JobKey, Message, Planned};
 use super::outside::{Contents, NewSegment, Outside};
 use super::record::Record;
@@ -48,7 +49,7 @@ impl Fake {
 }
 
 impl Outside for Fake {
-    fn spawn(&mut self, key: ProcKey, token: &str, _log: PathBuf, _job: Option<&str>) {
+    fn spawn(&mut self, key: ProcKey, token: &str, _log: PathBuf, _job: Option<&Job>) {
         self.with(|a| a.procs.push((key, token.into())));
     }
     fn signal(&mut self, key: ProcKey, signal: Signal) {

@@ -73,8 +73,6 @@ pub struct CheckpointTally {
     pub written: u64,
     /// Not written.
     pub failed: u64,
-    /// The newest: its step, and when it became durable.
-    pub newest: Option<(u64, i64)>,
 }
 
 const STATES: [pb::JobState; 9] = [
@@ -131,14 +129,52 @@ fn sample(job: &Job) -> JobSample {
         validation_loss: job.history.iter().rev().find_map(|m| m.validation_loss),
         checkpoints: c.written,
         checkpoint_failures: c.failed,
-        checkpoint_step: c.newest.map(|n| n.0),
-        checkpoint_unix_ms: c.newest.map(|n| n.1),
+        checkpoint_step: r.checkpoint.as_ref().and(r.checkpoint_step),
+        checkpoint_unix_ms: newest_checkpoint(job),
     }
+}
+
+/// When a job was last safe: its newest checkpoint, of whatever daemon. Of one that is to write some and has none yet it is its
+/// start, so that an alert on old checkpoints finds a job that never gets one.
+fn newest_checkpoint(job: &Job) -> Option<i64> {
+    let (r, wanted) = (&job.record, &job.spec.checkpoint);
+    if r.checkpoint.is_some() && r.checkpoint_unix_ms > 0 {
+        return Some(r.checkpoint_unix_ms);
+    }
+    let due = r.checkpoint.is_some() || (wanted.path.is_some() && wanted.every_steps > 0);
+    Some(r.started_unix_ms).filter(|at| due && *at > 0)
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use ramtorch_job::JobSpec;
+
+    fn job(checkpoint: &str) -> Job {
+        let text = format!(
+            "name = \"a\"\n[model]\npath = \"m\"\n[data]\nformat = \"text\"\ntrain = \"t\"\n[train]\nsteps = 3\nbatch_size = 2\n{checkpoint}"
+        );
+        let spec = JobSpec::parse(&text, std::path::Path::new("/"), "j").unwrap();
+        let record = crate::supervisor::record::Record::new("j".into(), &spec, 5, 1);
+        Job::new(crate::supervisor::message::JobKey(1), record, spec)
+    }
+
+    #[test]
+    fn a_checkpoint_is_as_old_as_the_record_says() {
+        let told = |job: &Job| (sample(job).checkpoint_step, sample(job).checkpoint_unix_ms);
+        let mut without = job("");
+        without.record.started_unix_ms = 70;
+        assert_eq!(told(&without), (None, None), "it writes none");
+        let mut job = job("[checkpoint]\npath = \"c\"\nevery_steps = 2\n");
+        assert_eq!(told(&job), (None, None), "it has not begun");
+        job.record.started_unix_ms = 70;
+        assert_eq!(told(&job), (None, Some(70)), "it has none yet");
+        (job.record.checkpoint, job.record.checkpoint_step) = (Some("/c/step-2".into()), Some(2));
+        assert_eq!(told(&job), (Some(2), Some(70)), "a record of an earlier version");
+        job.record.checkpoint_unix_ms = 90;
+        // What a daemon that starts has read, whose own count is nothing.
+        assert_eq!((told(&job), job.checkpoint_tally.written), ((Some(2), Some(90)), 0));
+    }
 
     /// A snapshot with something of everything.
     pub fn full() -> Snapshot {

@@ -11,6 +11,7 @@ pub mod rpc;
 use crate::supervisor::telemetry::{JobSample, Snapshot};
 use exposition::{Kind, Page};
 use rpc::RpcCounters;
+use std::collections::BTreeMap;
 
 /// Active jobs that are told one by one, the oldest first: those that run are among them.
 pub const JOBS_MAX: usize = 64;
@@ -53,12 +54,13 @@ const JOB_METRICS: [JobMetric; 19] = [
     ("ramtorch_job_checkpoint_failures_total", Kind::Counter, "Checkpoints that could not be written since the daemon started.", |j| {
         Some(j.checkpoint_failures as f64)
     }),
-    ("ramtorch_job_checkpoint_step", Kind::Gauge, "Step of the newest durable checkpoint written since the daemon started.", |j| {
-        j.checkpoint_step.map(|s| s as f64)
-    }),
-    ("ramtorch_job_checkpoint_timestamp_seconds", Kind::Gauge, "When it became durable, seconds since 1970.", |j| {
-        j.checkpoint_unix_ms.map(|t| t as f64 / 1000.0)
-    }),
+    ("ramtorch_job_checkpoint_step", Kind::Gauge, "Step of the newest durable checkpoint.", |j| j.checkpoint_step.map(|s| s as f64)),
+    (
+        "ramtorch_job_checkpoint_timestamp_seconds",
+        Kind::Gauge,
+        "When it became durable, seconds since 1970; before the first one, when the job started.",
+        |j| j.checkpoint_unix_ms.map(|t| t as f64 / 1000.0),
+    ),
 ];
 
 /// The page in the text format, version 0.0.4.
@@ -93,7 +95,7 @@ pub fn page(s: &Snapshot, calls: &RpcCounters) -> String {
         p.sample("ramtorch_restarts_total", &[("cause", cause)], *count as f64);
     }
     p.family("ramtorch_gpu_errors_total", Kind::Counter, "Errors of GPUs, as CUDA and the driver (Xid) told them.");
-    for ((device, source, code), count) in &s.gpu_errors {
+    for ((device, source, code), count) in &all_gpu_errors(s) {
         p.sample("ramtorch_gpu_errors_total", &[("device", device), ("source", source), ("code", code)], *count as f64);
     }
     p.family("ramtorch_device_quarantined", Kind::Gauge, "1 while a device is out of use.");
@@ -114,6 +116,17 @@ pub fn page(s: &Snapshot, calls: &RpcCounters) -> String {
     p.one("ramtorch_one_off_calls", Kind::Gauge, "Generate, eval, export, inspect and plan calls under way.", s.one_offs as f64);
     calls.write(&mut p);
     p.finish()
+}
+
+/// Errors of every GPU, those that it never had included: what is not there before it is 1 has not increased, for Prometheus.
+fn all_gpu_errors(s: &Snapshot) -> BTreeMap<(String, &'static str, String), u64> {
+    let mut all = s.gpu_errors.clone();
+    for device in s.devices.iter().filter(|d| d.name.starts_with("cuda")) {
+        for (source, label) in crate::faults::labels() {
+            all.entry((device.name.clone(), source, label)).or_default();
+        }
+    }
+    all
 }
 
 #[cfg(test)]
@@ -153,6 +166,30 @@ mod tests {
         assert!(page.contains("ramtorch_job_loss{job_id=\"abc\"} NaN\n"), "{page}");
         assert!(page.contains("ramtorch_job_info{job_id=\"abc\",name=\"one\",state=\"running\"} 1\n"), "{page}");
         assert!(page.contains("ramtorch_gpu_errors_total{device=\"cuda:0\",source=\"xid\",code=\"79\"} 2\n"), "{page}");
+    }
+
+    /// `increase()` sees the first error of a GPU only where there was a 0 before it, under the same labels.
+    #[test]
+    fn errors_are_counted_from_zero() {
+        use crate::faults::{GpuError, Source};
+        let mut s = full();
+        s.devices.push(ramtorch_proto::v1::DeviceInfo { name: "cuda:1".into(), ..s.devices[0].clone() });
+        s.devices.push(ramtorch_proto::v1::DeviceInfo { name: "cpu:0".into(), ..s.devices[0].clone() });
+        let page = page(&s, &RpcCounters::default());
+        for (source, code) in [(Source::Xid, 48), (Source::Xid, 79), (Source::Cuda, 700), (Source::Cuda, 123_456)] {
+            for device in [0, 1] {
+                let label = GpuError { device, source, code }.label();
+                let count = if (device, code) == (0, 79) { 2 } else { 0 };
+                let line = format!(
+                    "ramtorch_gpu_errors_total{{device=\"cuda:{device}\",source=\"{}\",code=\"{label}\"}} {count}\n",
+                    source.name()
+                );
+                assert!(page.contains(&line), "{line} is not in {page}");
+            }
+        }
+        assert!(!page.contains("ramtorch_gpu_errors_total{device=\"cpu"));
+        assert!(page.lines().filter(|l| l.contains("ramtorch_gpu_errors_total{")).count() < 400, "few series a GPU");
+        assert!(page.contains("ramtorch_job_checkpoint_timestamp_seconds{job_id=\"abc\"} 0.001\n"), "{page}");
     }
 
     #[test]

@@ -234,6 +234,38 @@ pub fn trials() -> Vec<Trial> {
             assert!(refused(client.generate(generate).await.map(|_| ())).1.contains("/m"));
             bench.end().await;
         }),
+        trial("a_link_in_the_way_of_a_queued_job_is_not_followed", || async {
+            let mut bench = Bench::new(1, Script::endless());
+            let dir = bench.dir.path().to_path_buf();
+            let (mine, theirs, own) = (dir.join("mine"), dir.join("theirs"), bench.settings.state_dir.clone());
+            for folder in [&mine, &theirs] {
+                std::fs::create_dir(folder).unwrap();
+            }
+            std::fs::write(theirs.join("metrics"), "results").unwrap();
+            let mut client = bench.up().await;
+            let first = client.submit(bench.job("one", 100_000, "")).await.unwrap().id;
+            wait_for(&mut client, &first, "a step", |j| j.step > 1).await;
+            let outputs = ["[output]\nmetrics = \"mine/metrics\"\n", "[checkpoint]\npath = \"mine/metrics\"\nkeep = 1\nevery_steps = 5\n"];
+            let mut queued = Vec::new();
+            for (i, more) in outputs.into_iter().enumerate() {
+                let more = more.replace("mine", &format!("mine/{i}"));
+                std::fs::create_dir(mine.join(i.to_string())).unwrap();
+                queued.push(client.submit(bench.job("two", 5, &more)).await.unwrap().id);
+            }
+            // Another user's results, and a job's own file in the daemon's folder.
+            for (i, target) in [theirs.clone(), own.join("jobs").join(&first)].into_iter().enumerate() {
+                std::fs::remove_dir(mine.join(i.to_string())).unwrap();
+                std::os::unix::fs::symlink(target, mine.join(i.to_string())).unwrap();
+            }
+            client.cancel(&first).await.unwrap();
+            for (id, key) in queued.iter().zip(["output.metrics", "checkpoint.path"]) {
+                let job = wait_state(&mut client, id, JobState::Failed).await;
+                assert!(job.message.contains(key) && job.message.contains("leads to"), "{}", job.message);
+                assert_eq!(job.exit_code, u32::from(exit::OUTPUT), "no restart mends that");
+            }
+            assert_eq!(std::fs::read_to_string(theirs.join("metrics")).unwrap(), "results");
+            bench.end().await;
+        }),
         trial("another_users_results_are_not_written_over", || async {
             let mut bench = Bench::new(2, Script::endless());
             let Some(users) = Users::of(&mut bench) else { return };

@@ -270,7 +270,10 @@ impl<'a> Checkpoints<'a> {
             let mut failure = copier.as_ref().err().map(|e| EngineError::new(ErrorKind::Resources, format!("cannot start a thread: {e}")));
             let mut writer = None;
             if self.leader() {
-                take(CheckpointWriter::begin(folder, files), &mut writer, &mut failure);
+                match crate::places::check("`checkpoint.path`", folder) {
+                    Ok(()) => take(CheckpointWriter::begin(folder, files), &mut writer, &mut failure),
+                    Err(e) => drop(failure.get_or_insert(e)),
+                }
             }
             hit(Point::CheckpointBegun);
             let other = || EngineError::new(ErrorKind::Output, "another rank could not write its part");

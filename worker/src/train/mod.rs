@@ -231,7 +231,7 @@ impl Rank<'_> {
             if state.validation_due(n.step) && n.validation_loss.is_nan() {
                 n.validation_loss = state.validate(n.step)?;
             }
-            metrics.add_missing(&n)?;
+            metrics.add_missing(&n, self.control)?;
         }
         for (m, line) in metrics.untold(self.history.told, committed) {
             self.control.metrics(&m, &line);
@@ -294,6 +294,7 @@ impl Rank<'_> {
                 (result, _) => result,
             }
         })?;
+        metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner).close(self.control);
         durable.sync(self.control);
         let Loop { session, committed, .. } = state;
         session.close(); // frees the device for the sample
@@ -310,6 +311,7 @@ impl Rank<'_> {
         }
         if let Some(path) = &self.spec.output.path {
             self.control.heartbeat(step, "exporting");
+            crate::places::check("`output.path`", path)?;
             checkpoint::export_store(&self.store, self.spec, &self.architecture, path)?;
             hit(Point::ExportDone);
             outcome.output = Some(path.clone());

@@ -301,6 +301,29 @@ fn a_folder_is_put_in_order_after_a_death() {
     assert_eq!(entries(root), ["latest", "step-00000012"]);
 }
 
+/// People and scripts that follow `latest` find a checkpoint, also when the one that it named is gone or damaged.
+#[test]
+fn latest_goes_back_when_what_it_names_is_no_checkpoint() {
+    let latest = |root: &Path| std::fs::read_to_string(root.join(LATEST_FILE)).unwrap();
+    for damaged in [false, true] {
+        let folder = empty_folder();
+        let root = folder.path();
+        for step in [4, 8] {
+            let (store, _) = state(1, step);
+            write(root, step, 1, &store, 0).unwrap();
+        }
+        tidy(root, 4, "run-1", 2).unwrap();
+        assert_eq!(latest(root), "step-00000008\n", "a sound one of a later step stays named");
+        if damaged {
+            std::fs::remove_file(root.join("step-00000008/shard-00000-of-00001.safetensors")).unwrap();
+        } else {
+            std::fs::remove_dir_all(root.join("step-00000008")).unwrap();
+        }
+        assert_eq!(tidy(root, 9, "run-1", 2).unwrap(), Some((4, root.join(folder_name(4)))));
+        assert_eq!(latest(root), "step-00000004\n");
+    }
+}
+
 fn writer_note(root: &Path, step: u64) -> PathBuf {
     root.join(format!("{}.partial", folder_name(step))).join("rank-00000.json")
 }

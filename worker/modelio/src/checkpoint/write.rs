@@ -269,7 +269,8 @@ fn identity() -> String {
     format!("{}-{}-{}", std::process::id(), now.as_nanos(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Put a checkpoint folder in order after a death: what was left unfinished is removed, `latest` moved on, and older ones
+/// Put a checkpoint folder in order after a death: what was left unfinished is removed, `latest` moved on, or back where it names
+/// what is no checkpoint (any more), and older ones
 /// than the `keep` newest of `run` go. Returns the newest whole checkpoint of `run` up to step `step`. Does nothing while
 /// another process writes there, and nothing to a folder that is not there.
 ///
@@ -286,7 +287,9 @@ pub fn tidy(root: &Path, step: u64, run: &str, keep: usize) -> Result<Option<(u6
         let latest = root.join(LATEST_FILE);
         let named = read_limited(&latest, 4096).ok().and_then(|t| step_of(String::from_utf8_lossy(&t).trim()));
         if let Some((newest, _)) = newest {
-            if named.is_none_or(|named| named < newest) {
+            // Somebody may have removed what it names, or a disk lost it.
+            let sound = |named: u64| super::Checkpoint::open(&root.join(folder_name(named))).is_ok_and(|c| c.step() == named);
+            if named.is_none_or(|named| named < newest || !sound(named)) {
                 durable::replace_file(&latest, format!("{}\n", folder_name(newest)).as_bytes())?;
             }
             for old in superseded(root, keep, newest, run) {
