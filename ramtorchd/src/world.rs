@@ -109,7 +109,7 @@ impl Outside for World {
             let _ = answers.send(Message::Process(process::Event::Ended(key, ended)));
         };
         if let Err(e) = rules {
-            return not_started(&format!("what it may read and write cannot be told to it: {e}"));
+            return not_started(process::Status::Unknown, &format!("what it may read and write cannot be told to it: {e}"));
         }
         let Some(job) = job.map(|j| j.record.id.clone()) else {
             if !spawner.spawn(request) {
