@@ -282,13 +282,15 @@ fn outputs_that_cannot_be_written() {
     let in_the_way = |s: &Sandbox| drop(s.file("file", "in the way"));
     case(&in_the_way, llama().set("output.path", "file/model"), &["file/model"]);
     case(&in_the_way, llama().set("output.metrics", "file/metrics.jsonl"), &["file/metrics.jsonl"]);
-    // Every write there says "no space left on device".
-    case(&|_| (), llama().set("output.metrics", "/dev/full"), &["/dev/full", "space"]);
     // A folder with somebody's files in it is not replaced.
     let somebodys = case(&|s| drop(s.file("mine/precious.txt", "keep")), llama().set("output.path", "mine"), &["mine"]);
     assert_eq!(std::fs::read(somebodys.path("mine/precious.txt")).unwrap(), b"keep");
     let checkpoints = llama().set("checkpoint.path", "file/checkpoints").set("checkpoint.every_steps", 1);
     case(&in_the_way, checkpoints, &["file/checkpoints"]);
+    // A disk that is full ends nothing: every write there says "no space left on device", and so does the job.
+    let said = Sandbox::new().run_job("full", &llama().set("output.metrics", "/dev/full"), "cpu:2").expect_success().text();
+    assert!(said.contains("metrics file /dev/full: cannot write it: No space left") && said.contains("Training goes on"), "{said}");
+    assert!(said.contains("metrics file /dev/full has no step after 0"), "{said}");
 }
 
 /// A real file system that runs full, where this user may mount one in a namespace of its own.
@@ -332,7 +334,8 @@ fn two_jobs_at_once_beyond_the_memory() {
     assert_eq!(waiting["state"], "queued", "{waiting:#}");
     assert!(!waiting["message"].as_str().unwrap().is_empty(), "{waiting:#}");
     // This one can never run here.
-    let path = sandbox.write_job("third", &llama().set("device.ranks", 2).set("output.metrics", "third.jsonl"));
+    let third = llama().set("device.ranks", 2).set("output.metrics", "third.jsonl").set("output.path", "third");
+    let path = sandbox.write_job("third", &third);
     daemon.client(["submit".as_ref(), path.as_os_str()]).expect_refusal(exit::RESOURCES, &["2"]);
     daemon.client(["cancel", &first]).expect_success();
     daemon.wait_for_state(&first, "cancelled");

@@ -103,9 +103,9 @@ fn a_disk_with_room_for_one_keeps_the_one() {
 /// again before the end: training goes on, and no line is missing or there twice.
 #[test]
 fn a_full_disk_under_the_metrics_ends_no_training() {
-    let job = everything(60);
+    let job = everything(150);
     let (sandbox, whole) = (Sandbox::new(), Sandbox::new());
-    let mount = "mount -t tmpfs -o size=64k none small";
+    let mount = "mount -t tmpfs -o size=256k none small";
     std::fs::create_dir(sandbox.path("small")).unwrap();
     if !sandbox.can_mount(mount) {
         return;
@@ -114,7 +114,7 @@ fn a_full_disk_under_the_metrics_ends_no_training() {
     let file = sandbox.write_job("full", &job.set("output.metrics", "small/metrics.jsonl"));
     let daemon = ramtorch_tests::binary(Binary::Daemon);
     let script = format!(
-        "{mount}; head -c 100000 /dev/zero > small/fill || true; {} run {} --devices cpu:2 > log 2>&1 & pid=$!
+        "{mount}; head -c 300000 /dev/zero > small/fill || true; {} run {} --devices cpu:2 > log 2>&1 & pid=$!
          until [ $(grep -c 'rank 0: warn: metrics file' log) -ge 2 ]; do kill -0 $pid || break; sleep 0.05; done
          rm small/fill; wait $pid || {{ cat log; exit 1; }}; cat log; cp small/metrics.jsonl metrics.jsonl",
         daemon.display(),
@@ -122,6 +122,7 @@ fn a_full_disk_under_the_metrics_ends_no_training() {
     );
     // The tmpfs is there before anything runs in the background.
     let script = script.replacen("; head", "\nhead", 1).replacen("|| true; ", "|| true\n", 1);
+    std::fs::create_dir(sandbox.path("marks")).unwrap();
     let mut command = sandbox.namespace(&script);
     command.env(VARIABLE, "step.announced=12*off->kill").env(MARKS_VARIABLE, sandbox.path("marks"));
     let said = sandbox.start(command).wait(LIMIT).expect_success().text();
