@@ -146,14 +146,8 @@ impl Session {
         let held_rooms = (0..if train { plan.held_pages } else { 0 })
             .map(|_| d.alloc(page_bytes, "optimizer state that stays"))
             .collect::<Result<_, EngineError>>()?;
-        let visiting_rooms = match &gradients {
-            Some(g) if plan.visiting_pages > 0 => {
-                let rooms = plan.visiting_rooms(&model);
-                let room = |(b, offset): (usize, u64)| Some((b, g.sum_of(b)?.slice(offset, page_bytes)));
-                rooms.into_iter().take(plan.visiting_pages).filter_map(room).collect()
-            }
-            _ => Vec::new(),
-        };
+        let room = |(b, offset): (usize, u64)| Some((b, gradients.as_ref()?.sum_of(b)?.slice(offset, page_bytes)));
+        let visiting_rooms = plan.visited_rooms(&model).into_iter().filter_map(room).collect();
         let any = (0..last).any(|b| plan.keep[b] == Keep::Inputs);
         let shared_saved = if any { Some(d.alloc(shared, "recomputed activations")?) } else { None };
         Ok(Session {

@@ -324,9 +324,7 @@ impl Cost {
         let page = parameters * ramtorch_device::state_bytes(&p.store) as f64;
         let held = self.held(model, p);
         let mut visiting = vec![0.0; model.len()];
-        if p.visiting_pages > 0 {
-            p.visiting_rooms(model).iter().take(p.visiting_pages).for_each(|(b, _)| visiting[*b] += page);
-        }
+        p.visited_rooms(model).iter().for_each(|(b, _)| visiting[*b] += page);
         let mut pages = vec![0; model.len() - 1];
         // Those that visit where the last block's sums were come first.
         let mut left = -visiting[model.len() - 1];

@@ -222,6 +222,16 @@ impl EnginePlan {
         (usize::from(model.tied())..model.len()).rev().flat_map(of_block).collect()
     }
 
+    /// Those of them that pages visit.
+    pub fn visited_rooms(&self, model: &Model) -> Vec<(usize, u64)> {
+        if self.visiting_pages == 0 {
+            return Vec::new();
+        }
+        let mut rooms = self.visiting_rooms(model);
+        rooms.truncate(self.visiting_pages);
+        rooms
+    }
+
     /// They are rounded into a buffer of their own.
     pub fn own_packed(&self, b: usize) -> bool {
         !self.resident_gradients && self.keeps_packed(b)

@@ -182,7 +182,7 @@ impl Session {
         let g = self.gradients.as_ref()?;
         let format = g.stay?;
         let of_block = |(b, (start, len)): (usize, &(u64, u64))| {
-            let buf = g.kept.get(b).copied().or_else(|| Some(g.buffers[g.own[b]?].buf))?;
+            let buf = g.kept.get(b).copied().or_else(|| g.sum_of(b))?;
             Some(GradientPiece { first: *start, end: start + len, buf: buf.slice(0, len * format.bytes()) })
         };
         let pieces: Option<Vec<GradientPiece>> = self.model.places.iter().enumerate().map(of_block).collect();

@@ -111,8 +111,7 @@ impl<'a> Run<'a> {
         // What visits goes before what stays, in the order of its rooms.
         let (mut left, mut visits) = (vec![0.0; model.len()], vec![0.0; model.len()]);
         let page = p.store.page_parameters.map_or(0.0, f64::from) * state;
-        let rooms = if p.visiting_pages > 0 { p.visiting_rooms(model) } else { Vec::new() };
-        for (i, (b, _)) in rooms.iter().take(p.visiting_pages).enumerate() {
+        for (i, (b, _)) in p.visited_rooms(model).iter().enumerate() {
             left[*b] = end + (i + 1) as f64 * page / (cost.both[1] * WRITE_BACK);
             visits[*b] += page / cost.both[0];
         }
