@@ -5,26 +5,38 @@
 #include "common.cuh"
 
 struct Factors {
-  float beta1, beta2, one_minus_beta1, one_minus_beta2, step_size, sqrt_bias2, eps, gradient_scale;
+  float beta1, beta2, one_minus_beta1, one_minus_beta2, step_size, root_scale, eps, gradient_scale;
 };
 
 DEVICE float widen(float x) { return x; }
 DEVICE float widen(u16 x) { return __uint_as_float((u32)x << 16); }
 
-// Random bits of parameter i in a step; streams 1 and 2 are those of the two moments.
-DEVICE u32 random_bits(u64 step, u64 i, u64 stream) {
-  u64 x = (i ^ (step << 40)) + stream * 0x9E3779B97F4A7C15ull;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-  return (u32)(x >> 48);
+// Random bits of parameter i in a step, 16 for each moment.
+DEVICE u32 random_bits(u64 step, u64 i) {
+  u64 key = (step * 0x9E3779B97F4A7C15ull) ^ (i >> 32);
+  key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9ull;
+  key = (key ^ (key >> 27)) * 0x94D049BB133111EBull;
+  u32 x = (u32)i ^ (u32)(key >> 32);
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
 }
 
-DEVICE void narrow(float x, u64, u64, u64, float& out) { out = x; }
 // Stochastic rounding; infinities and NaNs stay what they are.
-DEVICE void narrow(float x, u64 step, u64 i, u64 stream, u16& out) {
+DEVICE u16 stochastic(float x, u32 random) {
   u32 b = __float_as_uint(x);
   u32 quiet = (b & 0x7fffffffu) > 0x7f800000u ? 0x40u : 0u;
-  out = (b & 0x7f800000u) == 0x7f800000u ? (u16)((b >> 16) | quiet) : (u16)((b + random_bits(step, i, stream)) >> 16);
+  return (b & 0x7f800000u) == 0x7f800000u ? (u16)((b >> 16) | quiet) : (u16)((b + random) >> 16);
+}
+// Both moments as they are stored.
+DEVICE void narrow(float a, float b, u64, u64, float& m, float& v) {
+  m = a;
+  v = b;
+}
+DEVICE void narrow(float a, float b, u64 step, u64 i, u16& m, u16& v) {
+  u32 random = random_bits(step, i);
+  m = stochastic(a, random & 0xffffu);
+  v = stochastic(b, random >> 16);
 }
 
 // Parameters first .. first + count of the store, in place, in arrays that begin with parameter `first`; the new weights go to
@@ -59,13 +71,12 @@ template <typename M, typename G, int V> DEVICE void update(const Segment& s, u6
     float a = __fadd_rn(__fmul_rn(k.beta1, widen(M1.v[i])), __fmul_rn(k.one_minus_beta1, d));
     float b = __fadd_rn(__fmul_rn(k.beta2, widen(M2.v[i])), __fmul_rn(__fmul_rn(k.one_minus_beta2, d), d));
     float p = __uint_as_float(((u32)H.v[i] << 16) + (u32)(int)(short)L.v[i]);
-    float root = __fadd_rn(__fdiv_rn(__fsqrt_rn(b), k.sqrt_bias2), k.eps);
+    float root = __fadd_rn(__fmul_rn(__fsqrt_rn(b), k.root_scale), k.eps);
     p = __fsub_rn(__fmul_rn(p, s.keep), __fmul_rn(k.step_size, __fdiv_rn(a, root)));
     u32 bits = __float_as_uint(p);
     H.v[i] = (u16)((bits + 0x8000u) >> 16);
     L.v[i] = (u16)bits;
-    narrow(a, step, s.first + at + i, 1, M1.v[i]);
-    narrow(b, step, s.first + at + i, 2, M2.v[i]);
+    narrow(a, b, step, s.first + at + i, M1.v[i], M2.v[i]);
   }
   *reinterpret_cast<Pack<u16, V>*>(hi) = H;
   if (s.weights) *reinterpret_cast<Pack<u16, V>*>(s.weights + at) = H;

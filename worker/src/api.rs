@@ -297,7 +297,7 @@ pub struct GpuRates {
     pub products: Vec<[f64; 4]>,
     /// Attention of the largest micro-batch, operations a second, forward and backward.
     pub attention: [f64; 2],
-    /// What attention wants beside its inputs and outputs, in deterministic mode: sequences, bytes.
+    /// What attention wants beside its inputs and outputs, in the job's mode: sequences, bytes.
     pub workspace: Vec<(usize, u64)>,
     /// Elementwise passes, bytes of device memory a second.
     pub memory_bytes: f64,

@@ -10,6 +10,7 @@
 //! random bits that are a function of (step, parameter) alone, so an update repeated after a crash gives the same bits,
 //! and so does one that another device makes: see [`ramtorch_device::AdamwStep`].
 
+use crate::api::DeviceKind;
 use ramtorch_device::AdamwStep;
 use ramtorch_job::OptimizerSpec;
 use ramtorch_store::{Gradients, Store};
@@ -18,6 +19,13 @@ use std::ops::Range;
 
 /// Gradients a task sums.
 const CHUNK: usize = 1 << 12;
+
+/// Threads that update pages, of a worker with `threads`. Beside a GPU the step loop enqueues the next forward pass, and a thread feeds
+/// the device with pages: where their cores are taken, arithmetic stands still until the last page is done.
+pub(crate) fn optimizer_threads(kind: DeviceKind, threads: usize) -> usize {
+    let others = if kind == DeviceKind::Cuda { 2 } else { 0 };
+    threads.saturating_sub(others).max(1)
+}
 
 /// Numbers of one step, the same on every rank.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,7 +46,7 @@ pub(crate) fn factors(o: &OptimizerSpec, s: &StepScalars) -> AdamwStep {
         one_minus_beta1: (1.0 - o.betas[0]) as f32,
         one_minus_beta2: (1.0 - o.betas[1]) as f32,
         step_size: (s.lr / (1.0 - o.betas[0].powi(t))) as f32,
-        sqrt_bias2: (1.0 - o.betas[1].powi(t)).sqrt() as f32,
+        root_scale: (1.0 / (1.0 - o.betas[1].powi(t)).sqrt()) as f32,
         eps: o.eps as f32,
         gradient_scale: s.gradient_scale,
         keep: (1.0 - s.lr * o.weight_decay) as f32,
@@ -105,14 +113,14 @@ mod tests {
             one_minus_beta1: 0.1,
             one_minus_beta2: 0.01,
             step_size: (0.05 / (1.0 - 0.9f64 * 0.9 * 0.9)) as f32,
-            sqrt_bias2: (1.0f64 - 0.99 * 0.99 * 0.99).sqrt() as f32,
+            root_scale: (1.0 / (1.0f64 - 0.99 * 0.99 * 0.99).sqrt()) as f32,
             eps: 1e-8,
             gradient_scale: 0.25,
             keep: 0.975,
         };
         let close = |a: f32, b: f32| (a - b).abs() <= 2e-7 * b.abs();
-        assert!(close(k.step_size, want.step_size) && close(k.sqrt_bias2, want.sqrt_bias2), "{k:?}");
-        assert_eq!(AdamwStep { step_size: want.step_size, sqrt_bias2: want.sqrt_bias2, ..k }, want);
+        assert!(close(k.step_size, want.step_size) && close(k.root_scale, want.root_scale), "{k:?}");
+        assert_eq!(AdamwStep { step_size: want.step_size, root_scale: want.root_scale, ..k }, want);
     }
 
     /// Gradients that lie in pieces have the bits of those that lie in one.

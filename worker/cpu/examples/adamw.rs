@@ -108,7 +108,7 @@ fn main() -> ExitCode {
         one_minus_beta1: 0.1,
         one_minus_beta2: 0.05,
         step_size: 1e-3,
-        sqrt_bias2: 0.47,
+        root_scale: 2.1,
         eps: 1e-8,
         gradient_scale: 0.5,
         keep: 0.9999,

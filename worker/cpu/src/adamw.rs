@@ -9,7 +9,7 @@
 //! all of them give the same bits, which are those that `ramtorch_device` defines.
 
 use crate::simd::{Level, leveled, simd};
-use ramtorch_device::{AdamwStep, DecayRun, EngineError, random_bits, stochastic};
+use ramtorch_device::{AdamwStep, DecayRun, EngineError, random_bits, random_key, stochastic};
 use ramtorch_store::{Gradients, MomentsMut, MomentsRef, PageMut, PageView, split};
 use rayon::prelude::*;
 
@@ -42,22 +42,28 @@ impl Gradient for u16 {
 /// How moments are stored.
 trait Moment: Gradient + Send {
     /// The new moments of parameters `first` on, ready to be stored; `room` is theirs to use.
-    fn narrow<'t>(level: Level, x: &'t [f32], room: &'t mut [u16], step: u64, first: u64, stream: u64) -> &'t [Self];
+    fn narrow<'t>(level: Level, new: [&'t [f32]; 2], room: [&'t mut [u16]; 2], step: u64, first: u64) -> [&'t [Self]; 2];
 }
 
 impl Moment for f32 {
     #[inline(always)]
-    fn narrow<'t>(_: Level, x: &'t [f32], _: &'t mut [u16], _: u64, _: u64, _: u64) -> &'t [f32] {
-        x
+    fn narrow<'t>(_: Level, new: [&'t [f32]; 2], _: [&'t mut [u16]; 2], _: u64, _: u64) -> [&'t [f32]; 2] {
+        new
     }
 }
 
 impl Moment for u16 {
     #[inline(always)]
-    fn narrow<'t>(level: Level, x: &'t [f32], room: &'t mut [u16], step: u64, first: u64, stream: u64) -> &'t [u16] {
-        let room = &mut room[..x.len()];
-        round(level, x, room, step, first, stream);
-        room
+    fn narrow<'t>(level: Level, [m, v]: [&'t [f32]; 2], [to_m, to_v]: [&'t mut [u16]; 2], step: u64, first: u64) -> [&'t [u16]; 2] {
+        let (to_m, to_v) = (&mut to_m[..m.len()], &mut to_v[..v.len()]);
+        // Random bits go by the lower half of a parameter's number; the upper half may change on the way.
+        let same = ((1u64 << 32) - (first & 0xffff_ffff)).min(m.len() as u64) as usize;
+        for part in [0..same, same..m.len()].into_iter().filter(|part| !part.is_empty()) {
+            let begin = first + part.start as u64;
+            let (m, v) = (&m[part.clone()], &v[part.clone()]);
+            round(level, m, v, &mut to_m[part.clone()], &mut to_v[part], random_key(step, begin), begin as u32);
+        }
+        [to_m, to_v]
     }
 }
 
@@ -79,7 +85,7 @@ struct Tile {
     lo: [u16; TILE],
     m: [f32; TILE],
     v: [f32; TILE],
-    room: [u16; TILE],
+    room: [[u16; TILE]; 2],
 }
 
 leveled! {
@@ -104,16 +110,21 @@ leveled! {
             let g = g[i].widen() * k.gradient_scale;
             let m = k.beta1 * m[i].widen() + k.one_minus_beta1 * g;
             let v = k.beta2 * v[i].widen() + k.one_minus_beta2 * g * g;
-            let p = split::join(hi[i], lo[i]) * keep - k.step_size * (m / (v.sqrt() / k.sqrt_bias2 + k.eps));
+            let p = split::join(hi[i], lo[i]) * keep - k.step_size * (m / (v.sqrt() * k.root_scale + k.eps));
             (new_hi[i], new_lo[i]) = split::split(p);
             new_m[i] = m;
             new_v[i] = v;
         }
     }
 
-    fn round(x: &[f32], out: &mut [u16], step: u64, first: u64, stream: u64) {
-        for (i, (o, x)) in out.iter_mut().zip(x).enumerate() {
-            *o = stochastic(*x, random_bits(step, first + i as u64, stream));
+    /// Both moments of parameters whose numbers end with `first` and so on.
+    fn round(m: &[f32], v: &[f32], to_m: &mut [u16], to_v: &mut [u16], key: u32, first: u32) {
+        let n = m.len();
+        let (v, to_m, to_v) = (&v[..n], &mut to_m[..n], &mut to_v[..n]);
+        for i in 0..n {
+            let random = random_bits(key, first.wrapping_add(i as u32));
+            to_m[i] = stochastic(m[i], random as u16);
+            to_v[i] = stochastic(v[i], (random >> 16) as u16);
         }
     }
 }
@@ -262,7 +273,7 @@ struct New<'a, F: Formats> {
 
 /// Parameters from `first` on, tile by tile.
 fn chunk<F: Formats>(level: Level, streamed: bool, k: &AdamwStep, runs: &[DecayRun], first: u64, old: &Old<F>, new: New<F>) {
-    let mut tile = Tile { hi: [0; TILE], lo: [0; TILE], m: [0.0; TILE], v: [0.0; TILE], room: [0; TILE] };
+    let mut tile = Tile { hi: [0; TILE], lo: [0; TILE], m: [0.0; TILE], v: [0.0; TILE], room: [[0; TILE]; 2] };
     let count = old.g.len();
     for at in (0..count).step_by(TILE) {
         let n = TILE.min(count - at);
@@ -296,9 +307,9 @@ fn chunk<F: Formats>(level: Level, streamed: bool, k: &AdamwStep, runs: &[DecayR
         let r = at..at + n;
         store(level, streamed, &tile.hi[..n], &mut new.hi[r.clone()]);
         store(level, streamed, &tile.lo[..n], &mut new.lo[r.clone()]);
-        let m = F::Moment::narrow(level, &tile.m[..n], &mut tile.room, k.step, start, 1);
+        let [to_m, to_v] = &mut tile.room;
+        let [m, v] = F::Moment::narrow(level, [&tile.m[..n], &tile.v[..n]], [to_m, to_v], k.step, start);
         store(level, streamed, m, &mut new.m[r.clone()]);
-        let v = F::Moment::narrow(level, &tile.v[..n], &mut tile.room, k.step, start, 2);
         store(level, streamed, v, &mut new.v[r]);
     }
     if streamed {

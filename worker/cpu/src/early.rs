@@ -130,7 +130,7 @@ mod tests {
             one_minus_beta1: 0.1,
             one_minus_beta2: 0.05,
             step_size: 1e-2,
-            sqrt_bias2: 0.4,
+            root_scale: 2.5,
             eps: 1e-8,
             gradient_scale: 1.0,
             keep: 0.999,

@@ -85,6 +85,11 @@ impl Queue {
         self.next_unstaged().or_else(|| self.next_staged_page().map(|s| s.page))
     }
 
+    /// The device's next page whose state is there.
+    fn take_staged(&self) -> Option<&StagedPage> {
+        if self.stopped.load(Ordering::Relaxed) { None } else { self.next_staged_page() }
+    }
+
     /// The device's next page, and its state where it is there.
     fn take_for_device(&self) -> Option<(PageId, &[DevBuf])> {
         if self.stopped.load(Ordering::Relaxed) {
@@ -298,6 +303,27 @@ pub fn write_back(
     Ok(())
 }
 
+/// Pages with state and gradients on the device that are updated there before they go out: beside the forward pass their kernels
+/// wait for products to end, and some pages on their way keep the bus busy meanwhile.
+const PREPARED: usize = 16;
+
+/// What the device does next.
+enum Next<'q> {
+    /// Out with it.
+    Prepared(&'q StagedPage),
+    /// The whole update, from state that is there, or in the store where that is empty.
+    Whole(PageId, &'q [DevBuf]),
+}
+
+impl Next<'_> {
+    fn page(&self) -> PageId {
+        match self {
+            Next::Prepared(staged) => staged.page,
+            Next::Whole(page, _) => *page,
+        }
+    }
+}
+
 pub(crate) fn on_device(
     owner: &SharedOwner<'_>,
     k: &AdamwStep,
@@ -308,28 +334,48 @@ pub(crate) fn on_device(
 ) -> Result<u64, EngineError> {
     let layout = owner.store().layout();
     let mut in_hand: VecDeque<Update> = VecDeque::new();
+    let mut prepared: VecDeque<&StagedPage> = VecDeque::new();
     let mut done = 0;
     // A page that was taken and has no spare yet: a snapshot needs what is in them.
     let mut taken = None;
     // After an error the updates in hand stay taken until the claim ends: the device may still write their spares.
     loop {
-        let page = taken.take().or_else(|| if in_hand.len() < depth { queue.take_for_device() } else { None });
-        if let Some((page, state)) = page {
+        if kept.is_some() && prepared.len() <= PREPARED / 2 {
+            while let Some(staged) = if prepared.len() < PREPARED { queue.take_staged() } else { None } {
+                // Whoever goes on after a death finds some pages done.
+                if owner.store().entry(staged.page).step == k.step {
+                    continue;
+                }
+                let params = layout.page_range(staged.page);
+                with_gradients(kept, &params, |g| updater.prepare(k, staged, &DecayRun::of(layout, &params), g))?;
+                prepared.push_back(staged);
+            }
+        }
+        let mut take =
+            || prepared.pop_front().map(Next::Prepared).or_else(|| queue.take_for_device().map(|(page, s)| Next::Whole(page, s)));
+        if let Some(next) = taken.take().or_else(|| if in_hand.len() < depth { take() } else { None }) {
+            let page = next.page();
             let begun = if in_hand.is_empty() {
                 owner.begin(page, k.step)?.map_or(Begun::Done, Begun::Update)
             } else {
                 owner.try_begin(page, k.step)?
             };
-            match begun {
-                Begun::Update(update) => {
+            match (begun, &next) {
+                (Begun::Update(update), Next::Prepared(staged)) => {
+                    updater.submit_prepared(k, &update, staged)?;
+                    in_hand.push_back(update);
+                    continue;
+                }
+                (Begun::Update(update), Next::Whole(_, state)) => {
                     let params = layout.page_range(page);
                     with_gradients(kept, &params, |g| updater.submit(k, &update, &DecayRun::of(layout, &params), state, g))?;
                     in_hand.push_back(update);
                     continue;
                 }
-                Begun::Done => continue,
+                (Begun::Done, Next::Prepared(_)) => return Err(EngineError::internal(format!("page {page} was updated twice"))),
+                (Begun::Done, Next::Whole(..)) => continue,
                 // What is in hand is waited for, too: it is published first.
-                Begun::Pinned => taken = Some((page, state)),
+                (Begun::Pinned, _) => taken = Some(next),
             }
         }
         let Some(update) = in_hand.pop_front() else { return Ok(done) };

@@ -4,10 +4,11 @@
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, staged_parameters,
-    state_bytes,
+    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, StagedPage,
+    staged_parameters, state_bytes,
 };
 use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageId, PageMut, PagePtrs, PageView, Store, Update};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -23,6 +24,17 @@ enum Task {
     WriteBack,
 }
 
+/// Who hears of it when work is done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Told {
+    /// Whoever finishes the page, and before that the places of its weights.
+    All,
+    /// Whoever finishes the page.
+    Finisher,
+    /// Nobody, but of an error.
+    Nobody,
+}
+
 struct Work {
     task: Task,
     page: u32,
@@ -36,8 +48,7 @@ struct Work {
     /// Where they are not in the segment.
     gradients: Option<(GradientFormat, Vec<GradientPiece>)>,
     direct: Option<Arc<DirectWeights>>,
-    /// Somebody else tells of its weights.
-    quiet: bool,
+    told: Told,
 }
 
 /// See the module.
@@ -49,6 +60,8 @@ pub(crate) struct Updater {
     thread: Option<JoinHandle<()>>,
     /// What has not been told of yet, while it is held back.
     held_back: Option<Vec<(PageId, u64)>>,
+    /// Pages that are prepared and have not gone out.
+    prepared: VecDeque<PageId>,
 }
 
 impl Updater {
@@ -62,13 +75,21 @@ impl Updater {
                 let span = recorder.scope(Row::OptimizerKernel, Label::work("adamw").step(work.k.step).page(work.page));
                 let result = pool.install(|| run(&mapping, &work));
                 drop(span);
-                if report.send(result).is_err() {
+                if (work.told != Told::Nobody || result.is_err()) && report.send(result).is_err() {
                     return;
                 }
             }
         };
         let thread = std::thread::Builder::new().name(format!("cpu{index}-adamw")).spawn(run).map_err(|e| failed(&e))?;
-        Ok(Updater { store: store.clone(), jobs: Some(jobs), done, direct: None, thread: Some(thread), held_back: None })
+        Ok(Updater {
+            store: store.clone(),
+            jobs: Some(jobs),
+            done,
+            direct: None,
+            thread: Some(thread),
+            held_back: None,
+            prepared: VecDeque::new(),
+        })
     }
 }
 
@@ -168,7 +189,7 @@ fn run(store: &Store, w: &Work) -> Result<(), EngineError> {
             }
         }
     }
-    if let (Some((direct, _)), false) = (direct, w.quiet || w.task == Task::WriteBack) {
+    if let (Some((direct, _)), Told::All) = (direct, w.told) {
         // Before `finish` returns, and so before the page is published.
         direct.deliver(w.page, w.k.step);
     }
@@ -266,7 +287,7 @@ impl Updater {
                 PageGradients::Device(format, pieces) => Some((format, pieces.to_vec())),
             },
             direct: self.direct.clone(),
-            quiet: false,
+            told: Told::All,
         }
     }
 }
@@ -288,24 +309,41 @@ impl PageUpdater for Updater {
         self.send(Work { live: self.store.page_ptrs(update.live()), spare: Some(self.store.page_ptrs(update.spare())), ..work })
     }
 
+    fn prepare(&mut self, k: &AdamwStep, staged: &StagedPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError> {
+        if matches!(gradients, PageGradients::Segment) {
+            return Err(EngineError::internal("a page is prepared whose gradients are in the segment"));
+        }
+        let work = self.work(Task::Advance { current: true }, staged.page, k, runs, &staged.state, gradients);
+        self.prepared.push_back(staged.page);
+        self.send(Work { told: Told::Nobody, ..work })
+    }
+
+    fn submit_prepared(&mut self, k: &AdamwStep, update: &Update, staged: &StagedPage) -> Result<(), EngineError> {
+        if self.prepared.pop_front() != Some(update.page()) || staged.page != update.page() {
+            return Err(EngineError::internal(format!("page {} is not the one that was prepared first", update.page())));
+        }
+        let work = self.work(Task::WriteBack, staged.page, k, &[], &staged.state, PageGradients::Segment);
+        self.send(Work { spare: Some(self.store.page_ptrs(update.spare())), ..work })
+    }
+
     fn advance(&mut self, k: &AdamwStep, held: &HeldPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError> {
         let task = Task::Advance { current: held.is_before(k.step) };
         let params = self.store.layout().page_range(held.page);
         let has_places = self.direct.as_ref().is_some_and(|d| d.pieces(params).is_some());
-        let quiet = match &mut self.held_back {
+        let told = match &mut self.held_back {
             Some(told) => {
                 told.extend(has_places.then_some((held.page, k.step)));
-                true
+                Told::Finisher
             }
-            None => false,
+            None => Told::All,
         };
         let work = self.work(task, held.page, k, runs, &held.state, gradients);
-        self.send(Work { quiet, ..work })
+        self.send(Work { told, ..work })
     }
 
     fn write_back(&mut self, update: &Update, held: &HeldPage) -> Result<(), EngineError> {
         let work = self.work(Task::WriteBack, held.page, &AdamwStep::default(), &[], &held.state, PageGradients::Segment);
-        self.send(Work { spare: Some(self.store.page_ptrs(update.spare())), ..work })
+        self.send(Work { spare: Some(self.store.page_ptrs(update.spare())), told: Told::Finisher, ..work })
     }
 
     fn deliver_to(&mut self, weights: Arc<DirectWeights>) {

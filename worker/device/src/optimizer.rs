@@ -6,7 +6,7 @@
 //!   g = gradient · gradient_scale
 //!   m = beta1 · m + one_minus_beta1 · g
 //!   v = beta2 · v + (one_minus_beta2 · g) · g
-//!   p = p · keep − step_size · (m / (√v / sqrt_bias2 + eps))
+//!   p = p · keep − step_size · (m / (√v · root_scale + eps))
 //! ```
 //! bf16 moments are rounded stochastically afterwards, with [`random_bits`] of (step, parameter). So it does not matter
 //! which instruction set or device updates a page, nor in how many parts: recovery does not need to know.
@@ -32,8 +32,8 @@ pub struct AdamwStep {
     pub one_minus_beta2: f32,
     /// Rate over 1 - beta1^t.
     pub step_size: f32,
-    /// Root of 1 - beta2^t.
-    pub sqrt_bias2: f32,
+    /// 1 over the root of 1 - beta2^t: a division less for each parameter.
+    pub root_scale: f32,
     /// Added to the denominator.
     pub eps: f32,
     /// Gradients are multiplied by this first.
@@ -42,13 +42,26 @@ pub struct AdamwStep {
     pub keep: f32,
 }
 
-/// Random bits of parameter `i` in `step`; streams 1 and 2 are those of the two moments.
-#[inline(always)]
-pub fn random_bits(step: u64, i: u64, stream: u64) -> u16 {
-    let mut x = (i ^ (step << 40)).wrapping_add(stream.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+/// What all parameters whose numbers begin with the same 32 bits have in common in a step, for [`random_bits`]: SplitMix64's
+/// finalizer of both.
+#[inline]
+pub fn random_key(step: u64, i: u64) -> u32 {
+    let mut x = step.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (i >> 32);
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    (x >> 48) as u16
+    (x >> 32) as u32
+}
+
+/// Random bits of the parameter whose number ends with the 32 bits `low`, for both moments: the lower half for the first, the
+/// upper for the second. 32 bits wide, and two multiplications for both: vector units have no fast 64-bit one, and with those the
+/// processor's update of bf16 moments was bound by them (0.37 billion parameters a second and thread, for 0.45 with fp32 moments,
+/// which move half as much again). The constants are C. Wellons' (`lowbias32`).
+#[inline(always)]
+pub fn random_bits(key: u32, low: u32) -> u32 {
+    let mut x = low ^ key;
+    x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
+    x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
+    x ^ (x >> 16)
 }
 
 /// Rounds to one of the two neighbouring bf16 values, with probabilities that make the mean right. Infinities and NaNs
@@ -135,6 +148,19 @@ pub trait PageUpdater: Send {
         state: &[DevBuf],
         gradients: PageGradients<'_>,
     ) -> Result<(), EngineError>;
+    /// Enqueues the update of a page whose state and gradients are on the device, in place: [`PageUpdater::submit_prepared`]
+    /// takes it out. Several can be prepared before the first of them goes out, so that none waits on its way for the arithmetic of
+    /// the next forward pass to make room for its kernel. `state` is as for [`PageUpdater::submit`], and belongs to the updater
+    /// until the page is finished.
+    ///
+    /// # Errors
+    /// As [`PageUpdater::submit`], and gradients that are in the segment.
+    fn prepare(&mut self, k: &AdamwStep, staged: &StagedPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError>;
+    /// Enqueues the copy of the page that was prepared first, of those that have not gone out, into the spare of `update`.
+    ///
+    /// # Errors
+    /// As [`PageUpdater::submit`], and another page's update.
+    fn submit_prepared(&mut self, k: &AdamwStep, update: &Update, staged: &StagedPage) -> Result<(), EngineError>;
     /// Enqueues the update of a page whose state is held on the device, in place: the store is read, not written. State that
     /// is not of the step before comes from the live page first. The page must not be updated otherwise meanwhile.
     ///
@@ -473,12 +499,38 @@ mod tests {
         assert_eq!(staged_rooms(&layout(), DevBuf { ptr: 4096, bytes: 7 * room }).len(), 7);
     }
 
+    fn bits(step: u64, i: u64, moment: u32) -> u16 {
+        (random_bits(random_key(step, i), i as u32) >> (16 * moment)) as u16
+    }
+
+    /// Bits of neighbours, of both moments, of steps and of parameters 2^32 apart have nothing to do with one another.
+    #[test]
+    fn random_bits_are_even_and_independent() {
+        const N: u64 = 1 << 16;
+        let other: [&dyn Fn(u64) -> u16; 5] =
+            [&|i| bits(7, i + 1, 0), &|i| bits(7, i, 1), &|i| bits(8, i, 0), &|i| bits(7, i + (1 << 32), 0), &|i| bits(7, i + 4096, 0)];
+        for shift in [0, 5, 12] {
+            let mut counts = [0u32; 16];
+            (0..N).for_each(|i| counts[usize::from(bits(7, i, 0) >> shift & 15)] += 1);
+            assert!(counts.iter().all(|c| c.abs_diff(4096) < 400), "{counts:?}");
+        }
+        for (n, other) in other.iter().enumerate() {
+            let mean = |f: &dyn Fn(u64) -> f64| (0..N).map(f).sum::<f64>() / N as f64;
+            let centred = |x: u16| f64::from(x) / 65536.0 - 0.5;
+            let covariance = mean(&|i| centred(bits(7, i, 0)) * centred(other(i)));
+            // Of independent ones, 1/12 over the root of their number.
+            assert!(covariance.abs() < 5.0 / 12.0 / (N as f64).sqrt(), "{n}: {covariance}");
+            let equal = (0..N).filter(|i| bits(7, *i, 0) == other(*i)).count();
+            assert!(equal < 12, "{n}: {equal}");
+        }
+    }
+
     #[test]
     fn stochastic_rounding_is_unbiased_and_exact_on_bf16_values() {
         let exact = f32::from_bits(0x3f8a_0000);
         assert!((0..1000u16).all(|r| stochastic(exact, r.wrapping_mul(65)) == 0x3f8a));
         let x = f32::from_bits(0x3f80_4000); // a quarter of the way up
-        let ups = (0..100_000u64).filter(|i| stochastic(x, random_bits(3, *i, 1)) == 0x3f81).count();
+        let ups = (0..100_000u64).filter(|i| stochastic(x, bits(3, *i, 0)) == 0x3f81).count();
         assert!((ups as f64 / 1e5 - 0.25).abs() < 0.01, "{ups}");
         assert_eq!(stochastic(f32::INFINITY, 0xffff), 0x7f80);
         assert_eq!(stochastic(f32::NEG_INFINITY, 0xffff), 0xff80);

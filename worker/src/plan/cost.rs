@@ -2,7 +2,7 @@
 //!
 //! On CPU devices everything shares the same cores: there the parts are added up.
 
-use super::EnginePlan;
+use super::{EnginePlan, Schedule};
 use crate::api::{DeviceKind, LayerTimes, Rates};
 use crate::model::{Block, Keep, Model};
 use ramtorch_device::Dtype;
@@ -52,6 +52,8 @@ const WEIGHT: f64 = 2.0;
 pub(super) const SUSTAINED: f64 = 1.04;
 /// Of the bus's time during the backward pass that pages on their way may take.
 const STAGED_SHARE: f64 = 0.91;
+/// More of them than the GPU comes to by the rates: who is faster than expected shall not run short.
+const STAGED_MORE: f64 = 1.2;
 /// Bytes a parameter that an update on the GPU moves in and out, beside the moments: both halves in and out, a gradient in.
 const STAGED_IN: f64 = 6.0;
 const STAGED_OUT: f64 = 4.0;
@@ -312,43 +314,48 @@ impl Cost {
         early
     }
 
-    /// For each block but the last: pages whose state comes to the device during its backward pass in the last group, into its
-    /// activations. As many as the bus has time for beside the block's own weights, where there is room. What is made again
-    /// takes time too, but counts for nothing: more memory, where less is made again, shall not mean fewer pages. What is left of
-    /// the time of one block, less than a page's, goes to the next: its last page may come a little late.
+    /// For each block but the last: pages whose state comes to the device after its visit of the backward pass of the last group, into
+    /// what is no longer needed ([`Schedule`]). As many as the bus has time for beside the next block's weights, where there is room, and as
+    /// the device comes to. What is made again takes time too, but counts for nothing: more memory, where less is made again,
+    /// shall not mean fewer pages. What is left of the time of one block, less than a page's, goes to the next: its last page
+    /// may come a little late.
     pub fn staged_pages(&self, model: &Model, p: &EnginePlan, t: &Times) -> Vec<usize> {
         let Some(page) = p.store.page_parameters.filter(|_| self.overlapped() && p.optimizer_split && self.adamw_gpu > 0.0) else {
             return Vec::new();
         };
-        let parameters = f64::from(page);
-        let page = parameters * ramtorch_device::state_bytes(&p.store) as f64;
+        let (parameters, state) = (f64::from(page), ramtorch_device::state_bytes(&p.store));
+        let bytes = parameters * state as f64;
         let held = self.held(model, p);
         let mut visiting = vec![0.0; model.len()];
-        p.visited_rooms(model).iter().for_each(|(b, _)| visiting[*b] += page);
-        let mut pages = vec![0; model.len() - 1];
+        p.visited_rooms(model).iter().for_each(|(b, _)| visiting[*b] += bytes);
+        let n = model.len() - 1;
+        let (mut caps, mut rooms, mut own) = (vec![0; n], vec![0; n], vec![0; n]);
         // Those that visit where the last block's sums were come first.
-        let mut left = -visiting[model.len() - 1];
-        for b in (0..pages.len()).rev() {
-            if p.keep[b] == Keep::Inputs || !matches!(model.blocks[b], Block::Layer(_)) {
-                left = (left + t.backward[b] * p.group_len as f64 * self.both[0] * STAGED_SHARE - visiting[b]).min(0.0);
-                continue;
-            }
-            let seconds = t.backward[b] * p.group_len as f64;
+        let mut left = -visiting[n];
+        let part = ramtorch_device::staged_parameters(u64::from(page));
+        let parts_a_page = u64::from(page).div_ceil(part);
+        for b in (0..n).rev() {
+            // Beside the next visit, which is a layer's but for the first layer.
+            let seconds = if b == 0 { 0.0 } else { t.backward[b].min(t.backward[b - 1]) } * p.group_len as f64;
             let weights = if p.resident[b] { 0.0 } else { (model.places[b].1 * p.dtype.size()) as f64 };
             let time = (seconds * self.both[0] * STAGED_SHARE - weights).max(0.0) + left - visiting[b];
-            let room = model.saved_bytes(b, p.shape(), p.keep[b]) as f64 * p.group_len as f64;
-            pages[b] = (time.min(room) / page).min((model.places[b].1 as f64 - held[b]) / parameters).max(0.0) as usize;
-            left = (time - pages[b] as f64 * page).min(page);
+            let saved = if p.keep[b] == Keep::Inputs { 0 } else { model.saved_bytes(b, p.shape(), p.keep[b]) };
+            let output = (p.shape().rows() * model.width(b)) as u64 * p.dtype.size();
+            rooms[b] = ((saved / (part * state) + output / (part * state)) * p.group_len as u64 / parts_a_page) as usize;
+            own[b] = ((model.places[b].1 as f64 - held[b]) / p.world as f64 / parameters).max(0.0) as usize;
+            caps[b] = (time / bytes).max(0.0) as usize;
+            left = (time - caps[b] as f64 * bytes).min(bytes);
         }
-        pages
+        let all = (model.places.iter().map(|place| place.1 as f64).sum::<f64>() - held.iter().sum::<f64>()) / p.world as f64 / parameters;
+        let gpu = p.world as f64 * self.both[1] / state as f64;
+        Schedule::new(&own, &rooms, &caps, (STAGED_MORE * all * gpu / (gpu + self.adamw)) as usize).loads()
     }
 
     /// Share of the parameters that are not held whose pages are staged, by all ranks.
     fn staged_share(&self, model: &Model, p: &EnginePlan, held: &[f64]) -> f64 {
         let Some(page) = p.store.page_parameters else { return 0.0 };
         let of_ranks = f64::from(page) * p.world as f64;
-        let staged: f64 =
-            p.staged_pages.iter().zip(&model.places).map(|(pages, place)| (*pages as f64 * of_ranks).min(place.1 as f64)).sum();
+        let staged = p.staged_pages.iter().sum::<usize>() as f64 * of_ranks;
         let held: f64 = held.iter().sum();
         (staged / (model.places.iter().map(|x| x.1 as f64).sum::<f64>() - held).max(1.0)).min(1.0)
     }

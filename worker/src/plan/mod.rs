@@ -13,7 +13,7 @@ mod tests;
 mod text;
 
 pub(crate) use residence::{Residence, resident};
-pub(crate) use staging::{held_pages, staged_pages};
+pub(crate) use staging::{Schedule, held_pages, staged_pages};
 
 use crate::api::*;
 use crate::early::kept_numbers;
@@ -81,8 +81,8 @@ pub(crate) struct EnginePlan {
     /// Addresses of devices on the bus, by rank, for the place of their pages.
     #[serde(default)]
     pub bus_ids: Vec<Option<String>>,
-    /// For each block but the last (or empty: none): pages whose state is brought to the device during the backward pass, into memory of activations that
-    /// are done with.
+    /// For each block but the last (or empty: none): pages whose state is brought to the device after the block's visit of the backward pass, into
+    /// memory of activations that are done with (`plan::staging`).
     #[serde(default)]
     pub staged_pages: Vec<usize>,
     /// Pages of a rank whose state stays on its device, beside the one in RAM: the first of those whose weights stay there whole. They
@@ -447,13 +447,14 @@ fn split_optimizer(store: StoreSpec) -> Result<StoreSpec, StoreError> {
 }
 
 /// Bytes that a device's attention wants beyond its inputs and outputs, where the device itself cannot be asked.
-pub(crate) fn assumed_workspace(kind: DeviceKind) -> impl Fn(&AttentionShape) -> Result<u64, EngineError> {
+pub(crate) fn assumed_workspace(kind: DeviceKind, deterministic: bool) -> impl Fn(&AttentionShape) -> Result<u64, EngineError> {
     move |s| {
         let per_sequence = (s.heads * s.seq) as u64;
         Ok(match kind {
             DeviceKind::Cpu => 0,
             // cuDNN's deterministic backward pass wants 2 bytes a score; the device takes fewer sequences at a time
-            // above 1 GiB. The other one keeps the queries' gradients in f32. Row sums come on top of either.
+            // above 1 GiB. The other one adds the queries' gradients up in f32, which it is given room for, and nearly as much
+            // of its own (measured: 571 MiB beside 640). Row sums come on top of either.
             DeviceKind::Cuda => {
                 let scores = per_sequence * s.seq as u64 * 2;
                 let mut at_once = s.batch as u64;
@@ -461,7 +462,7 @@ pub(crate) fn assumed_workspace(kind: DeviceKind) -> impl Fn(&AttentionShape) ->
                     at_once = at_once.div_ceil(2);
                 }
                 let sums = per_sequence * s.batch as u64 * s.head_dim as u64 * 4;
-                (at_once * scores).max(sums) + 2 * per_sequence * s.batch as u64 * 4 + (64 << 20)
+                (if deterministic { at_once * scores } else { 2 * sums }) + 2 * per_sequence * s.batch as u64 * 4 + (64 << 20)
             }
         })
     }
@@ -536,8 +537,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, EngineError> {
         _ => 4,
     };
     let cost = Cost::new(prepared.rates.clone(), first.kind, dtype, moment, optimizer_split, world);
-    let assumed = assumed_workspace(first.kind);
-    let known: &[(usize, u64)] = prepared.rates.gpu.as_ref().filter(|_| spec.train.deterministic).map_or(&[], |g| &g.workspace);
+    let assumed = assumed_workspace(first.kind, spec.train.deterministic);
+    let known: &[(usize, u64)] = prepared.rates.gpu.as_ref().map_or(&[], |g| &g.workspace);
     let workspace = |s: &AttentionShape| {
         let told = known.iter().find(|k| k.0 == s.batch && s.starts.is_none() && s.window.is_none());
         told.map_or_else(|| assumed(s), |k| Ok(k.1))
@@ -642,7 +643,7 @@ pub(crate) fn inference(
     kind: DeviceKind,
     most_together: usize,
 ) -> Result<EnginePlan, EngineError> {
-    let workspace = &assumed_workspace(kind);
+    let workspace = &assumed_workspace(kind, true);
     let together = |count: usize| EnginePlan {
         world: 1,
         dtype: model.dtype,

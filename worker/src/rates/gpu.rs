@@ -10,7 +10,7 @@
 
 use crate::api::{DeviceSpec, EngineError, GpuRates, LayerTimes, Rates};
 use crate::model::{Block, Grads, Keep, LossGrads, MicroBatch, Model, Shape, Tables, Visit, Weights};
-use crate::optimizer::{StepScalars, factors, sum_of_squares};
+use crate::optimizer::{StepScalars, factors, optimizer_threads, sum_of_squares};
 use crate::session::rope_table;
 use ramtorch_cpu::{read_gradients, update_pages};
 use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, Gemm, Stream, TokenIndex};
@@ -42,7 +42,7 @@ const PARAMETERS: u64 = 16 << 20;
 /// Part of a device's budget that the measurement may take.
 const SHARE: u64 = 2;
 /// Part of every key in the cache: a new one whenever what is measured changes.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// How long visits are repeated: so long that the GPU's limit of power shows, and as long whatever their size. A few small ones run at
 /// a clock that nothing sustains, and a plan made from that prefers them.
@@ -435,7 +435,7 @@ pub(super) fn measure(q: &Question, cache: &Path, rates: &mut Rates) -> Result<(
         }
         let mut dev = ramtorch_cuda::CudaDevice::open(q.device.index, q.model.dtype, PARAMETERS * 8 + 4096, true)?;
         let store = store(q.moments)?;
-        if let Some([adamw, norm]) = processor(&store, q.device.threads) {
+        if let Some([adamw, norm]) = processor(&store, optimizer_threads(q.device.kind, q.device.threads)) {
             (rates.optimizer_parameters, rates.norm_parameters) = (adamw, norm);
         }
         copies(&mut dev, &store, &mut gpu)
@@ -453,9 +453,10 @@ pub(super) fn measure(q: &Question, cache: &Path, rates: &mut Rates) -> Result<(
     Ok(())
 }
 
-/// Where the order of additions is free, attention's backward pass is faster: corrects the layers' times.
+/// Where the order of additions is free, attention's backward pass is faster, and wants other memory: corrects the layers' times.
 fn free_order(q: &Question, budget: u64, gpu: &mut GpuRates) -> Result<(), EngineError> {
     let (m, dt) = (q.model, q.model.dtype);
+    let asked = std::mem::take(&mut gpu.workspace);
     let Some(Block::Layer(l)) = m.blocks.iter().find(|b| matches!(b, Block::Layer(_))) else { return Ok(()) };
     let Some(largest) = gpu.layers.last().copied().filter(|_| gpu.attention[1] > 0.0) else { return Ok(()) };
     let sequences = largest.rows / q.seq.max(1);
@@ -465,6 +466,9 @@ fn free_order(q: &Question, budget: u64, gpu: &mut GpuRates) -> Result<(), Engin
     let saved = dev.alloc(packed + plain + (s.rows() * s.heads) as u64 * 4 + 4096, "measurement")?;
     let workspace = dev.attention_workspace(&s)?;
     let scratch = dev.alloc(packed + plain + workspace + 4096, "measurement")?;
+    for (sequences, _) in asked {
+        gpu.workspace.push((sequences, dev.attention_workspace(&AttentionShape { batch: sequences, ..s })?));
+    }
     let now = attention(&dev, &s, saved, scratch)?;
     if now[1] > 0.0 {
         let flops = 5.0 * s.window.unwrap_or(s.seq) as f64 * (s.heads * s.head_dim) as f64;

@@ -3,22 +3,22 @@
 //! ```text
 //!   held      stays from step to step, in memory of its own
 //!   visiting  comes when a block's sum of gradients is closed, to where that was ─► updated ─► published before the sum is opened again
-//!   staged    comes when a block's backward visit is done, to where its activations were ─► updated ─► published before its forward visit
+//!   staged    comes when a block's backward visit is done, to where activations were ─► updated ─► published before they are written again
 //! ```
 
 use super::Session;
 use crate::api::EngineError;
 use crate::plan::{held_pages, staged_pages};
 use ramtorch_device::trace::Label;
-use ramtorch_device::{DevBuf, Event, HeldPage, StagedPage, Stream, staged_rooms, state_bytes};
+use ramtorch_device::{DevBuf, Event, HeldPage, StagedPage, Stream, staged_parameters, staged_rooms, state_bytes};
 use ramtorch_store::PageId;
 
 /// Pages whose state is brought to the device during the backward pass (`plan::staging`).
 pub(super) struct Staging {
-    /// Pages of each block, at most.
+    /// Pages after each block's visit, at most.
     pub(super) most: Vec<usize>,
-    /// Of each block: the pages that go into its activations.
-    pub(super) pages: Vec<Vec<PageId>>,
+    /// After each block's visit: the pages that are brought, and where to.
+    pub(super) pages: Vec<Vec<(PageId, Vec<DevBuf>)>>,
     /// After each block's backward visit.
     pub(super) visited: Vec<Event>,
     /// Those of the step that is enqueued.
@@ -50,13 +50,17 @@ impl Session {
             self.visiting.push(Visiting { block, page: *page, state: held.state.clone() });
             self.held.push(held);
         }
-        let parts = |bufs: &Vec<DevBuf>| bufs.iter().map(|buf| staged_rooms(layout, *buf).len()).sum();
-        let rooms: Vec<usize> = self.saved.iter().map(parts).collect();
         if let Some(staging) = &mut self.staging {
-            staging.pages = staged_pages(layout, self.ranks.rank as u32, &self.model.places, &rooms, &staging.most);
-            for pages in &mut staging.pages {
-                pages.retain(|p| self.held.binary_search_by_key(p, |h| h.page).is_err());
-            }
+            // A block's output is the next one's input: it is done with before the block's visit.
+            let bufs = self.saved.iter().zip(&self.boundaries).map(|(saved, output)| saved.iter().chain(output));
+            let parts: Vec<Vec<DevBuf>> = bufs.map(|bufs| bufs.flat_map(|buf| staged_rooms(layout, *buf)).collect()).collect();
+            let rooms: Vec<usize> = parts.iter().map(Vec::len).collect();
+            let held = |page: PageId| self.held.binary_search_by_key(&page, |h| h.page).is_ok();
+            let pages = staged_pages(layout, self.ranks.rank as u32, &self.model.places, &rooms, &staging.most, &held);
+            let mut parts: Vec<_> = parts.into_iter().map(Vec::into_iter).collect();
+            let each = u64::from(layout.page_parameters()).div_ceil(staged_parameters(u64::from(layout.page_parameters())));
+            let mut room = |(page, block): (PageId, usize)| (page, parts[block].by_ref().take(each as usize).collect());
+            staging.pages = pages.into_iter().map(|pages| pages.into_iter().map(&mut room).collect()).collect();
         }
     }
 
@@ -80,7 +84,7 @@ impl Session {
         Ok(())
     }
 
-    /// Begins to bring the state of pages to where activations of block `b` were, whose backward visit is enqueued.
+    /// Begins to bring the state of pages to where activations were, when the backward visit of block `b` is over, which is enqueued.
     pub(super) fn stage(&mut self, b: usize) -> Result<(), EngineError> {
         let Some(staging) = self.staging.as_mut().filter(|s| !s.pages[b].is_empty()) else { return Ok(()) };
         let dev = self.dev.as_ref();
@@ -88,11 +92,11 @@ impl Session {
         dev.wait(Stream::CopyIn, staging.visited[b])?;
         let layout = self.store.layout();
         let bytes = state_bytes(layout.spec());
-        let mut parts = self.saved[b].iter().flat_map(|buf| staged_rooms(layout, *buf));
-        for &page in &staging.pages[b] {
-            let range = layout.page_range(page);
-            let stretch = dev.begin(Stream::CopyIn, &Label::copy("stage page", (range.end - range.start) * bytes).page(page))?;
-            staging.staged.push(StagedPage::load(dev, &self.store, page, || parts.next())?);
+        for (page, room) in &staging.pages[b] {
+            let range = layout.page_range(*page);
+            let stretch = dev.begin(Stream::CopyIn, &Label::copy("stage page", (range.end - range.start) * bytes).page(*page))?;
+            let mut parts = room.iter().copied();
+            staging.staged.push(StagedPage::load(dev, &self.store, *page, || parts.next())?);
             dev.end(Stream::CopyIn, stretch)?;
         }
         Ok(())
@@ -115,7 +119,7 @@ impl Session {
 
     /// Pages, ascending, whose state goes to the device before the optimizer begins, or stays there.
     pub fn device_pages(&self) -> Vec<PageId> {
-        let staged = self.staging.iter().flat_map(|s| s.pages.iter().flatten().copied());
+        let staged = self.staging.iter().flat_map(|s| s.pages.iter().flatten().map(|(page, _)| *page));
         let mut pages: Vec<PageId> = staged.chain(self.held.iter().map(|h| h.page)).collect();
         pages.sort_unstable();
         pages

@@ -63,6 +63,14 @@ impl PageUpdater for Slow<'_> {
         self.updater.submit(k, update, runs, state, gradients)
     }
 
+    fn prepare(&mut self, k: &AdamwStep, page: &StagedPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError> {
+        self.updater.prepare(k, page, runs, gradients)
+    }
+
+    fn submit_prepared(&mut self, k: &AdamwStep, update: &Update, staged: &StagedPage) -> Result<(), EngineError> {
+        self.updater.submit_prepared(k, update, staged)
+    }
+
     fn advance(&mut self, k: &AdamwStep, held: &HeldPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError> {
         std::thread::sleep(self.pause);
         self.updater.advance(k, held, runs, gradients)
@@ -85,7 +93,7 @@ impl PageUpdater for Slow<'_> {
     }
 }
 
-/// Every page through the device, two in hand.
+/// Every page through the device, two in hand; those whose state and gradients are there are updated before the first goes out.
 fn by_device(
     owner: &SharedOwner<'_>,
     k: &AdamwStep,
@@ -95,6 +103,14 @@ fn by_device(
 ) -> u64 {
     let layout = owner.store().layout();
     let mut in_hand = std::collections::VecDeque::new();
+    let prepared = |page| staged.iter().find(|s| s.page == page && gradients.is_some());
+    for page in owner.pages() {
+        let (params, Some(g)) = (layout.page_range(page), gradients) else { break };
+        let pieces = g.of(&params);
+        if let Some(s) = prepared(page) {
+            updater.prepare(k, s, &DecayRun::of(layout, &params), PageGradients::Device(g.format(), &pieces)).unwrap();
+        }
+    }
     for page in owner.pages() {
         if in_hand.len() == updater.depth() {
             updater.finish().unwrap();
@@ -105,7 +121,10 @@ fn by_device(
         let place = gradients.map_or(PageGradients::Segment, |g| PageGradients::Device(g.format(), &pieces));
         let state = staged.iter().find(|s| s.page == page).map_or([].as_slice(), |s| &s.state);
         let update = owner.begin(page, k.step).unwrap().unwrap();
-        updater.submit(k, &update, &DecayRun::of(layout, &params), state, place).unwrap();
+        match prepared(page) {
+            Some(s) => updater.submit_prepared(k, &update, s).unwrap(),
+            None => updater.submit(k, &update, &DecayRun::of(layout, &params), state, place).unwrap(),
+        }
         in_hand.push_back(update);
     }
     for update in in_hand {
@@ -156,7 +175,7 @@ fn adamw(step: u64) -> AdamwStep {
         one_minus_beta1: 0.1,
         one_minus_beta2: 0.05,
         step_size: 1e-2,
-        sqrt_bias2: 0.4,
+        root_scale: 2.5,
         eps: 1e-8,
         gradient_scale: 0.5,
         keep: 0.999,

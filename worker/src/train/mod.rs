@@ -38,6 +38,7 @@ use crate::checkpoint::{self, Checkpoints, Due};
 use crate::early::{Ahead, EarlyPages};
 use crate::metrics::Metrics;
 use crate::model::Model;
+use crate::optimizer::optimizer_threads;
 use crate::plan::EnginePlan;
 use crate::record::StepNumbers;
 use crate::session::Session;
@@ -181,12 +182,8 @@ impl Rank<'_> {
             false => Metrics::default(),
         };
         let durable = metrics.durable();
-        let threads = self.assignment.device.threads;
-        // The step loop enqueues the next forward pass beside the optimizer, and a thread feeds the device with pages: where
-        // their cores are taken, arithmetic stands still until the last page is done.
-        let threads = if self.assignment.device.kind == DeviceKind::Cuda { threads.saturating_sub(2) } else { threads };
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.max(1))
+            .num_threads(optimizer_threads(self.assignment.device.kind, self.assignment.device.threads))
             .thread_name(move |i| format!("adamw{rank}-{i}"))
             .build()
             .map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's threads: {e}")))?;

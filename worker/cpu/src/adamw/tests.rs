@@ -18,7 +18,7 @@ const K: AdamwStep = AdamwStep {
     one_minus_beta1: 0.1,
     one_minus_beta2: 0.05,
     step_size: 1.9e-3,
-    sqrt_bias2: 0.55,
+    root_scale: 1.8,
     eps: 1e-8,
     gradient_scale: 0.37,
     keep: 0.9997,
@@ -104,11 +104,11 @@ impl Page {
                 let m = k.beta1 * m + k.one_minus_beta1 * g;
                 let v = k.beta2 * v + (k.one_minus_beta2 * g) * g;
                 let keep = if run.decay { k.keep } else { 1.0 };
-                let p = split::join(self.hi[at], self.lo[at]) * keep - k.step_size * (m / (v.sqrt() / k.sqrt_bias2 + k.eps));
+                let p = split::join(self.hi[at], self.lo[at]) * keep - k.step_size * (m / (v.sqrt() * k.root_scale + k.eps));
                 (new.hi[at], new.lo[at]) = split::split(p);
                 (new.m[at], new.v[at]) = (m, v);
-                new.m16[at] = stochastic(m, random_bits(k.step, i, 1));
-                new.v16[at] = stochastic(v, random_bits(k.step, i, 2));
+                new.m16[at] = stochastic(m, random_bits(random_key(k.step, i), i as u32) as u16);
+                new.v16[at] = stochastic(v, (random_bits(random_key(k.step, i), i as u32) >> 16) as u16);
             }
         }
         new
@@ -201,7 +201,7 @@ fn one_parameter_follows_adamw() {
             one_minus_beta1: 0.1,
             one_minus_beta2: 0.01,
             step_size: (lr / (1.0 - 0.9f64.powi(t))) as f32,
-            sqrt_bias2: (1.0 - 0.99f64.powi(t)).sqrt() as f32,
+            root_scale: (1.0 / (1.0 - 0.99f64.powi(t)).sqrt()) as f32,
             eps: 1e-8,
             gradient_scale: 1.0,
             keep: (1.0 - lr * decay) as f32,

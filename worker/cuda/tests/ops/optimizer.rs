@@ -26,7 +26,7 @@ pub fn k(step: u64) -> AdamwStep {
         one_minus_beta1: 0.1,
         one_minus_beta2: 0.05,
         step_size: 1.9e-3,
-        sqrt_bias2: 0.55,
+        root_scale: 1.8,
         eps: 1e-8,
         gradient_scale: 0.37,
         keep: 0.9997,
