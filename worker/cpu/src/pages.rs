@@ -8,7 +8,8 @@
 //!   pages whose state lies ─┘
 //!   on the device already
 //! ```
-//! The device begins with the pages that it has, the pool with the others; who is done with his goes on with the rest.
+//! The device begins with the pages that it has, and goes on with the others; the pool takes the first of all that nobody has
+//! taken, so that neither is far ahead of what the next forward pass waits for.
 //! Whoever is free takes the next page. Which of them updates a page changes nothing in it (`ramtorch_device` defines
 //! an update to the bit), so the sharing needs no plan and leaves no trace that recovery would have to know.
 //!
@@ -77,12 +78,18 @@ impl Queue {
         self.staged.get(self.next_staged.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The pool's next page.
+    /// The pool's next page: the first that is left, or where the device takes it meanwhile, one soon after.
     fn take(&self) -> Option<PageId> {
         if self.stopped.load(Ordering::Relaxed) {
             return None;
         }
-        self.next_unstaged().or_else(|| self.next_staged_page().map(|s| s.page))
+        let unstaged = self.pages.get(self.next.load(Ordering::Relaxed));
+        let staged = self.staged.get(self.next_staged.load(Ordering::Relaxed));
+        let devices = || self.next_staged_page().map(|s| s.page);
+        match (unstaged, staged) {
+            (Some(page), Some(s)) if s.page < *page => devices().or_else(|| self.next_unstaged()),
+            _ => self.next_unstaged().or_else(devices),
+        }
     }
 
     /// The device's next page whose state is there.

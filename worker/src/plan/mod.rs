@@ -394,9 +394,9 @@ fn dtype_of(spec: &JobSpec, kind: DeviceKind) -> Dtype {
     }
 }
 
-/// Sequences of the largest micro-batch that a plan may choose for a rank with `share` sequences a step.
-pub(crate) fn largest_micro_batch(spec: &JobSpec, share: usize, seq: usize, kind: DeviceKind) -> usize {
-    search::micro_batches(spec, share, seq, kind)[0]
+/// Sequences at once of all micro-batches that a plan for `world` ranks may have, largest first.
+pub(crate) fn batch_sizes(spec: &JobSpec, world: usize, seq: usize, kind: DeviceKind) -> Vec<usize> {
+    search::batch_sizes(spec, world, seq, kind)
 }
 
 /// Where the parameters of a job's model lie, and the number format of its arithmetic.
@@ -452,17 +452,14 @@ pub(crate) fn assumed_workspace(kind: DeviceKind, deterministic: bool) -> impl F
         let per_sequence = (s.heads * s.seq) as u64;
         Ok(match kind {
             DeviceKind::Cpu => 0,
-            // cuDNN's deterministic backward pass wants 2 bytes a score; the device takes fewer sequences at a time
-            // above 1 GiB. The other one adds the queries' gradients up in f32, which it is given room for, and nearly as much
+            // cuDNN's deterministic backward pass wants 2 bytes a score at most; the device takes fewer sequences at a time
+            // above 1 GiB, and no more than necessary. The other one adds the queries' gradients up in f32, which it is given room for, and nearly as much
             // of its own (measured: 571 MiB beside 640). Row sums come on top of either.
             DeviceKind::Cuda => {
                 let scores = per_sequence * s.seq as u64 * 2;
-                let mut at_once = s.batch as u64;
-                while at_once > 1 && at_once * scores > 1 << 30 {
-                    at_once = at_once.div_ceil(2);
-                }
+                let parts = (s.batch as u64 * scores).min(1 << 30).max(scores);
                 let sums = per_sequence * s.batch as u64 * s.head_dim as u64 * 4;
-                (if deterministic { at_once * scores } else { 2 * sums }) + 2 * per_sequence * s.batch as u64 * 4 + (64 << 20)
+                (if deterministic { parts } else { 2 * sums }) + 2 * per_sequence * s.batch as u64 * 4 + (64 << 20)
             }
         })
     }

@@ -74,11 +74,37 @@ pub(super) fn micro_batches(spec: &JobSpec, share: usize, seq: usize, kind: Devi
         return vec![mb.min(share)];
     }
     let most = (most_rows(kind) / seq.max(1)).clamp(1, share);
-    // Equal parts of the share, then half as large ones.
-    let mut sizes = vec![share.div_ceil(share.div_ceil(most))];
-    while let Some(&n) = sizes.last().filter(|n| **n > 1) {
-        sizes.push(n.div_ceil(2));
+    // Equal parts of the share, half as large ones and so on, and between any two of them the parts where it is cut half as often again.
+    let mut sizes = Vec::new();
+    let mut parts = share.div_ceil(most);
+    while sizes.last().is_none_or(|n| *n > 1) {
+        sizes.push(share.div_ceil(parts));
+        sizes.push(share.div_ceil(parts + parts.div_ceil(2)));
+        parts *= 2;
     }
+    sizes.dedup();
+    sizes
+}
+
+/// Micro-batches of `micro_batch` sequences, and what is left over on some rank of `world`.
+fn sizes_of(batch: usize, world: usize, micro_batch: usize) -> Vec<usize> {
+    let mut sizes = vec![micro_batch];
+    for rank in 0..world {
+        let left = rank_share(batch, rank, world).len() % micro_batch;
+        if left > 0 && !sizes.contains(&left) {
+            sizes.push(left);
+        }
+    }
+    sizes
+}
+
+/// Sequences at once of all micro-batches that a plan may have, largest first, each once.
+pub(super) fn batch_sizes(spec: &JobSpec, world: usize, seq: usize, kind: DeviceKind) -> Vec<usize> {
+    let (batch, world) = (spec.train.batch_size, world.max(1));
+    let chosen = micro_batches(spec, batch.div_ceil(world), seq, kind);
+    let mut sizes: Vec<usize> = chosen.into_iter().flat_map(|n| sizes_of(batch, world, n)).collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    sizes.dedup();
     sizes
 }
 
@@ -219,13 +245,6 @@ fn each_size(s: &Space, rounded: bool, best: &mut Option<Found>, least: &mut u64
         let rows = micro_batch * s.seq;
         let head = head_rows(&s.model.architecture, s.model.dtype, rows, s.kind);
         let times = s.cost.times(s.model, rows, s.seq, head);
-        let mut batch_sizes = vec![micro_batch];
-        for rank in 0..s.world {
-            let left = rank_share(batch, rank, s.world).len() % micro_batch;
-            if left > 0 && !batch_sizes.contains(&left) {
-                batch_sizes.push(left);
-            }
-        }
         let start = EnginePlan {
             world: s.world,
             dtype: s.model.dtype,
@@ -238,7 +257,7 @@ fn each_size(s: &Space, rounded: bool, best: &mut Option<Found>, least: &mut u64
             group_len: micro_batches,
             micro_batches,
             sequences: share,
-            batch_sizes,
+            batch_sizes: sizes_of(batch, s.world, micro_batch),
             documents: s.documents,
             keep: Vec::new(),
             resident: vec![false; s.model.len()],

@@ -27,6 +27,8 @@ pub(super) struct Question<'a> {
     pub seq: usize,
     /// Sequences of the largest micro-batch.
     pub sequences: usize,
+    /// Those of all that a plan may have, largest first: how much memory attention wants for them does not follow from one another.
+    pub batches: Vec<usize>,
     /// Rows of a chunk of the head, at most.
     pub head_rows: usize,
     pub deterministic: bool,
@@ -35,6 +37,8 @@ pub(super) struct Question<'a> {
 
 /// No third size of micro-batch is begun after this.
 const LIMIT: Duration = Duration::from_secs(5);
+/// Sizes of micro-batches whose memory is asked for; it takes a while.
+const ASKED: usize = 24;
 /// Tokens of the smallest micro-batch that is timed, where sequences are shorter.
 const FEW_ROWS: usize = 1024;
 /// Parameters of the store that copies and AdamW are timed with.
@@ -183,7 +187,7 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
     }
     if let Block::Layer(l) = &m.blocks[layer] {
         let ask = |n: &usize| dev.attention_workspace(&l.attention_shape(Shape { sequences: *n, ..shape })).map(|bytes| (*n, bytes));
-        rates.workspace = list.iter().map(ask).collect::<Result<_, _>>()?;
+        rates.workspace = q.batches.iter().take(ASKED).map(ask).collect::<Result<_, _>>()?;
     }
     // The head, one chunk of it.
     let r = shape.head_rows.min(rows);
@@ -404,13 +408,13 @@ pub(super) fn measure(q: &Question, cache: &Path, rates: &mut Rates) -> Result<(
         (c.hidden_size, c.intermediate_size, c.heads, c.kv_heads, c.head_dim, c.vocab_size, c.qk_norm, c.attention_bias, c.tie_embeddings)
     });
     let key = format!(
-        "{VERSION} {} {} driver {} {:?} deterministic {} {config:?} {} x {} head {} threads {} {:?}",
+        "{VERSION} {} {} driver {} {:?} deterministic {} {config:?} {:?} x {} head {} threads {} {:?}",
         env!("CARGO_PKG_VERSION"),
         info.name,
         info.driver_version,
         q.model.dtype,
         q.deterministic,
-        q.sequences,
+        q.batches,
         q.seq,
         q.head_rows,
         q.device.threads,
@@ -519,6 +523,7 @@ mod tests {
                 model: &model,
                 seq: 512,
                 sequences: 8,
+                batches: vec![8, 6, 4],
                 head_rows: 100,
                 deterministic: true,
                 moments: MomentFormat::F32,
@@ -528,6 +533,7 @@ mod tests {
             visits(&mut dev, &q, &mut gpu).unwrap();
             assert!(!gpu.layers.is_empty() && gpu.layers.is_sorted_by_key(|l| l.rows), "{gpu:?}");
             assert_eq!(gpu.layers.last().unwrap().rows, 4096);
+            assert_eq!(gpu.workspace.iter().map(|w| w.0).collect::<Vec<_>>(), [8, 6, 4]);
             for l in &gpu.layers {
                 assert!(l.forward > 0.0 && l.backward > 0.0 && l.recompute > 0.0 && l.rebuild >= 0.0, "{l:?}");
             }

@@ -51,13 +51,14 @@ fn on_gpu(
 ) -> Result<(), EngineError> {
     let (layout, dtype) = crate::plan::layout_of(spec, architecture, a.device.kind)?;
     let model = Model::new(architecture, &layout, dtype)?;
-    let share = spec.train.batch_size.div_ceil(a.world_size.max(1));
-    let sequences = crate::plan::largest_micro_batch(spec, share, seq, a.device.kind);
+    let batches = crate::plan::batch_sizes(spec, a.world_size, seq, a.device.kind);
+    let sequences = batches.first().copied().unwrap_or(1);
     let question = gpu::Question {
         device: &a.device,
         model: &model,
         seq,
         sequences,
+        batches,
         head_rows: crate::plan::head_rows(architecture, dtype, sequences * seq, a.device.kind),
         deterministic: spec.train.deterministic,
         moments: layout.spec().moments,

@@ -111,30 +111,44 @@ pub fn put(s: &Store, value: impl Fn(u64) -> f32) {
 
 /// Every page through the device, as many in hand as it wants; those that `staged` has were brought before.
 pub fn by_device(owner: &SharedOwner<'_>, k: &AdamwStep, updater: &mut dyn PageUpdater, staged: &[StagedPage]) -> u64 {
-    by_device_from(owner, k, updater, staged, None)
+    by_device_from(owner, k, updater, staged, None, false)
 }
 
-/// As [`by_device`]; `kept`: gradients are on the device.
+/// As [`by_device`]; `kept`: gradients are on the device. `ahead`: those that were brought are updated before the first page goes out.
 fn by_device_from(
     owner: &SharedOwner<'_>,
     k: &AdamwStep,
     updater: &mut dyn PageUpdater,
     staged: &[StagedPage],
     kept: Option<&DeviceGradients>,
+    ahead: bool,
 ) -> u64 {
     let layout = owner.store().layout();
     let mut in_hand = std::collections::VecDeque::new();
+    if let Some(kept) = kept.filter(|_| ahead) {
+        for s in staged {
+            let params = layout.page_range(s.page);
+            let pieces = kept.of(&params);
+            updater.prepare(k, s, &DecayRun::of(layout, &params), PageGradients::Device(kept.format(), &pieces)).unwrap();
+        }
+    }
     for page in owner.pages() {
         if in_hand.len() == updater.depth() {
             updater.finish().unwrap();
             owner.publish(in_hand.pop_front().unwrap()).unwrap();
         }
         let update = owner.begin(page, k.step).unwrap().unwrap();
-        let state = staged.iter().find(|s| s.page == page).map_or([].as_slice(), |s| &s.state);
+        let there = staged.iter().find(|s| s.page == page);
         let params = layout.page_range(page);
         let pieces = kept.map(|kept| kept.of(&params)).unwrap_or_default();
         let gradients = kept.map_or(PageGradients::Segment, |kept| PageGradients::Device(kept.format(), &pieces));
-        updater.submit(k, &update, &DecayRun::of(layout, &params), state, gradients).unwrap();
+        match there.filter(|_| ahead && kept.is_some()) {
+            Some(s) => updater.submit_prepared(k, &update, s).unwrap(),
+            None => {
+                let state = there.map_or([].as_slice(), |s| &s.state);
+                updater.submit(k, &update, &DecayRun::of(layout, &params), state, gradients).unwrap();
+            }
+        }
         in_hand.push_back(update);
     }
     for update in in_hand {
@@ -318,7 +332,7 @@ fn kept(rows: u64, page: u32, steps: u64) {
                 update_pages(&owner, &k(step), None).unwrap();
             }
             let want = image(&reference, steps);
-            for who in ["cpu", "gpu", "both", "gpu, staged", "both, staged"] {
+            for who in ["cpu", "gpu", "both", "gpu, staged", "gpu, prepared", "both, staged"] {
                 let s = store(&format!("kept-{who}-{moments:?}-{gradients:?}"), rows, page, moments, GradientFormat::None);
                 let mut d = CudaDevice::open(0, Dtype::Bf16, 1 << 30, false).unwrap();
                 let kept = room_for_gradients(&mut d, &s, gradients);
@@ -333,14 +347,15 @@ fn kept(rows: u64, page: u32, steps: u64) {
                 let mut total = PagesUpdated::default();
                 for step in 1..=steps {
                     put_on_device(&d, &kept, s.layout().span(), step);
-                    let staged = if who.ends_with("staged") { stage(&d, &s, room, 2) } else { Vec::new() };
+                    let staged = if who.contains(',') { stage(&d, &s, room, 2) } else { Vec::new() };
                     let from = Kept { gradients: &kept, reader: reader.as_mut() };
                     let done = match who {
                         "cpu" => {
                             update_pages_recorded(&owner, &k(step), None, staged, (&mut [], None), Some(from), &Default::default()).unwrap()
                         }
-                        "gpu" | "gpu, staged" => {
-                            let device = by_device_from(&owner, &k(step), updater.as_mut(), &staged, Some(&kept));
+                        "gpu" | "gpu, staged" | "gpu, prepared" => {
+                            let ahead = who == "gpu, prepared";
+                            let device = by_device_from(&owner, &k(step), updater.as_mut(), &staged, Some(&kept), ahead);
                             PagesUpdated { device, ..Default::default() }
                         }
                         _ => {
@@ -486,7 +501,7 @@ pub fn bench() {
                         update_pages_recorded(&owner, &k(step), None, Vec::new(), (&mut [], None), Some(from), &Default::default()).unwrap()
                     }
                     "kept, GPU" => {
-                        let device = by_device_from(&owner, &k(step), updater.as_mut(), &[], Some(&kept));
+                        let device = by_device_from(&owner, &k(step), updater.as_mut(), &[], Some(&kept), false);
                         PagesUpdated { device, ..Default::default() }
                     }
                     "kept, both" => {
