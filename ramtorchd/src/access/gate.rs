@@ -2,6 +2,7 @@
 
 use super::config::LimitsConfig;
 use super::idle::{Call, Line};
+use super::punctual::{Punctual, REQUEST_LIMIT};
 use super::tls::Peer;
 use super::{Caller, Policy};
 use crate::supervisor::{Refusal, RefusalKind};
@@ -19,6 +20,9 @@ use tonic::body::Body;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
+
+/// The only services whose calls have more than one request.
+const REFLECTION: &str = "/grpc.reflection.";
 
 /// Who may call, how much, and what was called.
 #[derive(Clone)]
@@ -184,6 +188,10 @@ where
                 }
             };
             request.extensions_mut().insert(caller);
+            // A conversation: its requests come when its client likes.
+            if !request.uri().path().starts_with(REFLECTION) {
+                request = request.map(|body| Body::new(Punctual::new(body, REQUEST_LIMIT)));
+            }
             let response = inner.call(request).await?;
             // A call that is refused before it has said anything carries its status here, others at their end.
             let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |v| Code::from_bytes(v.as_bytes()));

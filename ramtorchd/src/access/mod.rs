@@ -16,6 +16,7 @@ mod idle;
 pub mod outputs;
 pub mod paths;
 mod places;
+mod punctual;
 pub mod sandbox;
 pub mod serve;
 pub mod tls;
