@@ -231,11 +231,16 @@ fn the_debian_package_holds_what_it_should() {
     assert_eq!(completions, "completion bash\n", "what `ramtorch completion bash` prints");
 }
 
-/// No image is built here: that needs a container engine and a network. What the file names has to exist.
+/// No image is built here: that needs a container engine and a network. What the file names has to exist, and what was built here before
+/// (gigabytes) must not be copied.
 #[test]
 fn the_container_file_names_what_is_there() {
     let text = std::fs::read_to_string(deploy("Containerfile")).unwrap();
     let root = deploy("..");
+    let ignored = std::fs::read_to_string(root.join(".dockerignore")).unwrap();
+    for built in [".git", "target", "fuzz/target"] {
+        assert!(ignored.lines().any(|l| l == built), "{built}");
+    }
     let mut copied = Vec::new();
     let instructions = text.replace("\\\n", " ");
     for line in instructions.lines().filter(|l| !l.starts_with('#')) {
