@@ -111,12 +111,16 @@ impl Default for Supervision {
 pub struct JobLimits {
     /// Jobs that may wait or run at once.
     pub active_max: usize,
+    /// Those of one user; half of them where it is not set.
+    pub active_max_per_user: Option<usize>,
     /// Ended jobs that are remembered; the oldest are forgotten with their logs.
     pub ended_max: usize,
     /// Steps of metrics kept in memory for each active job.
     pub metrics_history: usize,
     /// Generate, eval, export, inspect and plan calls at once.
     pub one_off_max: usize,
+    /// Those of one user; half of them where it is not set.
+    pub one_off_max_per_user: Option<usize>,
     /// Which parameter stores of unfinished jobs stay in memory when the daemon is stopped.
     pub keep_segments_on_stop: KeepSegments,
 }
@@ -159,11 +163,25 @@ impl Default for JobLimits {
     fn default() -> Self {
         JobLimits {
             active_max: 1000,
+            active_max_per_user: None,
             ended_max: 1000,
             metrics_history: 10_000,
             one_off_max: 8,
+            one_off_max_per_user: None,
             keep_segments_on_stop: KeepSegments::default(),
         }
+    }
+}
+
+impl JobLimits {
+    /// Jobs of one user who is no administrator that may wait or run at once.
+    pub fn active_share(&self) -> usize {
+        self.active_max_per_user.unwrap_or(self.active_max.div_ceil(2))
+    }
+
+    /// Calls that one such user may have served in processes of their own at once.
+    pub fn one_off_share(&self) -> usize {
+        self.one_off_max_per_user.unwrap_or(self.one_off_max.div_ceil(2))
     }
 }
 
@@ -312,7 +330,13 @@ impl ConfigFile {
             }
         }
         let j = &self.jobs;
-        let counts = [("jobs.active_max", j.active_max), ("jobs.metrics_history", j.metrics_history), ("jobs.one_off_max", j.one_off_max)];
+        let counts = [
+            ("jobs.active_max", j.active_max),
+            ("jobs.active_max_per_user", j.active_share()),
+            ("jobs.metrics_history", j.metrics_history),
+            ("jobs.one_off_max", j.one_off_max),
+            ("jobs.one_off_max_per_user", j.one_off_share()),
+        ];
         for (key, value) in counts {
             if value == 0 {
                 return Err(ConfigError::Value { key, detail: "must be at least 1".into() });
@@ -467,6 +491,8 @@ mod tests {
             ("[supervision]\nheartbeat_timeout_seconds = 0.1", "supervision.heartbeat_timeout_seconds"),
             ("[supervision]\nstop_timeout_seconds = nan", "supervision.stop_timeout_seconds"),
             ("[jobs]\nactive_max = 0", "jobs.active_max"),
+            ("[jobs]\nactive_max_per_user = 0", "jobs.active_max_per_user"),
+            ("[jobs]\none_off_max_per_user = 0", "jobs.one_off_max_per_user"),
             ("threads = \"two\"", "threads"),
         ] {
             let e = read(text).unwrap_err().to_string();
@@ -485,6 +511,14 @@ mod tests {
         let unset = Supervision::default();
         assert_eq!(limits(&unset, false), [3600, 300, 300, 1200]);
         assert_eq!(limits(&unset, true)[1..], [30, 100, 1200], "a phase that was completed often is known");
+    }
+
+    #[test]
+    fn a_user_has_half_unless_it_says_otherwise() {
+        let shares = |text: &str| read(text).map(|f| (f.jobs.active_share(), f.jobs.one_off_share())).unwrap();
+        assert_eq!(shares(""), (500, 4));
+        assert_eq!(shares("[jobs]\nactive_max = 1\none_off_max = 3"), (1, 2));
+        assert_eq!(shares("[jobs]\nactive_max_per_user = 7\none_off_max_per_user = 1"), (7, 1));
     }
 
     #[test]

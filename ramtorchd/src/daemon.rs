@@ -207,15 +207,15 @@ impl Daemon {
             ledger,
         };
         let counters = Arc::new(telemetry::rpc::RpcCounters::default());
-        let most = service.limits.connections;
+        let bounds = serve::Bounds { connections: service.limits.connections, idle: service.limits.connection_idle() };
         let gate = Gate::new(Policy::new(service.access), service.limits, counters.clone());
         let mut servers = vec![serve_workers(handle.clone(), workers)];
         let (mut tcp_address, mut metrics_address) = (None, None);
-        servers.push(serve::unix(context.clone(), gate.clone(), most, clients).await?);
+        servers.push(serve::unix(context.clone(), gate.clone(), bounds, clients).await?);
         if let Some((listener, tls, reflection)) = tcp {
             tcp_address = listener.local_addr().ok();
             tracing::info!("listening on {} with mutual TLS", tcp_address.map(|a| a.to_string()).unwrap_or_default());
-            servers.push(serve::tcp(context, gate, most, listener, tls, reflection).await?);
+            servers.push(serve::tcp(context, gate, bounds, listener, tls, reflection).await?);
         }
         if let Some(listener) = metrics {
             metrics_address = listener.local_addr().ok();

@@ -1,5 +1,5 @@
-//! The files in `deploy/`: what the daemon reads of them it understands, systemd takes the units, and the package that is built of
-//! them holds what it should.
+//! The files in `deploy/`: what the daemon reads of them it understands, systemd takes the units, Prometheus fires the alerts, and the
+//! package that is built of them holds what it should.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 
@@ -88,6 +88,50 @@ fn the_service_is_as_confined_as_is_said() {
         return;
     };
     assert!(score <= EXPOSURE_MAX, "{score}\n{said}");
+}
+
+/// Each alert fires where it should and is quiet where it should, as Prometheus itself sees it: `alerts.yml` beside this file. That its
+/// series are those of the daemon is tested where the page of metrics is made (`telemetry`).
+#[test]
+fn prometheus_fires_each_alert_and_only_where_it_should() {
+    let (rules, cases) = (deploy("prometheus-rules.yml"), deploy("../ramtorchd/tests/alerts.yml"));
+    let (rules_text, cases_text) = (std::fs::read_to_string(&rules).unwrap(), std::fs::read_to_string(&cases).unwrap());
+    // By the lines, a case is on one line where it is quiet, and has a line of its own for the name where it fires.
+    for alert in rules_text.lines().filter_map(|l| l.trim().strip_prefix("- alert: ")) {
+        let quiet = cases_text.lines().any(|l| l.ends_with(&format!("alertname: {alert}, exp_alerts: [] }}")));
+        let fires = cases_text.lines().any(|l| l.trim() == format!("alertname: {alert}"));
+        assert!(quiet && fires, "alerts.yml lacks a case in which {alert} {}", if fires { "is quiet" } else { "fires" });
+    }
+    for arguments in [["check", "rules", rules.to_str().unwrap()], ["test", "rules", cases.to_str().unwrap()]] {
+        let Some((ok, said)) = said("promtool", &arguments) else { return };
+        assert!(ok, "{said}");
+    }
+}
+
+/// What the dashboard asks for are questions that Prometheus understands.
+#[test]
+fn prometheus_understands_the_dashboard() {
+    fn questions(value: &serde_json::Value, found: &mut Vec<String>) {
+        match value {
+            serde_json::Value::Object(fields) => {
+                found.extend(fields.get("expr").and_then(|e| e.as_str()).map(String::from));
+                fields.values().for_each(|v| questions(v, found));
+            }
+            serde_json::Value::Array(values) => values.iter().for_each(|v| questions(v, found)),
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    questions(&serde_json::from_slice(&std::fs::read(deploy("grafana-dashboard.json")).unwrap()).unwrap(), &mut found);
+    assert!(found.len() > 20, "{found:?}");
+    // A recording rule for each; JSON is YAML.
+    let rules: Vec<_> =
+        found.iter().enumerate().map(|(i, expr)| serde_json::json!({ "record": format!("panel:{i}"), "expr": expr })).collect();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let groups = serde_json::json!({ "groups": [{ "name": "dashboard", "rules": rules }] });
+    std::fs::write(file.path(), groups.to_string()).unwrap();
+    let Some((ok, said)) = said("promtool", &["check", "rules", file.path().to_str().unwrap()]) else { return };
+    assert!(ok, "{said}");
 }
 
 /// A file of the package: mode as `ls` shows it, and owner.
@@ -187,11 +231,16 @@ fn the_debian_package_holds_what_it_should() {
     assert_eq!(completions, "completion bash\n", "what `ramtorch completion bash` prints");
 }
 
-/// No image is built here: that needs a container engine and a network. What the file names has to exist.
+/// No image is built here: that needs a container engine and a network. What the file names has to exist, and what was built here before
+/// (gigabytes) must not be copied.
 #[test]
 fn the_container_file_names_what_is_there() {
     let text = std::fs::read_to_string(deploy("Containerfile")).unwrap();
     let root = deploy("..");
+    let ignored = std::fs::read_to_string(root.join(".dockerignore")).unwrap();
+    for built in [".git", "target", "fuzz/target"] {
+        assert!(ignored.lines().any(|l| l == built), "{built}");
+    }
     let mut copied = Vec::new();
     let instructions = text.replace("\\\n", " ");
     for line in instructions.lines().filter(|l| !l.starts_with('#')) {

@@ -3,7 +3,8 @@
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use ramtorch_tests::{Daemon, Fixture, Sandbox};
+use ramtorch_failpoint::{MARKS_VARIABLE, VARIABLE};
+use ramtorch_tests::{Daemon, Fixture, Sandbox, exit};
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
@@ -105,6 +106,47 @@ fn the_service_manager_is_told_and_the_watchdog_fed_while_the_daemon_runs() {
     daemon.process().signal(Signal::SIGCONT);
     manager.wait_for("WATCHDOG=1");
 
+    daemon.stop();
+    manager.wait_for("STOPPING=1");
+}
+
+/// The loop that owns all state is stuck, and it alone: the process has not stopped, takes connections and answers what it need not
+/// ask the loop for. A watchdog that anything else than the loop fed would be content with that.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn the_watchdog_is_not_fed_by_a_daemon_whose_state_loop_is_stuck() {
+    let sandbox = Sandbox::new();
+    let manager = Manager::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let mut environment = manager.environment();
+    let armed = [(VARIABLE, "job.submitted=hold"), (MARKS_VARIABLE, marks.to_str().unwrap())];
+    environment.extend(armed.map(|(k, v)| (k.to_owned(), v.to_owned())));
+    let mut daemon = Daemon::try_start(&sandbox, "cpu:1", &[], &environment).unwrap();
+    manager.wait_for("READY=1");
+    for _ in 0..2 {
+        manager.wait_for("WATCHDOG=1");
+    }
+    let job = Fixture::load("llama").job("held").set("train.steps", 2).set("schedule.warmup_steps", 0).unset("output.path");
+    let mut submission = daemon.start_client(["submit".as_ref(), sandbox.write_job("held", &job).as_os_str()]);
+    let end = Instant::now() + LIMIT;
+    while !marks.join("0-job.submitted").exists() {
+        assert!(Instant::now() < end, "the loop was not reached:\n{}", submission.stderr());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // What it said before.
+    manager.drain();
+    assert_eq!(manager.next(SILENCE), None, "a daemon whose state loop is stuck has fed the watchdog");
+    let wrong = sandbox.write_job("wrong", &job.set("train.steps", "many"));
+    daemon.client(["submit".as_ref(), wrong.as_os_str()]).expect_refusal(exit::JOB_FILE, &["steps"]);
+    assert_ne!(state(daemon.process().pid()), 'T');
+    assert!(!submission.has_ended(), "nobody but the loop can answer this:\n{}", submission.stdout());
+    assert_eq!(manager.next(Duration::from_millis(1)), None, "it was fed meanwhile");
+
+    std::fs::write(marks.join("0-job.submitted.go"), "").unwrap();
+    manager.wait_for("WATCHDOG=1");
+    submission.wait(LIMIT).expect_success();
+    daemon.wait_for_state("held", "succeeded");
     daemon.stop();
     manager.wait_for("STOPPING=1");
 }

@@ -5,6 +5,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A user by name or number.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -54,13 +55,22 @@ pub struct LimitsConfig {
     pub open_calls_per_user: usize,
     /// Connections at once, on each of the two ways in.
     pub connections: usize,
+    /// A connection without an open call is closed after so long.
+    pub connection_idle_seconds: f64,
     /// Largest request, in bytes.
     pub request_bytes: usize,
 }
 
 impl Default for LimitsConfig {
     fn default() -> Self {
-        LimitsConfig { calls_per_second: 1000.0, calls_burst: 2000, open_calls_per_user: 4096, connections: 4096, request_bytes: 16 << 20 }
+        LimitsConfig {
+            calls_per_second: 1000.0,
+            calls_burst: 2000,
+            open_calls_per_user: 4096,
+            connections: 4096,
+            connection_idle_seconds: 600.0,
+            request_bytes: 16 << 20,
+        }
     }
 }
 
@@ -108,6 +118,11 @@ pub struct MetricsConfig {
 }
 
 impl LimitsConfig {
+    /// `connection_idle_seconds`
+    pub fn connection_idle(&self) -> Duration {
+        Duration::try_from_secs_f64(self.connection_idle_seconds).unwrap_or(Duration::MAX)
+    }
+
     /// Refuses what cannot work.
     ///
     /// # Errors
@@ -126,6 +141,9 @@ impl LimitsConfig {
             if count == 0 {
                 return value(key, "must be at least 1");
             }
+        }
+        if !(self.connection_idle_seconds >= 1.0 && self.connection_idle_seconds <= 86_400.0) {
+            return value("limits.connection_idle_seconds", "must be between 1 and 86400");
         }
         // A job file may have a MiB, and its envelope a little more.
         if self.request_bytes < 2 << 20 || self.request_bytes > 256 << 20 {
@@ -178,6 +196,7 @@ mod tests {
         assert!(toml::from_str::<TcpConfig>(&format!("{tcp}clients = {{}}")).unwrap().check().is_err());
         assert!(toml::from_str::<PathsConfig>("read = [\"data\"]").unwrap().check().is_err());
         assert!(toml::from_str::<LimitsConfig>("calls_per_second = 0.0").unwrap().check().is_err());
+        assert!(toml::from_str::<LimitsConfig>("connection_idle_seconds = 0.0").unwrap().check().is_err());
         assert!(toml::from_str::<LimitsConfig>("request_bytes = 5").unwrap().check().is_err());
         assert!(LimitsConfig::default().check().is_ok());
         assert!(toml::from_str::<AccessConfig>("user = []").is_err());

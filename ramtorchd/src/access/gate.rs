@@ -1,6 +1,8 @@
 //! Stands before every service: finds out who calls, counts, and keeps one user's calls within bounds.
 
 use super::config::LimitsConfig;
+use super::idle::{Call, Line};
+use super::punctual::{Punctual, REQUEST_LIMIT};
 use super::tls::Peer;
 use super::{Caller, Policy};
 use crate::supervisor::{Refusal, RefusalKind};
@@ -18,6 +20,9 @@ use tonic::body::Body;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
+
+/// The only services whose calls have more than one request.
+const REFLECTION: &str = "/grpc.reflection.";
 
 /// Who may call, how much, and what was called.
 #[derive(Clone)]
@@ -112,6 +117,17 @@ impl Gate {
     }
 }
 
+/// Puts the peer where services look for it, and counts the call of its connection.
+fn unwrap(extensions: &mut Extensions) -> Option<Call> {
+    if let Some(Line { peer, calls }) = extensions.remove::<Line<UdsConnectInfo>>() {
+        extensions.insert(peer);
+        return Some(calls.begin());
+    }
+    let Line { peer, calls } = extensions.remove::<Line<Peer>>()?;
+    extensions.insert(peer);
+    Some(calls.begin())
+}
+
 /// The user behind a connection: the kernel's word on a unix socket, the certificate's on TCP.
 fn peer(extensions: &Extensions) -> Result<u32, String> {
     if let Some(peer) = extensions.get::<Peer>() {
@@ -158,6 +174,7 @@ where
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let gate = self.gate.clone();
+        let open = unwrap(request.extensions_mut());
         Box::pin(async move {
             let begun = Instant::now();
             let counters = gate.shared.counters.clone();
@@ -171,11 +188,15 @@ where
                 }
             };
             request.extensions_mut().insert(caller);
+            // A conversation: its requests come when its client likes.
+            if !request.uri().path().starts_with(REFLECTION) {
+                request = request.map(|body| Body::new(Punctual::new(body, REQUEST_LIMIT)));
+            }
             let response = inner.call(request).await?;
             // A call that is refused before it has said anything carries its status here, others at their end.
             let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |v| Code::from_bytes(v.as_bytes()));
             counters.answered(call, code, begun.elapsed());
-            Ok(response.map(|body| Body::new(Held { body, _ticket: ticket })))
+            Ok(response.map(|body| Body::new(Held { body, _ticket: ticket, _open: open })))
         })
     }
 }
@@ -184,6 +205,7 @@ where
 struct Held {
     body: Body,
     _ticket: Ticket,
+    _open: Option<Call>,
 }
 
 impl HttpBody for Held {

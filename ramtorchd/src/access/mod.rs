@@ -12,9 +12,11 @@
 
 pub mod config;
 pub mod gate;
+mod idle;
 pub mod outputs;
 pub mod paths;
 mod places;
+mod punctual;
 pub mod sandbox;
 pub mod serve;
 pub mod tls;

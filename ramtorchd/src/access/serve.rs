@@ -1,6 +1,7 @@
 //! The two ways in: the unix socket, and TCP with TLS. Both end in the same services behind the same gate.
 
 use super::gate::Gate;
+use super::idle::{Limits, Line, Timer};
 use super::places::{Place, Places};
 use super::tls::{Peer, Tls};
 use crate::rpc::{Context as Services, JobsService, NodeService};
@@ -22,7 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::transport::server::{Connected, UdsConnectInfo};
 
-/// A TLS handshake may take so long.
+/// A TLS handshake may take so long, and what HTTP/2 begins with as long after it.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Pause after an error of accept, such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -34,44 +35,82 @@ const READY: usize = 64;
 const STREAMS_PER_CONNECTION: u32 = 2048;
 /// Largest header list, in bytes.
 const HEADERS_MAX: u32 = 16 << 10;
-/// A silent TCP peer is asked for a sign of life after so long.
+/// A silent TCP peer is asked for a sign of life after so long, and has as long to give one as is next. Of a process on this machine the
+/// kernel tells the end; one that is only stopped keeps its watches.
 const KEEPALIVE: Duration = Duration::from_secs(60);
+const KEEPALIVE_ANSWER: Duration = Duration::from_secs(20);
 
 /// A server's end: told to stop, and waited for.
 pub type Running = (oneshot::Sender<()>, JoinHandle<()>);
 
-/// A connection that counts.
-pub struct Connection<T, I> {
+/// Of whatever kind of way in.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Connections at once.
+    pub connections: usize,
+    /// One without a call is closed after so long.
+    pub idle: Duration,
+}
+
+impl Bounds {
+    fn timer(&self) -> Timer {
+        Timer::new(Limits { preface: HANDSHAKE_LIMIT.min(self.idle), idle: self.idle })
+    }
+}
+
+/// A connection that counts, and ends when nobody uses it.
+struct Connection<T, I> {
     io: T,
-    info: I,
+    peer: I,
+    timer: Timer,
     _place: Box<dyn Send + Sync>,
 }
 
 impl<T, I: Clone + Send + Sync + 'static> Connected for Connection<T, I> {
-    type ConnectInfo = I;
-    fn connect_info(&self) -> I {
-        self.info.clone()
+    type ConnectInfo = Line<I>;
+    fn connect_info(&self) -> Line<I> {
+        Line { peer: self.peer.clone(), calls: self.timer.calls().clone() }
+    }
+}
+
+impl<T: Unpin, I: Unpin> Connection<T, I> {
+    /// What writing came to; a peer that does not read does not hold up the end.
+    fn written<R>(&mut self, c: &mut Context<'_>, done: Poll<io::Result<R>>) -> Poll<io::Result<R>> {
+        if done.is_pending() && self.timer.poll(c).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        done
     }
 }
 
 impl<T: AsyncRead + Unpin, I: Unpin> AsyncRead for Connection<T, I> {
     fn poll_read(mut self: Pin<&mut Self>, c: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(c, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.io).poll_read(c, buffer);
+        if read.is_pending() {
+            // Nothing in the buffer: the end.
+            return self.timer.poll(c).map(Ok);
+        }
+        self.timer.has_read(buffer.filled().len() - before);
+        read
     }
 }
 
 impl<T: AsyncWrite + Unpin, I: Unpin> AsyncWrite for Connection<T, I> {
     fn poll_write(mut self: Pin<&mut Self>, c: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(c, bytes)
+        let written = Pin::new(&mut self.io).poll_write(c, bytes);
+        self.written(c, written)
     }
     fn poll_flush(mut self: Pin<&mut Self>, c: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(c)
+        let flushed = Pin::new(&mut self.io).poll_flush(c);
+        self.written(c, flushed)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, c: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(c)
     }
     fn poll_write_vectored(mut self: Pin<&mut Self>, c: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(c, bytes)
+        let written = Pin::new(&mut self.io).poll_write_vectored(c, bytes);
+        self.written(c, written)
     }
     fn is_write_vectored(&self) -> bool {
         self.io.is_write_vectored()
@@ -85,19 +124,19 @@ impl<T: AsyncWrite + Unpin, I: Unpin> AsyncWrite for Connection<T, I> {
 pub async fn unix(
     services: Services,
     gate: Gate,
-    connections: usize,
+    bounds: Bounds,
     listener: UnixListener,
 ) -> Result<Running, tonic_reflection::server::Error> {
     let (ready, incoming) = mpsc::channel(READY);
-    let places = Places::new(connections);
+    let places = Places::new(bounds.connections);
     let own = nix::unistd::geteuid().as_raw();
     let accepting = tokio::spawn(async move {
         loop {
             match listener.accept().await {
                 Ok((io, _)) => {
-                    let info = UdsConnectInfo { peer_addr: io.peer_addr().ok().map(Arc::new), peer_cred: io.peer_cred().ok() };
+                    let peer = UdsConnectInfo { peer_addr: io.peer_addr().ok().map(Arc::new), peer_cred: io.peer_cred().ok() };
                     // Whom the kernel does not name is nobody.
-                    let uid = info.peer_cred.map(|c| c.uid());
+                    let uid = peer.peer_cred.map(|c| c.uid());
                     let place = match places.take(uid, uid.is_some_and(|uid| uid == 0 || uid == own)) {
                         Ok(place) => place,
                         Err(why) => {
@@ -105,7 +144,7 @@ pub async fn unix(
                             continue;
                         }
                     };
-                    if ready.send(Ok(Connection { io, info, _place: Box::new(place) })).await.is_err() {
+                    if ready.send(Ok(Connection { io, peer, timer: bounds.timer(), _place: Box::new(place) })).await.is_err() {
                         return;
                     }
                 }
@@ -123,13 +162,13 @@ pub async fn unix(
 pub async fn tcp(
     services: Services,
     gate: Gate,
-    connections: usize,
+    bounds: Bounds,
     listener: TcpListener,
     tls: Tls,
     reflection: bool,
 ) -> Result<Running, tonic_reflection::server::Error> {
     let (ready, incoming) = mpsc::channel(READY);
-    let places = Places::new(connections);
+    let places = Places::new(bounds.connections);
     let tls = Arc::new(tls);
     let accepting = tokio::spawn(async move {
         loop {
@@ -146,7 +185,10 @@ pub async fn tcp(
                     let (tls, ready) = (tls.clone(), ready.clone());
                     tokio::spawn(async move {
                         match tokio::time::timeout(HANDSHAKE_LIMIT, shake_hands(io, &tls)).await {
-                            Ok(Ok((io, info))) => drop(ready.send(Ok(Connection { io, info, _place: Box::new(place) })).await),
+                            Ok(Ok((io, peer))) => {
+                                let timer = bounds.timer();
+                                drop(ready.send(Ok(Connection { io, peer, timer, _place: Box::new(place) })).await);
+                            }
                             Ok(Err(e)) => tracing::info!(%from, "a TLS connection was not accepted: {e}"),
                             Err(_) => tracing::info!(%from, "a TLS handshake took longer than {} s", HANDSHAKE_LIMIT.as_secs()),
                         }
@@ -207,6 +249,7 @@ where
         .max_concurrent_streams(STREAMS_PER_CONNECTION)
         .http2_max_header_list_size(HEADERS_MAX)
         .http2_keepalive_interval(keepalive)
+        .http2_keepalive_timeout(Some(KEEPALIVE_ANSWER))
         .layer(gate);
     let mut router = server.add_service(jobs).add_service(node).add_service(health);
     if reflection {

@@ -66,7 +66,8 @@ impl JobsService {
         let record = write.await.map_err(|e| cannot(e.to_string()))?.map_err(|e| cannot(e.to_string()))?;
         let dir = self.context.jobs.join(&record.id);
         let (record, spec) = (Box::new(record), Box::new(spec));
-        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, reply }).await;
+        let asks = caller.clone();
+        let answer = self.context.handle.ask(|reply| Message::Submit { record, spec, caller: asks, reply }).await;
         match answer {
             Ok(_) => self.context.claim(caller, outputs).await,
             Err(_) => drop(tokio::fs::remove_dir_all(dir).await),
@@ -132,7 +133,7 @@ impl Jobs for JobsService {
         if request.dry_run {
             let name = spec.name.clone();
             let spec_toml = spec.to_toml();
-            let (prepared, plan) = oneoff::plan(&self.context, spec).await?;
+            let (prepared, plan) = oneoff::plan(&self.context, &caller, spec).await?;
             return Ok(Response::new(pb::Job {
                 name,
                 spec_toml,
@@ -247,7 +248,7 @@ impl Jobs for JobsService {
         let model = request.model.take();
         let work = convert::generate(&request)?;
         let source = convert::source(&self.context, &caller, model).await?;
-        let events = oneoff::start(&self.context, Task::Generate { source, request: work }, true).await?;
+        let events = oneoff::start(&self.context, &caller, Task::Generate { source, request: work }, true).await?;
         let (tx, rx) = mpsc::channel(STREAM_BACKLOG);
         tokio::spawn(serve_text(events, tx));
         Ok(Response::new(ReceiverStream::new(rx)))
@@ -261,7 +262,7 @@ impl Jobs for JobsService {
         let files = work.files.clone();
         self.context.allowed(move |roots| files.iter().try_for_each(|f| roots.check_pattern("the data file", f))).await?;
         let source = convert::source(&self.context, &caller, model).await?;
-        let r: EvalResult = oneoff::result(&self.context, Task::Eval { source, request: work }, true).await?;
+        let r: EvalResult = oneoff::result(&self.context, &caller, Task::Eval { source, request: work }, true).await?;
         Ok(Response::new(pb::EvalResponse { loss: r.loss, perplexity: r.perplexity, tokens: r.tokens, seconds: r.seconds }))
     }
 
@@ -277,7 +278,7 @@ impl Jobs for JobsService {
         self.context.handle.ask(|reply| Message::Vacant { outputs: places, uid, reply }).await?;
         self.context.claim(&caller, outputs).await;
         let task = Task::Export { source, path, dtype, overwrite: request.overwrite };
-        let r: Exported = oneoff::result(&self.context, task, false).await?;
+        let r: Exported = oneoff::result(&self.context, &caller, task, false).await?;
         Ok(Response::new(pb::ExportResponse { path: r.path.to_string_lossy().into_owned(), step: r.step, bytes: r.bytes }))
     }
 
@@ -287,7 +288,7 @@ impl Jobs for JobsService {
         let values = convert::values(request.values)?;
         let source = convert::source(&self.context, &caller, request.model).await?;
         let task = Task::Inspect { source, names: request.names, values };
-        let r: Inspected = oneoff::result(&self.context, task, false).await?;
+        let r: Inspected = oneoff::result(&self.context, &caller, task, false).await?;
         let tensors = r.tensors.into_iter().map(convert::tensor).collect();
         Ok(Response::new(pb::InspectResponse { step: r.step, tensors }))
     }

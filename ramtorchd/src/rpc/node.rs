@@ -48,7 +48,7 @@ impl Node for NodeService {
         jobs::check_paths(&self.context, &spec).await?;
         // Its preparation looks at where it would write.
         self.context.writable(&caller, process_gid, outputs::of_job(&spec)).await?;
-        let (_, plan) = oneoff::plan(&self.context, spec).await?;
+        let (_, plan) = oneoff::plan(&self.context, &caller, spec).await?;
         Ok(Response::new(plan_to_pb(&plan)))
     }
 

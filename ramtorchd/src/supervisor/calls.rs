@@ -6,6 +6,7 @@ use super::devices::Holder;
 use super::job::{Job, Phase, Stop};
 use super::message::{Books, JobKey, LogSource, Message, PlanContext, Refusal, RefusalKind, Reply, Watching};
 use super::record::Record;
+use super::shares::{self, Full, Shares};
 use crate::access::Caller;
 use ramtorch_job::JobSpec;
 use ramtorch_proto::v1 as pb;
@@ -17,7 +18,7 @@ impl Supervisor {
     pub(super) fn call(&mut self, message: Message, now: Instant) {
         // A caller who has gone away needs no answer.
         match message {
-            Message::Submit { record, spec, reply } => drop(reply.send(self.submit(*record, *spec, now))),
+            Message::Submit { record, spec, caller, reply } => drop(reply.send(self.submit(*record, *spec, &caller, now))),
             Message::Vacant { outputs, uid, reply } => drop(reply.send(self.vacant(&outputs, uid))),
             Message::Resolve { id, caller, reply } => drop(reply.send(self.resolve(&id, &caller))),
             Message::Telemetry { reply } => drop(reply.send(Ok(self.telemetry()))),
@@ -33,20 +34,28 @@ impl Supervisor {
             Message::Logs { id, reply } => drop(reply.send(self.logs(&id))),
             Message::Source { id, reply } => drop(reply.send(self.source(&id))),
             Message::PlanContext { ranks, memory_bytes, reply } => drop(reply.send(self.plan_context(ranks, memory_bytes))),
-            Message::OneOff { task, gpu, reply } => drop(reply.send(self.start_one_off(*task, gpu, now))),
+            Message::OneOff { task, gpu, caller, reply } => drop(reply.send(self.start_one_off(*task, gpu, &caller, now))),
             Message::Info { reply } => drop(reply.send(Ok(self.books()))),
             _ => {}
         }
     }
 
-    fn submit(&mut self, record: Record, spec: JobSpec, now: Instant) -> Result<pb::Job, Refusal> {
+    fn submit(&mut self, record: Record, spec: JobSpec, caller: &Caller, now: Instant) -> Result<pb::Job, Refusal> {
         self.accept()?;
         self.vacant(&record.outputs, record.uid)?;
-        let active = self.jobs.active_count();
-        if active >= self.job_limits.active_max {
-            let message = format!("{active} jobs wait or run already (jobs.active_max); submit again when some have ended");
-            return Err(Refusal::new(RefusalKind::Busy, message));
-        }
+        let shares = Shares { most: self.job_limits.active_max, of_one: self.job_limits.active_share(), kept: shares::KEPT_JOBS };
+        shares.admit(caller, self.jobs.active_count(), self.jobs.active_count_of(caller.uid)).map_err(|full| {
+            let message = match full {
+                Full::Own(n) => {
+                    format!(
+                        "{n} jobs of user {} wait or run already (jobs.active_max_per_user); submit again when some have ended",
+                        caller.uid
+                    )
+                }
+                Full::All(n) => format!("{n} jobs wait or run already (jobs.active_max); submit again when some have ended"),
+            };
+            Refusal::new(RefusalKind::Busy, message)
+        })?;
         if let Some(ranks) = spec.device.ranks.filter(|r| *r > self.pool.count()) {
             let have = self.pool.count();
             let message = format!("`device.ranks` asks for {ranks} devices, and this daemon has {have}: {} are missing", ranks - have);

@@ -13,6 +13,8 @@ pub struct Jobs {
     all: BTreeMap<JobKey, Job>,
     by_id: HashMap<String, JobKey>,
     active: BTreeSet<JobKey>,
+    /// How many of them each user has.
+    by_user: HashMap<u32, usize>,
     /// Where those write.
     writers: HashMap<PathBuf, BTreeSet<JobKey>>,
     /// By the time of their end.
@@ -30,6 +32,7 @@ impl Jobs {
             self.note_end(key, job.record.ended_unix_ms);
         } else {
             self.active.insert(key);
+            *self.by_user.entry(job.record.uid).or_default() += 1;
             for output in &job.record.outputs {
                 self.writers.entry(output.clone()).or_default().insert(key);
             }
@@ -50,7 +53,15 @@ impl Jobs {
                 }
             }
         }
-        self.active.remove(&key);
+        if self.active.remove(&key) {
+            let uid = job.record.uid;
+            if let Some(own) = self.by_user.get_mut(&uid) {
+                *own -= 1;
+                if *own == 0 {
+                    self.by_user.remove(&uid);
+                }
+            }
+        }
         self.note_end(key, at);
     }
 
@@ -126,6 +137,11 @@ impl Jobs {
         self.active.len()
     }
 
+    /// How many of a user's have not ended.
+    pub fn active_count_of(&self, uid: u32) -> usize {
+        self.by_user.get(&uid).copied().unwrap_or(0)
+    }
+
     /// Keys of those that have not ended, oldest first.
     pub fn active_keys(&self) -> Vec<JobKey> {
         self.active.iter().copied().collect()
@@ -137,6 +153,9 @@ impl Jobs {
         let ended: BTreeSet<_> = self.all.values().filter(|j| j.has_ended()).map(|j| (j.record.ended_unix_ms, j.key)).collect();
         let active: BTreeSet<_> = self.all.values().filter(|j| !j.has_ended()).map(|j| j.key).collect();
         assert_eq!((&ended, &active), (&self.ended, &self.active));
+        let mut by_user: HashMap<u32, usize> = HashMap::new();
+        active.iter().for_each(|key| *by_user.entry(self.all[key].record.uid).or_default() += 1);
+        assert_eq!(by_user, self.by_user);
         let writes = |key: &JobKey| self.all[key].record.outputs.iter().map(move |o| (o, *key)).collect::<Vec<_>>();
         let wanted: BTreeSet<_> = active.iter().flat_map(writes).collect();
         let listed: BTreeSet<_> = self.writers.iter().flat_map(|(o, keys)| keys.iter().map(move |k| (o, *k))).collect();

@@ -34,7 +34,7 @@ pub type Commands = mpsc::Sender<Result<pb::Command, tonic::Status>>;
 #[allow(missing_docs)]
 pub enum Message {
     /// A job whose record is already durable.
-    Submit { record: Box<Record>, spec: Box<JobSpec>, reply: Reply<pb::Job> },
+    Submit { record: Box<Record>, spec: Box<JobSpec>, caller: Caller, reply: Reply<pb::Job> },
     /// Whether no job that has not ended writes there.
     Vacant { outputs: Vec<PathBuf>, uid: u32, reply: Reply<()> },
     /// The id of the job that a caller means, if it is the caller's to look into.
@@ -60,7 +60,7 @@ pub enum Message {
     /// Devices and memory, for a plan outside a job.
     PlanContext { ranks: Option<usize>, memory_bytes: Option<u64>, reply: Reply<PlanContext> },
     /// Work of its own process that is no job.
-    OneOff { task: Box<Task>, gpu: bool, reply: Reply<mpsc::UnboundedReceiver<OneOffEvent>> },
+    OneOff { task: Box<Task>, gpu: bool, caller: Caller, reply: Reply<mpsc::UnboundedReceiver<OneOffEvent>> },
     /// The machine, as the books have it.
     Info { reply: Reply<Books> },
 

@@ -70,6 +70,7 @@ mod queue;
 pub mod record;
 #[cfg(any(test, fuzzing))]
 mod rig;
+mod shares;
 pub mod telemetry;
 #[cfg(test)]
 mod tests;

@@ -5,6 +5,8 @@ use super::Supervisor;
 use super::devices::Holder;
 use super::message::{Refusal, RefusalKind};
 use super::proc::{Outcome, Role};
+use super::shares::{self, Full, Shares};
+use crate::access::Caller;
 use crate::node;
 use crate::process::ProcKey;
 use ramtorch_proto::v1 as pb;
@@ -26,6 +28,8 @@ pub enum OneOffEvent {
 pub struct OneOff {
     /// Its number.
     pub id: u64,
+    /// Whose it is.
+    uid: u32,
     /// Its process.
     proc: ProcKey,
     /// Its caller. What is queued for him is bounded by what he asked for.
@@ -42,13 +46,24 @@ impl OneOff {
 }
 
 impl Supervisor {
-    pub(super) fn start_one_off(&mut self, task: Task, gpu: bool, now: Instant) -> Result<mpsc::UnboundedReceiver<OneOffEvent>, Refusal> {
+    pub(super) fn start_one_off(
+        &mut self,
+        task: Task,
+        gpu: bool,
+        caller: &Caller,
+        now: Instant,
+    ) -> Result<mpsc::UnboundedReceiver<OneOffEvent>, Refusal> {
         self.accept()?;
         let busy = |text: String| Refusal::new(RefusalKind::Busy, text);
-        if self.one_offs.len() >= self.job_limits.one_off_max {
-            let n = self.one_offs.len();
-            return Err(busy(format!("{n} calls of this kind are being served already (jobs.one_off_max); try again later")));
-        }
+        let shares = Shares { most: self.job_limits.one_off_max, of_one: self.job_limits.one_off_share(), kept: shares::KEPT_ONE_OFFS };
+        let own = self.one_offs.values().filter(|o| o.uid == caller.uid).count();
+        shares.admit(caller, self.one_offs.len(), own).map_err(|full| match full {
+            Full::Own(n) => busy(format!(
+                "{n} calls of this kind of user {} are being served already (jobs.one_off_max_per_user); try again later",
+                caller.uid
+            )),
+            Full::All(n) => busy(format!("{n} calls of this kind are being served already (jobs.one_off_max); try again later")),
+        })?;
         let id = self.fresh();
         let (device, lease) = match (self.pool.kind(), gpu) {
             // CPU devices are threads: they may be shared with a running job, which becomes slower for a while.
@@ -82,7 +97,7 @@ impl Supervisor {
             self.pool.take(&[index], Holder::OneOff(id));
         }
         let (events, receiver) = mpsc::unbounded_channel();
-        self.one_offs.insert(id, OneOff { id, proc, events, ended: false });
+        self.one_offs.insert(id, OneOff { id, uid: caller.uid, proc, events, ended: false });
         Ok(receiver)
     }
 

@@ -6,6 +6,7 @@ use super::message::{JobKey, Message, Planned};
 use super::outside::{Contents, NewSegment, Outside};
 use super::record::Record;
 use super::*;
+use crate::access::Caller;
 use crate::config::{JobLimits, Supervision};
 use crate::devices::Device;
 use crate::node::Memory;
@@ -143,7 +144,7 @@ impl Bench {
         let record = Box::new(Record::new(format!("id{}", self.jobs), &spec, 0, 0));
         let id = record.id.clone();
         let (reply, _) = oneshot::channel();
-        self.handle(Message::Submit { record, spec: Box::new(spec), reply });
+        self.handle(Message::Submit { record, spec: Box::new(spec), caller: Caller::daemon(), reply });
         id
     }
 

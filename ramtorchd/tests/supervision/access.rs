@@ -12,6 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use tokio::io::AsyncBufReadExt;
 
 /// `nobody` and `daemon`, users of every system; and their groups here.
 const NOBODY: u32 = 65_534;
@@ -64,19 +65,30 @@ async fn call(socket: &str, theirs: &str, job_toml: &str, base_dir: &str) -> Val
     all
 }
 
-/// `submitter SOCKET TOML BASE WHAT`: submits, plans (`plan`) or exports to the path TOML (`export`); JSON of the job's id or of the refusal.
+/// `submitter SOCKET TOML BASE WHAT`: submits, plans (`plan`), exports to the path TOML (`export`) or generates (`generate`: told when text
+/// comes, and gone on with); JSON of the job's id or of the refusal.
 pub fn submitter_main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut text = None;
     let said = runtime.block_on(async {
         let mut c = Client::connect(Endpoint::unix(&arguments[2])).await.map_err(|e| e.to_string())?;
-        let (text, base_dir) = (arguments[3].clone(), arguments[4].clone());
-        let request = v1::SubmitRequest { job_toml: text.clone(), base_dir, ..Default::default() };
+        let (toml, base_dir) = (arguments[3].clone(), arguments[4].clone());
+        let request = v1::SubmitRequest { job_toml: toml.clone(), base_dir, ..Default::default() };
         match arguments[5].as_str() {
             "plan" => c.plan(request).await.map(|_| "planned".into()),
             "export" => {
                 let model = Some(v1::ModelSource { source: Some(Source::Path("/m".into())) });
-                c.export(v1::ExportRequest { model, path: text, overwrite: true, ..Default::default() }).await.map(|_| "exported".into())
+                c.export(v1::ExportRequest { model, path: toml, overwrite: true, ..Default::default() }).await.map(|_| "exported".into())
+            }
+            "generate" => {
+                let begun = async {
+                    let mut events = c.generate(endless()).await?;
+                    events.next().await?;
+                    text = Some(events);
+                    Ok("generates".into())
+                };
+                begun.await
             }
             _ => c.submit(request).await.map(|job| job.id),
         }
@@ -89,7 +101,20 @@ pub fn submitter_main() -> ExitCode {
             Err(e) => json!({ "refused": e }),
         }
     );
+    runtime.block_on(async {
+        while let Some(events) = &mut text {
+            if !matches!(events.next().await, Ok(Some(_))) {
+                break;
+            }
+        }
+    });
     ExitCode::SUCCESS
+}
+
+/// Text without an end.
+fn endless() -> v1::GenerateRequest {
+    let model = Some(v1::ModelSource { source: Some(Source::Path("/m".into())) });
+    v1::GenerateRequest { model, prompts: vec!["a".into()], max_new_tokens: 1_000_000, ..Default::default() }
 }
 
 /// Two users who submit to one daemon. `None` where these tests may not become others.
@@ -109,17 +134,36 @@ impl Users {
         Some(Users { socket: bench.settings.socket.clone(), base: bench.dir.path().to_str().unwrap().into() })
     }
 
-    /// The id of the job, or why not.
-    async fn ask(&self, uid: u32, text: &str, what: &str) -> Result<String, String> {
+    fn submitter(&self, uid: u32, text: &str, what: &str) -> Command {
         let mut command = Command::new("/proc/self/exe");
         command.arg("submitter").arg(&self.socket).args([text, &self.base, what]);
         command.uid(uid).gid(NOBODY).current_dir("/").stdin(Stdio::null()).stderr(Stdio::inherit());
+        command
+    }
+
+    /// The id of the job, or why not.
+    async fn ask(&self, uid: u32, text: &str, what: &str) -> Result<String, String> {
+        let mut command = self.submitter(uid, text, what);
         let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
-        let said: Value = serde_json::from_slice(&output.stdout).unwrap();
-        match said["ok"].as_str() {
-            Some(id) => Ok(id.into()),
-            None => Err(said["refused"].as_str().unwrap().into()),
-        }
+        said(&output.stdout)
+    }
+
+    /// A call that is served until what is returned is dropped, or why it is not.
+    async fn generate(&self, uid: u32) -> Result<tokio::process::Child, String> {
+        let mut command = tokio::process::Command::from(self.submitter(uid, "", "generate"));
+        let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let mut line = String::new();
+        let read = tokio::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).await;
+        assert!(read.unwrap() > 0);
+        said(line.as_bytes()).map(|_| child)
+    }
+}
+
+fn said(json: &[u8]) -> Result<String, String> {
+    let said: Value = serde_json::from_slice(json).unwrap();
+    match said["ok"].as_str() {
+        Some(id) => Ok(id.into()),
+        None => Err(said["refused"].as_str().unwrap().into()),
     }
 }
 
@@ -366,6 +410,48 @@ pub fn trials() -> Vec<Trial> {
                 if let Ok(id) = said {
                     wait_state(&mut root, &id, JobState::Succeeded).await;
                 }
+            }
+            bench.end().await;
+        }),
+        trial("one_user_does_not_take_all_jobs_nor_all_calls", || async {
+            let mut bench = Bench::new(1, Script::endless());
+            let Some(users) = Users::of(&mut bench) else { return };
+            let (alice, bob) = (NOBODY, DAEMON);
+            (bench.settings.jobs.active_max, bench.settings.jobs.one_off_max) = (3, 3);
+            let mut root = bench.up().await;
+            let toml = bench.job("one", 100_000, "").job_toml;
+            let hers = users.ask(alice, &toml, "submit").await.unwrap();
+            users.ask(alice, &toml, "submit").await.unwrap();
+            let why = users.ask(alice, &toml, "submit").await.unwrap_err();
+            assert!(why.contains("jobs.active_max_per_user") && why.contains("2 jobs of user 65534"), "{why}");
+            users.ask(bob, &toml, "submit").await.unwrap();
+            let why = users.ask(bob, &toml, "submit").await.unwrap_err();
+            assert!(why.contains("(jobs.active_max)"), "{why}");
+            assert_eq!(root.list(true).await.unwrap().len(), 3, "what is refused leaves nothing");
+            // Root comes in all the same, and what ends makes room for its user.
+            root.submit(bench.job("root", 100_000, "")).await.unwrap();
+            assert!(users.ask(alice, &toml, "submit").await.unwrap_err().contains("_per_user"));
+            for job in root.list(false).await.unwrap().into_iter().filter(|j| j.uid != bob) {
+                root.cancel(&job.id).await.unwrap();
+                wait_state(&mut root, &job.id, JobState::Cancelled).await;
+            }
+            assert_ne!(users.ask(alice, &toml, "submit").await.unwrap(), hers);
+
+            let first = users.generate(alice).await.unwrap();
+            let second = users.generate(alice).await.unwrap();
+            for what in ["generate", "plan"] {
+                let why = users.ask(alice, &toml, what).await.unwrap_err();
+                assert!(why.contains("jobs.one_off_max_per_user") && why.contains("user 65534"), "{what}: {why}");
+            }
+            let _his = users.generate(bob).await.unwrap();
+            let why = users.generate(bob).await.unwrap_err();
+            assert!(why.contains("(jobs.one_off_max)"), "{why}");
+            assert!(root.plan(bench.job("two", 5, "")).await.is_ok(), "root comes in all the same");
+            drop((first, second));
+            // Once the daemon has seen that she has gone away.
+            let end = std::time::Instant::now() + crate::bench::LIMIT;
+            while let Err(why) = users.generate(alice).await {
+                assert!(std::time::Instant::now() < end, "{why}");
             }
             bench.end().await;
         }),

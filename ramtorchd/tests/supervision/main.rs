@@ -13,6 +13,7 @@ mod calls;
 mod failures;
 mod fake;
 mod gpus;
+mod idle;
 mod life;
 mod metrics;
 mod recovery;
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
         Some("submitter") => access::submitter_main(),
         _ => {
             let trials = [life::trials(), failures::trials(), stop::trials(), calls::trials(), recovery::trials()];
-            let trials = trials.into_iter().chain([access::trials(), tls::trials(), metrics::trials(), gpus::trials()]);
+            let trials = trials.into_iter().chain([access::trials(), tls::trials(), metrics::trials(), gpus::trials(), idle::trials()]);
             libtest_mimic::run(&Arguments::from_args(), trials.flatten().collect()).exit_code()
         }
     }

@@ -237,6 +237,34 @@ pub fn trials() -> Vec<Trial> {
                 p.bench.end().await;
             }
         }),
+        trial("a_connection_over_tls_that_nobody_uses_gives_its_place_back", || async {
+            let Place { mut bench, authority, dir, .. } = Place::new(Script::quick(), |_| {}).await;
+            bench.down().await;
+            (bench.settings.service.limits.connections, bench.settings.service.limits.connection_idle_seconds) = (1, 1.0);
+            let local = bench.up().await;
+            let p = Place { bench, local, authority, dir };
+            let mut alice = p.call("alice").await.unwrap();
+            // Hers is the only place; it is his once she has called nothing for a while, and then hers again.
+            let end = std::time::Instant::now() + crate::bench::LIMIT;
+            while let Err(why) = p.call("carol").await {
+                assert!(std::time::Instant::now() < end, "{why}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            while let Err(why) = alice.info().await {
+                assert!(std::time::Instant::now() < end, "{why}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            p.bench.end().await;
+        }),
+        trial("who_does_not_shake_hands_is_closed", || async {
+            use tokio::io::AsyncReadExt;
+            let p = Place::new(Script::quick(), |_| {}).await;
+            let mut stream = tokio::net::TcpStream::connect(p.bench.tcp.unwrap()).await.unwrap();
+            let mut said = Vec::new();
+            let _ = tokio::time::timeout(crate::bench::LIMIT, stream.read_to_end(&mut said)).await.expect("the connection is closed");
+            assert!(said.is_empty(), "{said:?}");
+            p.bench.end().await;
+        }),
         trial("certificates_that_make_no_sense_stop_the_start", || async {
             let p = Place::new(Script::quick(), |_| {}).await;
             let Place { mut bench, dir, .. } = p;

@@ -16,7 +16,13 @@ enum Action {
     Panic,
     Error,
     Sleep(u64),
+    Hold,
 }
+
+/// What is put behind the name of a mark to let go of who holds there.
+const GO: &str = ".go";
+/// How often it is looked for.
+const HOLD_INTERVAL: Duration = Duration::from_millis(5);
 
 /// One armed point.
 #[derive(Debug)]
@@ -65,7 +71,7 @@ impl Armed {
             let due = if self.marks.is_some() { before >= entry.off } else { before == entry.off };
             if due && self.mark(number) {
                 eprintln!("fail point {}: {:?}", point.name(), entry.action);
-                act(point, entry.action)?;
+                self.act(number, entry)?;
             }
         }
         Ok(())
@@ -87,24 +93,32 @@ impl Armed {
         }
     }
 
+    fn act(&self, number: usize, entry: &Entry) -> Result<()> {
+        let signal = |signal| raise(signal).map_err(Error::from);
+        match entry.action {
+            Action::Kill => signal(Signal::SIGKILL),
+            Action::Stop => signal(Signal::SIGSTOP),
+            Action::Panic => panic!("fail point {}", entry.point.name()),
+            Action::Error => Err(Error::other(format!("fail point {}", entry.point.name()))),
+            Action::Sleep(milliseconds) => {
+                std::thread::sleep(Duration::from_millis(milliseconds));
+                Ok(())
+            }
+            Action::Hold => {
+                // Without marks nobody can let go.
+                let go = self.marks.as_ref().map(|m| m.join(format!("{number}-{}{GO}", entry.point.name())));
+                while go.as_ref().is_none_or(|go| !go.exists()) {
+                    std::thread::sleep(HOLD_INTERVAL);
+                }
+                Ok(())
+            }
+        }
+    }
+
     fn has_fired(&self, number: usize) -> bool {
         match self.mark_of(number) {
             Some(path) => path.exists(),
             None => self.entries[number].count.load(Ordering::Relaxed) > self.entries[number].off,
-        }
-    }
-}
-
-fn act(point: Point, action: Action) -> Result<()> {
-    let signal = |signal| raise(signal).map_err(Error::from);
-    match action {
-        Action::Kill => signal(Signal::SIGKILL),
-        Action::Stop => signal(Signal::SIGSTOP),
-        Action::Panic => panic!("fail point {}", point.name()),
-        Action::Error => Err(Error::other(format!("fail point {}", point.name()))),
-        Action::Sleep(milliseconds) => {
-            std::thread::sleep(Duration::from_millis(milliseconds));
-            Ok(())
         }
     }
 }
@@ -128,6 +142,7 @@ fn parse(text: &str) -> Result<Vec<Entry>> {
                 "stop" => Action::Stop,
                 "panic" => Action::Panic,
                 "error" => Action::Error,
+                "hold" => Action::Hold,
                 _ => Action::Sleep(sleep().ok_or_else(|| bad(item))?),
             };
             let after = if place == 0 { None } else { Some(entries.len() - 1) };
@@ -167,6 +182,23 @@ mod tests {
         assert!(other.hit(Point::RecoverBegun).is_ok(), "passes once");
         assert!(other.hit(Point::RecoverBegun).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn who_holds_goes_on_when_it_is_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let armed = armed("step.swept=hold", Some(dir.path()));
+        std::thread::scope(|scope| {
+            let holding = scope.spawn(|| armed.hit(Point::StepSwept));
+            while !dir.path().join("0-step.swept").exists() {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(4 * HOLD_INTERVAL);
+            assert!(!holding.is_finished());
+            std::fs::write(dir.path().join("0-step.swept.go"), "").unwrap();
+            assert!(holding.join().unwrap().is_ok());
+        });
+        assert!(armed.hit(Point::StepSwept).is_ok(), "it holds once");
     }
 
     #[test]

@@ -6,8 +6,8 @@
 //!   RAMTORCH_FAILPOINTS_DIR = folder of marks: an entry fires once, whichever process comes first
 //! ```
 //! Actions: `kill` (SIGKILL to itself), `stop` (SIGSTOP to itself), `panic`, `error` (where the place can fail; a panic
-//! elsewhere), `sleep(MILLISECONDS)`. Each process counts for itself. Without a folder of marks, an entry fires once in
-//! each process.
+//! elsewhere), `sleep(MILLISECONDS)`, `hold` (blocks the thread until there is a file `MARK.go` beside the mark). Each
+//! process counts for itself. Without a folder of marks, an entry fires once in each process.
 //!
 //! Only builds with debug assertions have them. In a release build [`hit`] and [`check`] are empty, and no name, variable
 //! or text of this crate is in the program.
