@@ -7,7 +7,7 @@
 use nix::sys::signal::Signal;
 use ramtorch_failpoint::{MARKS_VARIABLE, Point, Process, VARIABLE};
 use ramtorch_tests::Sandbox;
-use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names, waking};
+use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names, run_into, waking};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -294,6 +294,29 @@ fn a_gang_waits_until_its_record_is_on_the_disk() {
     assert!(logs.contains(&"rank-0.g2.log".to_owned()), "and the generation: {logs:?}");
     daemon.stop();
     Outcome::read(&sandbox).assert_same(undisturbed(), "on a slow disk");
+}
+
+/// The step loop waits for pages that the optimizer's thread publishes, and that thread for what the loop tells it. A panic on either
+/// side used to leave the other waiting until the supervisor noticed, minutes later, and nobody knew of the panic then.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_panic_ends_a_rank_whose_other_thread_waits_for_it() {
+    let entries = [
+        "optimizer.begun=1*off->panic",
+        "page.begun=9*off->panic",
+        "page.written=14*off->panic",
+        "page.published=11*off->panic",
+        "step.committed=3*off->panic",
+        "checkpoint.pinned=panic",
+        "checkpoint.agreed=panic",
+    ];
+    let (sandbox, told) = run_into("panics", &everything(STEPS), &entries);
+    Outcome::read(&sandbox).assert_same(undisturbed(), "panics");
+    for entry in entries {
+        let said = format!("panicked: fail point {}", entry.split_once('=').unwrap().0);
+        assert!(told.contains(&said), "no rank ended with {said:?}");
+    }
+    assert!(!told.contains("a scoped thread panicked"), "a cause was lost");
 }
 
 /// The checkpoint of a step whose gang died after the commit and before the checkpoint was whole used to be left out.

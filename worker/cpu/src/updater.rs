@@ -4,8 +4,8 @@
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, staged_parameters,
-    state_bytes,
+    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, caught,
+    staged_parameters, state_bytes,
 };
 use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageId, PageMut, PagePtrs, PageView, Store, Update};
 use std::ops::Range;
@@ -60,7 +60,7 @@ impl Updater {
         let run = move || {
             for work in inbox {
                 let span = recorder.scope(Row::OptimizerKernel, Label::work("adamw").step(work.k.step).page(work.page));
-                let result = pool.install(|| run(&mapping, &work));
+                let result = caught("the page updater", || pool.install(|| run(&mapping, &work)));
                 drop(span);
                 if report.send(result).is_err() {
                     return;

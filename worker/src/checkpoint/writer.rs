@@ -26,9 +26,12 @@ use crate::errors;
 use crate::metrics::Durable;
 use crate::record::StepNumbers;
 use ramtorch_cpu::{Channel, Collectives};
+use ramtorch_device::caught;
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
-use ramtorch_modelio::{Architecture, CheckpointFiles, CheckpointMeta, CheckpointWriter, Committed, ModelError, resolve};
+use ramtorch_modelio::{
+    Architecture, CheckpointFiles, CheckpointMeta, CheckpointWriter, Committed, ModelError, resolve,
+};
 use ramtorch_store::{SharedOwner, Snapshot, StepPhase, Store};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,6 +86,8 @@ struct State {
     writing: Option<u64>,
     newest: Option<PathBuf>,
     missing_result: Option<EngineError>,
+    /// Of a thread that wrote one: it ended the gang.
+    panic: Option<EngineError>,
 }
 
 /// What became of one.
@@ -199,9 +204,16 @@ impl<'a> Checkpoints<'a> {
         let (begun, waited) = (Instant::now(), owner.waited());
         let run = move || {
             let ending = ending;
-            let result = self.write(folder, &due, snapshot, begun, || owner.waited().saturating_sub(waited));
-            hit(Point::CheckpointDone);
-            self.tell(folder, &due, result, begun.elapsed());
+            let ended = caught("the checkpoint's thread", || {
+                let result = self.write(folder, &due, snapshot, begun, || owner.waited().saturating_sub(waited));
+                hit(Point::CheckpointDone);
+                self.tell(folder, &due, result, begun.elapsed());
+                Ok(())
+            });
+            if let Err(panic) = ended {
+                self.lock().panic = Some(panic);
+                self.comm.abort(); // the other ranks wait for this one's agreement
+            }
             drop(ending);
         };
         let thread = std::thread::Builder::new().name(format!("checkpoint{}", self.comm.rank()));
@@ -243,6 +255,11 @@ impl<'a> Checkpoints<'a> {
     pub fn results(self) -> (Option<PathBuf>, Option<EngineError>) {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         (state.newest, state.missing_result)
+    }
+
+    /// The panic of a thread that wrote one.
+    pub fn panic(&self) -> Option<EngineError> {
+        self.lock().panic.clone()
     }
 
     /// Everyone's answer to whether all is well here, with a number.
@@ -296,7 +313,8 @@ impl<'a> Checkpoints<'a> {
             if failure.is_some() {
                 link.close();
             }
-            let copied = copier.map(|c| c.join().unwrap_or_else(|_| Err(EngineError::internal("the thread that copies pages panicked"))));
+            let copied =
+                copier.map(|c| c.join().unwrap_or_else(|panic| Err(EngineError::panicked("the thread that copies pages", panic.as_ref()))));
             match (copied, link.part.get()) {
                 (Ok(Err(e)), _) => drop(failure.get_or_insert(e)),
                 (Ok(Ok(())), Some(part)) if failure.is_none() => failure = part.finish().err().map(errors::model),
@@ -444,9 +462,6 @@ struct Ending<'a, 'b>(&'a Checkpoints<'b>);
 
 impl Drop for Ending<'_, '_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.comm.abort(); // the other ranks wait for this one's agreement
-        }
         let mut state = self.0.lock();
         state.announced = state.announced.saturating_sub(1);
         state.writing = None;

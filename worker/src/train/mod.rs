@@ -45,7 +45,7 @@ use crate::trace::Tracing;
 use optimizer::{Answer, Job, Tools};
 use ramtorch_cpu::{Channel, Collectives};
 use ramtorch_data::{Dataset, Order};
-use ramtorch_device::Dtype;
+use ramtorch_device::{Dtype, caught};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::Architecture;
@@ -54,6 +54,20 @@ use ramtorch_trace::Recorder;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use steps::Loop;
+
+/// For messages.
+const OPTIMIZER: &str = "the optimizer's thread";
+
+/// Lets the threads beside the step loop end when that panics: they may be waiting for it, or for other ranks.
+struct AbortOnPanic<'a>(&'a Collectives);
+
+impl Drop for AbortOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abort();
+        }
+    }
+}
 
 /// What every part of a rank's life refers to.
 struct Rank<'a> {
@@ -248,11 +262,8 @@ impl Rank<'_> {
                         (Job::Commit(job), _) => job,
                         (Job::Early(job), Some(early)) if job.gate.enter() => {
                             // Not on the pool, whose threads it would keep from others while it waits.
-                            let result = early.run(owner, &job).map(Answer::Early);
-                            if result.is_err() {
-                                self.comm.abort();
-                            }
-                            if done.send(result).is_err() {
+                            let result = caught(OPTIMIZER, || early.run(owner, &job).map(Answer::Early));
+                            if !self.answer(&done, result) {
                                 return;
                             }
                             continue;
@@ -260,36 +271,36 @@ impl Rank<'_> {
                         (Job::Early(_), _) => continue,
                     };
                     let checkpoint = job.checkpoint;
-                    let result = {
+                    let result = caught(OPTIMIZER, || {
                         let mut guard = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                         let file = &mut *guard;
                         let tools = &mut tools;
                         pool.install(move || self.commit(owner, tools, job, file))
-                    };
-                    if result.is_err() {
-                        self.comm.abort(); // the step loop may be waiting for pages that will not come
-                    }
+                    });
                     let due = checkpoint.and_then(|request| Some(Due::of(&result.as_ref().ok()?.numbers, request)));
-                    if done.send(result.map(|c| Answer::Committed(Box::new(c)))).is_err() {
+                    if !self.answer(&done, result.map(|c| Answer::Committed(Box::new(c)))) {
                         return;
                     }
                     // Before the next job, which would overwrite what belongs to this step.
-                    if let Some(Err(e)) = due.map(|due| checkpoints.begin(scope, owner, due)) {
-                        self.comm.abort();
-                        let _ = done.send(Err(e));
+                    if let Some(Err(e)) = due.map(|due| caught(OPTIMIZER, || checkpoints.begin(scope, owner, due))) {
+                        self.answer(&done, Err(e));
+                        return;
                     }
                 }
             });
             spawned.map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's thread: {e}")))?;
             checkpoints.warm(scope);
+            let _panic = AbortOnPanic(&self.comm);
             let owed = state.owed_checkpoint().and_then(|due| due.map_or(Ok(()), |due| checkpoints.begin(scope, owner, due)));
             let result = owed.and_then(|()| state.run(&to_optimizer, &from_optimizer, metrics));
+            // The first error is the optimizer's, or a checkpoint's, where the loop only noticed that it was gone; what they say
+            // once this rank has given up for the loop's own error is not.
+            let first = from_optimizer.try_iter().find_map(Result::err).or_else(|| checkpoints.panic());
             if result.is_err() {
                 self.comm.abort();
             }
             drop(to_optimizer);
-            // The first error is the optimizer's where the loop only noticed that it was gone.
-            match (result, from_optimizer.try_iter().find_map(Result::err)) {
+            match (result, first) {
                 (Err(_), Some(first)) => Err(first),
                 (result, _) => result,
             }
@@ -301,6 +312,18 @@ impl Rank<'_> {
         let (newest_checkpoint, missing_result) = checkpoints.results();
         let outcome = self.finish(committed.step, stopped, newest_checkpoint)?;
         missing_result.map_or(Ok(outcome), Err)
+    }
+
+    /// The optimizer's thread tells the step loop, which gives up after an error: it may be waiting for pages that will not come.
+    /// `false`: there is no more to do.
+    fn answer(&self, done: &mpsc::Sender<Result<Answer, EngineError>>, result: Result<Answer, EngineError>) -> bool {
+        let failed = result.is_err();
+        // Sent first: the step loop looks for the cause when it notices that the rank has given up.
+        let heard = done.send(result).is_ok();
+        if failed {
+            self.comm.abort();
+        }
+        heard && !failed
     }
 
     /// Model folder and sample, by the leader.
