@@ -117,8 +117,8 @@ groups! {
     deaths_before_the_rest_of_a_recovery: ["optimizer.begun=2*off->kill,recover.replayed=1*off->kill,recover.begun=kill,recover.updated=kill"]
     deaths_beside_a_checkpoint: ["checkpoint.pinned=kill", "checkpoint.page=1*off->kill", "checkpoint.shard=sleep(200),step.swept=kill"]
     deaths_of_the_supervisor: ["job.step=3*off->kill", "step.leaving=20*off->kill,job.backoff=kill"]
-    stops_and_panics: ["step.swept=2*off->kill,recover.replayed=1*off->stop", "optimizer.updated=3*off->panic", "step.swept=4*off->panic",
-        "page.begun=30*off->panic", "page.written=45*off->panic"]
+    stops_and_panics: ["step.swept=2*off->kill,recover.replayed=1*off->stop", "optimizer.updated=3*off->panic", "step.swept=4*off->panic"]
+    panics_between_pages: ["page.begun=21*off->panic", "page.written=33*off->panic"]
 }
 
 /// Without a death, and what an event says after one.

@@ -296,14 +296,12 @@ impl Rank<'_> {
             // The first error is the optimizer's, or a checkpoint's, where the loop only noticed that it was gone; what they say
             // once this rank has given up for the loop's own error is not.
             let first = from_optimizer.try_iter().find_map(Result::err).or_else(|| checkpoints.panic());
-            if result.is_err() {
+            if result.is_err() || first.is_some() {
                 self.comm.abort();
             }
             drop(to_optimizer);
-            match (result, first) {
-                (Err(_), Some(first)) => Err(first),
-                (result, _) => result,
-            }
+            // Also where the loop was at its end: a checkpoint that is a result of the job is missing.
+            first.map_or(result, Err)
         })?;
         metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner).close(self.control);
         durable.sync(self.control);
