@@ -44,8 +44,8 @@ groups! {
     deaths_between_the_two_lines: ["step.noted=kill", "step.noted=3*off->kill", "step.noted=6*off->kill"]
     deaths_in_recovery: ["optimizer.begun=2*off->kill,recover.begun=kill", "optimizer.updated=4*off->kill,recover.updated=kill",
         "page.written=20*off->kill,recover.recorded=kill"]
-    deaths_in_a_checkpoint: ["checkpoint.begun=kill", "checkpoint.shard=kill", "checkpoint.named=kill", "checkpoint.latest=kill",
-        "checkpoint.done=kill"]
+    deaths_in_a_checkpoint: ["checkpoint.begun=kill", "checkpoint.shard=kill", "checkpoint.noted=kill", "checkpoint.named=kill",
+        "checkpoint.latest=kill", "checkpoint.done=kill"]
     deaths_while_pages_are_copied: ["checkpoint.pinned=kill", "checkpoint.page=2*off->kill", "checkpoint.copied=kill",
         "checkpoint.agreed=kill", "checkpoint.pinned=1*off->kill"]
     deaths_of_training_while_a_checkpoint_is_written: ["checkpoint.begun=sleep(150),step.swept=kill",

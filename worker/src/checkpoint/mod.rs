@@ -2,10 +2,13 @@
 //!
 //! [`Checkpoints`] writes checkpoints while training goes on; [`stage`] is where pages wait for the disk.
 
+mod first;
 mod link;
 mod stage;
 mod writer;
 
+pub use first::FIRST_CHECKPOINT;
+pub(crate) use first::FirstCheckpoint;
 pub(crate) use stage::staging_bytes;
 pub(crate) use writer::{Checkpoints, Due};
 

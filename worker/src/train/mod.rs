@@ -34,7 +34,7 @@ mod steps;
 
 use crate::api::*;
 use crate::batch::Reader;
-use crate::checkpoint::{self, Checkpoints, Due};
+use crate::checkpoint::{self, Checkpoints, Due, FirstCheckpoint};
 use crate::early::{Ahead, EarlyPages};
 use crate::metrics::Metrics;
 use crate::model::Model;
@@ -209,7 +209,7 @@ impl Rank<'_> {
         let share = if self.assignment.device.kind == DeviceKind::Cuda { 2 } else { 4 };
         let copiers = (self.assignment.device.threads / share).clamp(1, 16);
         let checkpoints = Checkpoints::new(self.spec, &self.architecture, steps, &self.store, &self.comm, self.control, copiers, staging)?;
-        let checkpoints = checkpoints.with_lines(&durable);
+        let checkpoints = checkpoints.with_lines(&durable).with_note(self.first_checkpoint());
         let early = self.plan.early_updates.then(|| {
             let parts = (self.store.as_ref(), self.comm.as_ref(), self.recorder.as_ref());
             let by_host = !self.plan.squares();
@@ -310,6 +310,11 @@ impl Rank<'_> {
         let (newest_checkpoint, missing_result) = checkpoints.results();
         let outcome = self.finish(committed.step, stopped, newest_checkpoint)?;
         missing_result.map_or(Ok(outcome), Err)
+    }
+
+    /// The note of whether the job has a checkpoint.
+    fn first_checkpoint(&self) -> FirstCheckpoint {
+        FirstCheckpoint::beside(&self.history.path)
     }
 
     /// The optimizer's thread tells the step loop, which gives up after an error: it may be waiting for pages that will not come.
