@@ -265,6 +265,37 @@ fn a_first_checkpoint_that_nobody_was_told_of_is_not_begun_over() {
     }
 }
 
+/// The file system behind a link is not there when a gang starts: it is waited for, and nothing is written in its place.
+#[test]
+fn a_gang_waits_for_outputs_whose_file_system_is_late() {
+    let sandbox = Sandbox::new();
+    std::fs::create_dir(sandbox.path("mounted")).unwrap();
+    std::os::unix::fs::symlink(sandbox.path("mounted"), sandbox.path("data")).unwrap();
+    let job = everything(400).set("checkpoint.path", "data/checkpoints").set("output.path", "data/model");
+    let mut daemon = sandbox.start_daemon("cpu:2", &[]);
+    let id = daemon.submit("late", &job);
+    daemon.wait_for_step(&id, 20);
+    std::fs::rename(sandbox.path("mounted"), sandbox.path("unmounted")).unwrap();
+    let rank = |line: &str| line.contains(" worker");
+    let (pid, _) = sandbox.processes().into_iter().find(|(_, line)| rank(line)).expect("a worker");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    let waits = "data/checkpoints: ";
+    let mut said = String::new();
+    let told = settled_with(Duration::from_secs(60), || {
+        said = daemon.process().stderr();
+        said.contains(waits) && said.contains("it is looked for again, for 600 s at most")
+    });
+    assert!(told, "nobody says it: {said}");
+    assert!(!sandbox.path("mounted").exists(), "nothing is made in its place");
+    std::fs::rename(sandbox.path("unmounted"), sandbox.path("mounted")).unwrap();
+    let ended = daemon.wait_for_state(&id, "succeeded");
+    assert_eq!(ended["restarts"], 1, "{ended:#}");
+    assert!(daemon.process().stderr().contains("outputs are where they were again, after "));
+    daemon.stop();
+    assert_eq!(read_metrics(&sandbox.path("metrics.jsonl")).len(), 400);
+    assert!(sandbox.path("mounted/model").is_dir() && !names(&sandbox.path("mounted/checkpoints")).is_empty());
+}
+
 /// A job that has failed is unfinished again.
 fn revive(state: &Path, id: &str) {
     let path = state.join("jobs").join(id).join("job.json");
