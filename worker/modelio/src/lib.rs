@@ -27,6 +27,7 @@ mod error;
 mod export;
 mod files;
 mod fill;
+mod held;
 mod hf;
 mod init;
 mod inspect;

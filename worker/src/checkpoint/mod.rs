@@ -94,5 +94,7 @@ pub(crate) fn export_store(store: &Store, spec: &JobSpec, architecture: &Archite
         _ => Dtype::F32,
     };
     let weights = StoreWeights::at_step(store, store.record().step);
-    export_hf(path, architecture, &input.assets, &weights, &ExportOptions::new(dtype, true)).map_err(errors::model)
+    // Followed when the job started (`places`).
+    let options = ExportOptions { follow_links: false, ..ExportOptions::new(dtype, true) };
+    export_hf(path, architecture, &input.assets, &weights, &options).map_err(errors::model)
 }
