@@ -203,6 +203,107 @@ fn after_a_reboot_no_line_is_missing_although_its_checkpoint_was_whole_before_it
     Outcome::read(&sandbox).assert_same(&whole, "after the reboot");
 }
 
+/// Everything dies at one point of the first checkpoint, before the supervisor knows of it, and the machine is started again. Returns
+/// where it ran and the job.
+#[track_caller]
+fn dies_at_the_first_checkpoint(job: &JobFile, point: &str) -> (Sandbox, String) {
+    let sandbox = Sandbox::new();
+    let marks = sandbox.path("marks");
+    std::fs::create_dir(&marks).unwrap();
+    let armed = format!("{point}=kill,job.failing=kill");
+    let environment = [(VARIABLE, armed.as_str()), (MARKS_VARIABLE, marks.to_str().unwrap())].map(|(k, v)| (k.to_string(), v.to_string()));
+    let mut daemon = Daemon::try_start(&sandbox, "cpu:1", &[], &environment).unwrap();
+    let id = daemon.submit("rebooted", job);
+    let name = daemon.wait_for(&id, "a segment", |j| j["segment"] != "")["segment"].as_str().unwrap().to_owned();
+    assert!(settled_with(Duration::from_secs(60), || daemon.process().has_ended()), "nobody died");
+    drop(daemon);
+    assert!(settled(|| sandbox.processes()).is_empty(), "workers outlive their daemon");
+    assert_eq!(names(&marks).len(), 2, "{point}: {:?}", names(&marks));
+    std::fs::remove_file(Path::new("/dev/shm").join(name.trim_start_matches('/'))).unwrap();
+    another_boot(&sandbox.path("state"), std::process::id(), 2);
+    (sandbox, id)
+}
+
+/// Between the name of a first checkpoint and the record of it, a reboot after which the checkpoints' disk was not mounted used to
+/// begin the job anew, and to cut its metrics to nothing.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_first_checkpoint_that_nobody_was_told_of_is_not_begun_over() {
+    let job = everything(16);
+    let whole = Outcome::undisturbed_on(&job, "cpu:1");
+    for (point, found) in [("checkpoint.named", "step-00000004"), ("checkpoint.noted", "step-00000004.partial")] {
+        let (sandbox, id) = dies_at_the_first_checkpoint(&job, point);
+        let (there, away) = (sandbox.path("checkpoints"), sandbox.path("unmounted"));
+        assert!(names(&there).contains(&found.to_string()), "{point}: {:?}", names(&there));
+        let lines = std::fs::read(sandbox.path("metrics.jsonl")).unwrap();
+        assert!(!lines.is_empty());
+        for empty in [false, true] {
+            // The folder is not there, or is the empty one that the file system is mounted on.
+            std::fs::rename(&there, &away).unwrap();
+            if empty {
+                std::fs::create_dir(&there).unwrap();
+            }
+            let daemon = sandbox.start_daemon("cpu:1", &[]);
+            let ended = daemon.wait_for_state(&id, "failed");
+            let said = ended["message"].as_str().unwrap();
+            assert!(ended["exit_code"] == 11 && said.contains("of step 4") && said.contains("mount it"), "{point}: {ended:#}");
+            daemon.stop();
+            assert!(std::fs::read(sandbox.path("metrics.jsonl")).unwrap() == lines, "{point}: the lines are as they were");
+            if empty {
+                std::fs::remove_dir(&there).unwrap();
+            }
+            std::fs::rename(&away, &there).unwrap();
+            revive(&sandbox.path("state"), &id);
+        }
+        // Mounted again: from the checkpoint, or, where that never got its name, from the beginning.
+        let mut daemon = sandbox.start_daemon("cpu:1", &[]);
+        daemon.wait_for_state(&id, "succeeded");
+        let begun = daemon.process().stderr().contains("resuming from step 4");
+        assert_eq!(begun, point == "checkpoint.named", "{point}");
+        daemon.stop();
+        Outcome::read(&sandbox).assert_same(&whole, point);
+    }
+}
+
+/// The file system behind a link is not there when a gang starts: it is waited for, and nothing is written in its place.
+#[test]
+fn a_gang_waits_for_outputs_whose_file_system_is_late() {
+    let sandbox = Sandbox::new();
+    std::fs::create_dir(sandbox.path("mounted")).unwrap();
+    std::os::unix::fs::symlink(sandbox.path("mounted"), sandbox.path("data")).unwrap();
+    let job = everything(400).set("checkpoint.path", "data/checkpoints").set("output.path", "data/model");
+    let mut daemon = sandbox.start_daemon("cpu:2", &[]);
+    let id = daemon.submit("late", &job);
+    daemon.wait_for_step(&id, 20);
+    std::fs::rename(sandbox.path("mounted"), sandbox.path("unmounted")).unwrap();
+    let rank = |line: &str| line.contains(" worker");
+    let (pid, _) = sandbox.processes().into_iter().find(|(_, line)| rank(line)).expect("a worker");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    let waits = "data/checkpoints: ";
+    let mut said = String::new();
+    let told = settled_with(Duration::from_secs(60), || {
+        said = daemon.process().stderr();
+        said.contains(waits) && said.contains("it is looked for again, for 600 s at most")
+    });
+    assert!(told, "nobody says it: {said}");
+    assert!(!sandbox.path("mounted").exists(), "nothing is made in its place");
+    std::fs::rename(sandbox.path("unmounted"), sandbox.path("mounted")).unwrap();
+    let ended = daemon.wait_for_state(&id, "succeeded");
+    assert_eq!(ended["restarts"], 1, "{ended:#}");
+    assert!(daemon.process().stderr().contains("outputs are where they were again, after "));
+    daemon.stop();
+    assert_eq!(read_metrics(&sandbox.path("metrics.jsonl")).len(), 400);
+    assert!(sandbox.path("mounted/model").is_dir() && !names(&sandbox.path("mounted/checkpoints")).is_empty());
+}
+
+/// A job that has failed is unfinished again.
+fn revive(state: &Path, id: &str) {
+    let path = state.join("jobs").join(id).join("job.json");
+    let mut record: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    record["state"] = "active".into();
+    std::fs::write(&path, record.to_string()).unwrap();
+}
+
 /// Whether it comes true in time.
 fn settled_with(limit: Duration, mut look: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + limit;

@@ -220,6 +220,36 @@ fn a_checkpoint_on_request_and_an_export_from_the_live_job() {
     daemon.stop();
 }
 
+/// A link on the way is followed when the export is asked for; one that somebody puts there while it writes is not.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn an_export_follows_no_link_that_comes_later() {
+    use ramtorch_failpoint::{MARKS_VARIABLE, VARIABLE};
+    let sandbox = Sandbox::new();
+    for folder in ["marks", "mine", "theirs"] {
+        std::fs::create_dir(sandbox.path(folder)).unwrap();
+    }
+    let link = |target: &str, name: &str| std::os::unix::fs::symlink(sandbox.path(target), sandbox.path(name)).unwrap();
+    link("mine", "way");
+    let marks = sandbox.path("marks");
+    let environment = [(VARIABLE, "file.change=sleep(2000)"), (MARKS_VARIABLE, marks.to_str().unwrap())];
+    let daemon = Daemon::try_start(&sandbox, "cpu:1", &[], &environment.map(|(k, v)| (k.to_string(), v.to_string()))).unwrap();
+    let model = Fixture::model_path("llama");
+    let (arguments, out) = (["export".into(), model.clone().into_os_string()], sandbox.path("way/model").into_os_string());
+    let client = daemon.start_client(arguments.into_iter().chain([out.clone()]));
+    let end = std::time::Instant::now() + LIMIT;
+    while std::fs::read_dir(&marks).unwrap().next().is_none() {
+        assert!(std::time::Instant::now() < end, "the export does not begin");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::fs::rename(sandbox.path("mine"), sandbox.path("aside")).unwrap();
+    link("theirs", "mine");
+    client.wait(LIMIT).expect_success();
+    assert_eq!(read_tensors(&sandbox.path("aside/model")).len(), read_tensors(&model).len(), "where it was meant to be");
+    assert_eq!(std::fs::read_dir(sandbox.path("theirs")).unwrap().count(), 0, "nothing went through the link");
+    daemon.stop();
+}
+
 #[test]
 fn perplexity_of_every_family_is_pytorchs() {
     let sandbox = Sandbox::new();

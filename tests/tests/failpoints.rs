@@ -7,7 +7,7 @@
 use nix::sys::signal::Signal;
 use ramtorch_failpoint::{MARKS_VARIABLE, Point, Process, VARIABLE};
 use ramtorch_tests::Sandbox;
-use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names, waking};
+use ramtorch_tests::disturbed::{Immortal, Outcome, everything, names, run_into, waking};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -44,8 +44,8 @@ groups! {
     deaths_between_the_two_lines: ["step.noted=kill", "step.noted=3*off->kill", "step.noted=6*off->kill"]
     deaths_in_recovery: ["optimizer.begun=2*off->kill,recover.begun=kill", "optimizer.updated=4*off->kill,recover.updated=kill",
         "page.written=20*off->kill,recover.recorded=kill"]
-    deaths_in_a_checkpoint: ["checkpoint.begun=kill", "checkpoint.shard=kill", "checkpoint.named=kill", "checkpoint.latest=kill",
-        "checkpoint.done=kill"]
+    deaths_in_a_checkpoint: ["checkpoint.begun=kill", "checkpoint.shard=kill", "checkpoint.noted=kill", "checkpoint.named=kill",
+        "checkpoint.latest=kill", "checkpoint.done=kill"]
     deaths_while_pages_are_copied: ["checkpoint.pinned=kill", "checkpoint.page=2*off->kill", "checkpoint.copied=kill",
         "checkpoint.agreed=kill", "checkpoint.pinned=1*off->kill"]
     deaths_of_training_while_a_checkpoint_is_written: ["checkpoint.begun=sleep(150),step.swept=kill",
@@ -294,6 +294,34 @@ fn a_gang_waits_until_its_record_is_on_the_disk() {
     assert!(logs.contains(&"rank-0.g2.log".to_owned()), "and the generation: {logs:?}");
     daemon.stop();
     Outcome::read(&sandbox).assert_same(undisturbed(), "on a slow disk");
+}
+
+/// The step loop waits for pages that the optimizer's thread publishes, and that thread for what the loop tells it. A panic on either
+/// side used to leave the other waiting until the supervisor noticed, minutes later, and nobody knew of the panic then.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn a_panic_ends_a_rank_whose_other_thread_waits_for_it() {
+    // One rank: what panics while its gang is being ended for another reason tells nobody.
+    let job = everything(STEPS).set("device.ranks", 1);
+    let whole = Outcome::undisturbed(&job);
+    // Behind the pages that are filled before the first step.
+    let in_steps = [
+        "optimizer.begun=1*off->panic",
+        "page.begun=21*off->panic",
+        "page.written=33*off->panic",
+        "page.published=26*off->panic",
+        "step.committed=3*off->panic",
+    ];
+    // The last of the checkpoints is a result of the job, for which the loop waits at its end.
+    for entries in [&in_steps[..], &["checkpoint.pinned=panic"], &["checkpoint.agreed=panic"], &["checkpoint.agreed=3*off->panic"]] {
+        let (sandbox, told) = run_into("panics", &job, entries);
+        Outcome::read(&sandbox).assert_same(&whole, "panics");
+        for entry in entries {
+            let said = format!("panicked: fail point {}", entry.split_once('=').unwrap().0);
+            assert!(told.contains(&said), "no rank ended with {said:?}");
+        }
+        assert!(!told.contains("a scoped thread panicked"), "a cause was lost");
+    }
 }
 
 /// The checkpoint of a step whose gang died after the commit and before the checkpoint was whole used to be left out.

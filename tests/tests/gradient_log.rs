@@ -118,6 +118,7 @@ groups! {
     deaths_beside_a_checkpoint: ["checkpoint.pinned=kill", "checkpoint.page=1*off->kill", "checkpoint.shard=sleep(200),step.swept=kill"]
     deaths_of_the_supervisor: ["job.step=3*off->kill", "step.leaving=20*off->kill,job.backoff=kill"]
     stops_and_panics: ["step.swept=2*off->kill,recover.replayed=1*off->stop", "optimizer.updated=3*off->panic", "step.swept=4*off->panic"]
+    panics_between_pages: ["page.begun=21*off->panic", "page.written=33*off->panic"]
 }
 
 /// Without a death, and what an event says after one.
@@ -154,5 +155,23 @@ visits! {
     die_between_pages: ["page.begun=21*off->kill", "page.written=33*off->kill", "page.published=26*off->kill"]
     die_beside_a_checkpoint_and_with_the_supervisor: ["checkpoint.pinned=kill", "checkpoint.page=1*off->kill",
         "job.step=3*off->kill", "step.leaving=20*off->kill,job.backoff=kill"]
-    stop_and_panic: ["step.leaving=7*off->stop", "optimizer.updated=3*off->panic", "step.swept=4*off->panic"]
+    stop_and_panic: ["step.leaving=7*off->stop", "optimizer.updated=3*off->panic", "step.swept=4*off->panic", "page.begun=30*off->panic",
+        "page.written=45*off->panic"]
+}
+
+/// State that visits, beside pages that go ahead of their step, whose old weights lie in the segment: each dies among the other's.
+#[test]
+#[cfg_attr(not(debug_assertions), ignore = "release builds have no fail points")]
+fn visits_beside_early_updates() {
+    let late = plain(Kind::Visited).set("optimizer.clip_norm", 1e9);
+    let early = held(Kind::Visited).set("optimizer.clip_norm", 0.0).set("optimizer.early_updates", true);
+    let entries = [
+        "step.swept=1*off->sleep(60),early.published=1*off->kill,rerun.dropped=kill",
+        "step.swept=3*off->sleep(60),early.closed=kill",
+        "optimizer.updated=2*off->kill",
+        "checkpoint.page=1*off->sleep(150),step.swept=sleep(60),early.begun=kill",
+    ];
+    let (sandbox, told) = run_into("visits beside early updates", &early, &entries);
+    assert!(told.contains("comes with the backward pass") && told.contains("the processor updates pages beside the backward pass"));
+    Outcome::read(&sandbox).assert_same(&Outcome::undisturbed(&late), "visits beside early updates");
 }

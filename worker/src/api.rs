@@ -89,6 +89,9 @@ pub enum Task {
         /// Nobody else works on any of them: how fast they reach one another may be measured.
         #[serde(default)]
         gpus_free: bool,
+        /// Where an earlier gang of the job noted that it has a checkpoint; none of what is only planned.
+        #[serde(default)]
+        noted: Option<PathBuf>,
     },
     /// Train. Result: [`TrainOutcome`].
     Train {

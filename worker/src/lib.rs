@@ -33,6 +33,7 @@ mod train;
 mod weights;
 
 pub use api::*;
+pub use checkpoint::FIRST_CHECKPOINT;
 pub use plan::plan;
 
 use ramtorch_store::Store;
@@ -76,9 +77,9 @@ pub fn run(assignment: &Assignment, control: &dyn Control) -> Result<serde_json:
         serde_json::to_value(x).map_err(EngineError::internal)
     }
     match &assignment.task {
-        Task::Prepare { spec, cache_dir, gpus, gpus_free } => {
+        Task::Prepare { spec, cache_dir, gpus, gpus_free, noted } => {
             let gpus = rates::Gpus { all: gpus, free: *gpus_free };
-            let prepared = prepare::run(assignment, spec, cache_dir, gpus, control)?;
+            let prepared = prepare::run(assignment, spec, cache_dir, gpus, noted.as_deref(), control)?;
             ramtorch_failpoint::hit(ramtorch_failpoint::Point::Prepared);
             value(prepared)
         }

@@ -22,6 +22,7 @@ pub(crate) fn run(
     spec: &JobSpec,
     cache_dir: &Path,
     gpus: rates::Gpus,
+    noted: Option<&Path>,
     control: &dyn Control,
 ) -> Result<Prepared, EngineError> {
     if a.device.kind == DeviceKind::Cuda {
@@ -71,6 +72,9 @@ pub(crate) fn run(
     }
     control.heartbeat(0, "looking for checkpoints");
     let (resume, skipped) = checkpoint::find(spec, &architecture)?;
+    if let (None, true, Some(noted)) = (&resume, spec.checkpoint.resume, noted) {
+        checkpoint::FirstCheckpoint::at(noted).check(spec)?;
+    }
     if let Some(path) = &spec.output.metrics {
         crate::metrics::check(path, resume.as_ref().map_or(0, |r| r.step))?;
     }

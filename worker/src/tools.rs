@@ -16,7 +16,8 @@ pub(crate) fn export(
 ) -> Result<Exported, EngineError> {
     control.heartbeat(0, "exporting");
     let model = LoadedModel::open(source, control)?;
-    let options = ExportOptions::new(dtype.map_or(model.dtype, Dtype::from), overwrite);
+    // The daemon has followed all links, and looked at what is allowed there.
+    let options = ExportOptions { follow_links: false, ..ExportOptions::new(dtype.map_or(model.dtype, Dtype::from), overwrite) };
     let bytes = model
         .with_weights(|weights, live| match live {
             // A running job: the folder has to be of one step. Training moves on meanwhile, so this may take a few tries.

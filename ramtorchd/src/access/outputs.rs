@@ -14,7 +14,7 @@
 //! The ledger is a file of the state folder: a line for each output that a user's job was allowed to make. What is lost of it
 //! is nobody's, and so no user's to write over.
 
-use super::paths::{PathError, follow};
+use super::paths::{Lost, PathError, follow, is_passing};
 use nix::unistd::{Gid, Uid, User};
 use ramtorch_job::JobSpec;
 use serde::{Deserialize, Serialize};
@@ -139,20 +139,25 @@ pub fn of_export(path: PathBuf) -> Vec<Output> {
 impl Output {
     /// Where it is, links followed. Touches the file system. None: a pipe or a device, which has no content to lose.
     fn place(&self) -> Result<Option<PathBuf>, PathError> {
-        let unusable = |why: String| PathError::Unusable { what: self.what.into(), path: self.path.clone(), why };
-        let at = follow(&self.path).map_err(unusable)?;
+        let at = follow(&self.path).map_err(|lost| lost.of(self.what, &self.path))?;
         if at.to_str().is_none() {
-            return Err(unusable(format!("leads to {}, which is not UTF-8", at.display())));
+            return Err(Lost::from(format!("leads to {}, which is not UTF-8", at.display())).of(self.what, &self.path));
         }
         let special = |kind: std::fs::FileType| kind.is_char_device() || kind.is_block_device() || kind.is_fifo() || kind.is_socket();
         Ok(Some(at).filter(|at| !std::fs::symlink_metadata(at).is_ok_and(|m| special(m.file_type()))))
     }
 }
 
-/// Where outputs are: what no other job may write to meanwhile. Of one that cannot be followed it is the path as given, which the
-/// job itself will stumble over. Touches the file system.
+/// Outputs at their places, links followed. One that cannot be followed is at the path as given, which the job itself will stumble over;
+/// devices and pipes are left out. Touches the file system.
+pub fn placed(outputs: &[Output]) -> Vec<Output> {
+    let place = |o: &Output| o.place().unwrap_or_else(|_| Some(o.path.clone()));
+    outputs.iter().filter_map(|o| Some(Output { path: place(o)?, ..o.clone() })).collect()
+}
+
+/// Where outputs are: what no other job may write to meanwhile. Touches the file system.
 pub fn places(outputs: &[Output]) -> Vec<PathBuf> {
-    outputs.iter().filter_map(|o| o.place().unwrap_or_else(|_| Some(o.path.clone()))).collect()
+    placed(outputs).into_iter().map(|o| o.path).collect()
 }
 
 /// Why a job must not start.
@@ -177,6 +182,20 @@ pub enum Moved {
     /// It cannot be followed any more.
     #[error("{0}; it could be followed when the job was submitted, and nothing is written there")]
     Lost(#[from] PathError),
+}
+
+impl Moved {
+    /// Whether it may be where it was in a while, by itself: a file server does not answer, or a file system that a link leads to, or that
+    /// holds one, is not mounted yet. Where somebody has put a link in the way, it leads into a folder. Touches the file system.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Moved::Lost(e) => e.is_passing(),
+            Moved::Elsewhere { now, .. } => {
+                let missing = |folder: &Path| std::fs::metadata(folder).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+                now.is_absolute() && now.parent().is_some_and(missing)
+            }
+        }
+    }
 }
 
 fn list(places: &[PathBuf]) -> String {
@@ -340,11 +359,12 @@ impl Ledger {
             what: output.what.into(),
             path: output.path.clone(),
             why: format!("{} cannot be looked at: {e}", at.display()),
+            passing: is_passing(&e),
         };
         // A device or a pipe is judged by its own mode.
         let at = match output.place()? {
             Some(at) => at,
-            None => follow(&output.path).map_err(|why| PathError::Unusable { what: output.what.into(), path: output.path.clone(), why })?,
+            None => follow(&output.path).map_err(|lost| lost.of(output.what, &output.path))?,
         };
         let refuse = |at: &Path, found: &Found, maker: Option<u32>| {
             let owner = match maker {
@@ -588,6 +608,17 @@ mod tests {
         assert!(swap("mine/ck", at("theirs/ck")).contains("theirs/ck"));
         assert!(swap("mine/new/m.jsonl", "/dev/null".into()).contains("`output.metrics`"));
         assert!(swap("mine/ck", at("nowhere")).contains("leads nowhere"));
+        // What may be there again by itself: a link whose file system is not mounted, and what a link on such a one led to.
+        std::fs::rename(at("mine"), at("unmounted")).unwrap();
+        let e = settled().unwrap_err();
+        assert!(e.is_passing() && matches!(e, Moved::Lost(_)), "{e}");
+        std::fs::rename(at("unmounted"), at("mine")).unwrap();
+        let moved = |now: PathBuf| Moved::Elsewhere { what: "x", path: at("way"), now, then: vec![at("mine")] };
+        assert!(
+            moved(at("nowhere/ck")).is_passing()
+                && !moved(at("theirs/new")).is_passing()
+                && !moved("a device or a pipe".into()).is_passing()
+        );
         // Of a version that noted none.
         let mut old = spec.clone();
         assert_eq!((settle(&mut old, None), old), (Ok(()), made));

@@ -50,7 +50,67 @@ pub enum PathError {
         path: PathBuf,
         /// Why not.
         why: String,
+        /// It may be in order again by itself.
+        passing: bool,
     },
+}
+
+impl PathError {
+    /// What is in order again by itself where a file server comes back, or a file system is mounted late.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, PathError::Unusable { passing: true, .. })
+    }
+}
+
+/// Why a path leads nowhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Lost {
+    /// In words.
+    pub why: String,
+    /// See [`PathError::is_passing`].
+    pub passing: bool,
+}
+
+impl Lost {
+    /// In the terms of an output, or of what a job reads.
+    pub(super) fn of(self, what: &str, path: &Path) -> PathError {
+        PathError::Unusable { what: what.into(), path: path.into(), why: self.why, passing: self.passing }
+    }
+}
+
+impl From<String> for Lost {
+    fn from(why: String) -> Lost {
+        Lost { why, passing: false }
+    }
+}
+
+/// Whether it is a disk, a file server, the way to it, or a lack of memory or descriptors: not the path that was asked for.
+pub(super) fn is_passing(e: &std::io::Error) -> bool {
+    const PASSING: [i32; 22] = [
+        nix::libc::EIO,
+        nix::libc::ESTALE,
+        nix::libc::ENOTCONN,
+        nix::libc::ESHUTDOWN,
+        nix::libc::ETIMEDOUT,
+        nix::libc::ECONNABORTED,
+        nix::libc::ECONNREFUSED,
+        nix::libc::ECONNRESET,
+        nix::libc::EHOSTDOWN,
+        nix::libc::EHOSTUNREACH,
+        nix::libc::ENETDOWN,
+        nix::libc::ENETUNREACH,
+        nix::libc::EREMOTEIO,
+        nix::libc::ENODEV,
+        nix::libc::ENXIO,
+        nix::libc::ENOMEDIUM,
+        nix::libc::EAGAIN,
+        nix::libc::EINTR,
+        nix::libc::EBUSY,
+        nix::libc::ENOMEM,
+        nix::libc::EMFILE,
+        nix::libc::ENFILE,
+    ];
+    e.raw_os_error().is_some_and(|code| PASSING.contains(&code))
 }
 
 fn detour(path: &Path, target: &Path) -> String {
@@ -131,7 +191,7 @@ impl Roots {
         if self.is_open() {
             return Ok(());
         }
-        let followed = follow(path).map_err(|why| PathError::Unusable { what: what.into(), path: path.into(), why })?;
+        let followed = follow(path).map_err(|lost| lost.of(what, path))?;
         let allowed: Vec<&PathBuf> = match usage {
             Use::Read => self.config.read.iter().chain(&self.config.write).collect(),
             Use::Write => self.config.write.iter().collect(),
@@ -162,7 +222,7 @@ impl Roots {
         // The part before the first pattern is fixed: without it a pattern could be used to look around.
         let fixed: PathBuf = Path::new(pattern).components().take_while(|c| !has_pattern(c.as_os_str())).collect();
         self.check(what, &fixed, Use::Read)?;
-        let unusable = |why: String| PathError::Unusable { what: what.into(), path: pattern.into(), why };
+        let unusable = |why: String| Lost::from(why).of(what, Path::new(pattern));
         if Path::new(pattern).components().any(|c| c == Component::ParentDir) {
             return Err(unusable("a pattern with `..` in it is not allowed where this daemon has [paths]".into()));
         }
@@ -217,12 +277,12 @@ fn has_pattern(part: &OsStr) -> bool {
 /// Where an absolute path leads: links followed as far as it exists, the rest as it is.
 ///
 /// # Errors
-/// Text: not absolute, a link to nowhere, `..` after what does not exist, no permission to look.
-pub(super) fn follow(path: &Path) -> Result<PathBuf, String> {
+/// Not absolute, a link to nowhere (whose file system may be mounted yet), `..` after what does not exist, no permission to look.
+pub(super) fn follow(path: &Path) -> Result<PathBuf, Lost> {
     let mut at = PathBuf::from("/");
     let mut parts = path.components();
     if parts.next() != Some(Component::RootDir) {
-        return Err("is not absolute".into());
+        return Err(String::from("is not absolute").into());
     }
     while let Some(part) = parts.next() {
         match part {
@@ -232,19 +292,19 @@ pub(super) fn follow(path: &Path) -> Result<PathBuf, String> {
                     Ok(real) => at = real,
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                         if std::fs::symlink_metadata(&next).is_ok() {
-                            return Err(format!("{} is a link that leads nowhere", next.display()));
+                            return Err(Lost { why: format!("{} is a link that leads nowhere", next.display()), passing: true });
                         }
                         at = next;
                         for rest in parts {
                             match rest {
                                 Component::Normal(name) => at.push(name),
                                 Component::CurDir => {}
-                                _ => return Err(format!("has `..` after {}, which does not exist", at.display())),
+                                _ => return Err(format!("has `..` after {}, which does not exist", at.display()).into()),
                             }
                         }
                         return Ok(at);
                     }
-                    Err(e) => return Err(format!("{} cannot be looked at: {e}", next.display())),
+                    Err(e) => return Err(Lost { why: format!("{} cannot be looked at: {e}", next.display()), passing: is_passing(&e) }),
                 }
             }
             // `at` holds no link, so its parent is what the kernel takes for it.

@@ -274,12 +274,13 @@ impl Jobs for JobsService {
         let target = path.clone();
         self.context.allowed(move |roots| roots.check("the model folder", &target, Use::Write)).await?;
         let outputs = self.context.writable(&caller, process_gid, outputs::of_export(path.clone())).await?;
-        let (places, uid) = (outputs.clone(), caller.uid);
+        // Where the links on the way led when they were looked at: a link that comes later is not followed any more.
+        let (places, place, uid) = (outputs.clone(), outputs.first().cloned(), caller.uid);
         self.context.handle.ask(|reply| Message::Vacant { outputs: places, uid, reply }).await?;
         self.context.claim(&caller, outputs).await;
-        let task = Task::Export { source, path, dtype, overwrite: request.overwrite };
+        let task = Task::Export { source, path: place.unwrap_or_else(|| path.clone()), dtype, overwrite: request.overwrite };
         let r: Exported = oneoff::result(&self.context, &caller, task, false).await?;
-        Ok(Response::new(pb::ExportResponse { path: r.path.to_string_lossy().into_owned(), step: r.step, bytes: r.bytes }))
+        Ok(Response::new(pb::ExportResponse { path: path.to_string_lossy().into_owned(), step: r.step, bytes: r.bytes }))
     }
 
     async fn inspect(&self, request: Request<pb::InspectRequest>) -> Result<Response<pb::InspectResponse>, Status> {

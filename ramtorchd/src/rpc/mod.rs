@@ -76,10 +76,15 @@ impl Context {
         let (caller, ledger) = (caller.clone(), self.ledger.clone());
         let denied = |e: String| Refusal::new(RefusalKind::Denied, e);
         let checked = tokio::task::spawn_blocking(move || {
-            if !caller.admin && !outputs.is_empty() {
-                ledger.check(&outputs, &Writer::look_up(caller.uid, process_gid))?;
+            if caller.admin || outputs.is_empty() {
+                return Ok(outputs::places(&outputs));
             }
-            Ok(outputs::places(&outputs))
+            let who = Writer::look_up(caller.uid, process_gid);
+            ledger.check(&outputs, &who)?;
+            // Judged again where they will be written: a link may have led elsewhere a moment ago.
+            let placed = outputs::placed(&outputs);
+            ledger.check(&placed, &who)?;
+            Ok(placed.into_iter().map(|o| o.path).collect())
         });
         let checked: Result<_, outputs::OutputError> = checked.await.map_err(|e| denied(format!("cannot check outputs: {e}")))?;
         checked.map_err(|e| denied(e.to_string()))

@@ -38,7 +38,7 @@ pub async fn plan(context: &Context, caller: &Caller, spec: JobSpec) -> Result<(
     let (ranks, memory_bytes) = (spec.device.ranks, spec.device.memory_bytes);
     let place = context.handle.ask(|reply| Message::PlanContext { ranks, memory_bytes, reply }).await?;
     let gpus = place.devices.iter().filter(|d| d.kind == DeviceKind::Cuda).map(|d| d.index).collect();
-    let task = Task::Prepare { spec: spec.clone(), cache_dir: context.cache.clone(), gpus, gpus_free: false };
+    let task = Task::Prepare { spec: spec.clone(), cache_dir: context.cache.clone(), gpus, gpus_free: false, noted: None };
     let prepared: Prepared = result(context, caller, task, false).await?;
     let request = PlanRequest {
         spec,

@@ -131,7 +131,10 @@ impl Supervisor {
         let generation = job.record.generation + 1;
         let id = job.record.id.clone();
         let gpus = devices.iter().filter(|d| d.kind == DeviceKind::Cuda).map(|d| d.index).collect();
-        let task = Task::Prepare { spec: job.spec.clone(), cache_dir: self.out.cache_dir(), gpus, gpus_free: true };
+        // Of one that is known, this daemon knows more (`Job::lost_checkpoint`).
+        let note = || self.out.history_file(&id).with_file_name(ramtorch_worker::FIRST_CHECKPOINT);
+        let noted = job.record.checkpoint.is_none().then(note);
+        let task = Task::Prepare { spec: job.spec.clone(), cache_dir: self.out.cache_dir(), gpus, gpus_free: true, noted };
         let (world, at) = (devices.len(), job.leases.first().copied());
         let log = self.out.log_dir(&id).join(format!("prepare.g{generation}.log"));
         let assignment = ramtorch_worker::Assignment { job_id: id.clone(), generation, rank: 0, world_size: world, device, task };

@@ -8,14 +8,13 @@
 //! ```
 
 mod link;
+mod outputs;
 
 pub use link::{Link, LinkError};
 
-use crate::access::outputs;
-use crate::access::sandbox::Rules;
 use crate::process;
 use ramtorch_failpoint::{Point, hit};
-use ramtorch_worker::{Assignment, Control, EngineError, ErrorKind, Task, TrainOutcome};
+use ramtorch_worker::{Assignment, Control, EngineError, Task, TrainOutcome};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
@@ -70,7 +69,7 @@ fn serve(engine: Engine) -> Result<u8, String> {
         hit(Point::RankRegistered);
     }
     let mut assignment = assignment;
-    let settled = settle(&mut assignment.task);
+    let settled = outputs::settle(&mut assignment.task, &link.control());
     let Assignment { job_id, generation, rank, world_size, device, task } = &assignment;
     tracing::info!("{} for job {job_id}: rank {rank} of {world_size} on {device}, generation {generation}", task_name(task));
     let begun = Instant::now();
@@ -90,13 +89,6 @@ fn serve(engine: Engine) -> Result<u8, String> {
         hit(Point::RankDone);
     }
     Ok(code)
-}
-
-/// Before anything is read or written for a job: its outputs are where they were at its submission, or it does not start.
-fn settle(task: &mut Task) -> Result<(), EngineError> {
-    let (Task::Train { spec, .. } | Task::Prepare { spec, .. }) = task else { return Ok(()) };
-    let rules = Rules::from_environment().map_err(EngineError::internal)?;
-    outputs::settle(spec, rules.outputs.as_deref()).map_err(|e| EngineError::new(ErrorKind::Output, e.to_string()))
 }
 
 fn variable(name: &str) -> Result<String, String> {

@@ -230,6 +230,8 @@ points! {
     CheckpointShard = "checkpoint.shard", Rank;
     /// Those of all ranks are; it has no name.
     CheckpointAgreed = "checkpoint.agreed", Rank;
+    /// It is noted that there may be one.
+    CheckpointNoted = "checkpoint.noted", Rank;
     /// It has its name.
     CheckpointNamed = "checkpoint.named", Rank;
     /// `latest` names it; older ones are not removed.

@@ -22,7 +22,7 @@
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, DeviceGradients, EngineError, GradientReader, HeldPage, PageGradients, PageUpdater, StagedPage,
+    AdamwStep, DecayRun, DevBuf, DeviceGradients, EngineError, GradientReader, HeldPage, PageGradients, PageUpdater, StagedPage, caught,
 };
 use ramtorch_store::{Begun, PageId, SharedOwner, Store, Update};
 use std::collections::VecDeque;
@@ -157,13 +157,15 @@ pub fn update_pages_recorded(
         None => cpu = on_cpu(owner, k, &queue, kept, recorder),
         Some(updater) => std::thread::scope(|scope| {
             let feeder = std::thread::Builder::new().name("optimizer-device".into()).spawn_scoped(scope, || {
-                let advanced = queue.watch(advance(owner, k, held, updater, gradients, held_gradients))?;
-                let updated = if depth > 0 { queue.watch(on_device(owner, k, &queue, updater, gradients, depth))? } else { 0 };
-                Ok(advanced + updated)
+                queue.watch(caught("the device's part of the optimizer", || {
+                    let advanced = advance(owner, k, held, updater, gradients, held_gradients)?;
+                    let updated = if depth > 0 { on_device(owner, k, &queue, updater, gradients, depth)? } else { 0 };
+                    Ok(advanced + updated)
+                }))
             });
             match feeder {
                 Ok(feeder) => {
-                    cpu = queue.watch(on_cpu(owner, k, &queue, kept, recorder));
+                    cpu = queue.watch(caught("the processor's part of the optimizer", || on_cpu(owner, k, &queue, kept, recorder)));
                     device = feeder.join().unwrap_or_else(|_| Err(EngineError::internal("the device's part of the optimizer panicked")));
                 }
                 Err(error) if holds => {

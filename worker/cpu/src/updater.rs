@@ -4,7 +4,7 @@
 use crate::adamw::adamw_page;
 use ramtorch_device::trace::{Label, Recorder, Row};
 use ramtorch_device::{
-    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, StagedPage,
+    AdamwStep, DecayRun, DevBuf, DirectWeights, EngineError, GradientPiece, HeldPage, PageGradients, PageUpdater, StagedPage, caught,
     staged_parameters, state_bytes,
 };
 use ramtorch_store::{GradientFormat, Gradients, MomentFormat, MomentsMut, MomentsRef, PageId, PageMut, PagePtrs, PageView, Store, Update};
@@ -73,7 +73,7 @@ impl Updater {
         let run = move || {
             for work in inbox {
                 let span = recorder.scope(Row::OptimizerKernel, Label::work("adamw").step(work.k.step).page(work.page));
-                let result = pool.install(|| run(&mapping, &work));
+                let result = caught("the page updater", || pool.install(|| run(&mapping, &work)));
                 drop(span);
                 if (work.told != Told::Nobody || result.is_err()) && report.send(result).is_err() {
                     return;

@@ -2,6 +2,8 @@
 
 use ramtorch_store::StoreError;
 use serde::{Deserialize, Serialize};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Why the engine gave up, and what the exit code will be.
 #[derive(Debug, Clone, thiserror::Error, Serialize, Deserialize)]
@@ -62,6 +64,20 @@ impl EngineError {
     pub fn internal(message: impl std::fmt::Display) -> Self {
         Self::new(ErrorKind::Internal, message)
     }
+    /// `what` panicked: what a join, or [`caught`], has of it.
+    pub fn panicked(what: &str, panic: &(dyn Any + Send)) -> Self {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        Self::internal(format!("a defect in ramtorch: {what} panicked: {}", text.unwrap_or("no text")))
+    }
+}
+
+/// Runs `f` on a thread that others wait for: a panic of `what` is an error that reaches them, with its text, instead of a
+/// thread that is silently gone. Nothing that `f` has touched is to be used after it.
+///
+/// # Errors
+/// Those of `f`, and its panic.
+pub fn caught<T>(what: &str, f: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| Err(EngineError::panicked(what, panic.as_ref())))
 }
 
 impl From<StoreError> for EngineError {
@@ -71,5 +87,19 @@ impl From<StoreError> for EngineError {
             _ => ErrorKind::Internal,
         };
         EngineError::new(kind, e)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_with_its_text() {
+        let text = |f: fn() -> Result<(), EngineError>| caught("the thread", f).unwrap_err().message;
+        assert_eq!(text(|| panic!("plain")), "a defect in ramtorch: the thread panicked: plain");
+        assert_eq!(text(|| panic!("page {}", 7)), "a defect in ramtorch: the thread panicked: page 7");
+        assert_eq!(text(|| std::panic::panic_any(7)), "a defect in ramtorch: the thread panicked: no text");
+        assert_eq!(text(|| Err(EngineError::input("bad"))), "bad");
     }
 }

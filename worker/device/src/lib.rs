@@ -24,7 +24,7 @@ mod gang;
 mod optimizer;
 
 pub use bounds::{check_gradients, check_load, check_room};
-pub use error::{EngineError, ErrorKind};
+pub use error::{EngineError, ErrorKind, caught};
 pub use gang::{Gang, Ranks, check_shares};
 pub use optimizer::{
     AdamwStep, DecayRun, DeviceGradients, DirectWeights, GRADIENTS_AHEAD, GradientPiece, GradientReader, HeldPage, PageGradients,

@@ -391,6 +391,8 @@ pub struct HeldPage {
     pub state: Vec<DevBuf>,
     /// The step of what is in them; `None` before anything is.
     pub at: Option<u64>,
+    /// It comes anew with every backward pass, from the store: of the step before, whichever that is.
+    pub visits: bool,
 }
 
 impl HeldPage {
@@ -404,12 +406,17 @@ impl HeldPage {
         let (range, part) = (layout.page_range(page), staged_parameters(u64::from(layout.page_parameters())));
         let (len, each) = (range.end - range.start, state_bytes(layout.spec()));
         let state = (0..len).step_by(part as usize).map(|at| room.slice(at * each, part.min(len - at) * each)).collect();
-        HeldPage { page, state, at: None }
+        HeldPage { page, state, at: None, visits: false }
     }
 
-    /// What is held is of the step before `step`.
+    /// `page`, whose state visits `room`.
+    pub fn visitor(layout: &Layout, page: PageId, room: DevBuf) -> HeldPage {
+        HeldPage { visits: true, ..HeldPage::new(layout, page, room) }
+    }
+
+    /// What is held is of the step before `step`, and need not be read from the store.
     pub fn is_before(&self, step: u64) -> bool {
-        self.at.is_some_and(|at| at + 1 == step)
+        self.visits || self.at.is_some_and(|at| at + 1 == step)
     }
 }
 
@@ -444,6 +451,17 @@ mod tests {
             metadata: String::new(),
         })
         .unwrap()
+    }
+
+    #[test]
+    fn state_is_read_where_it_is_not_there_yet() {
+        let (l, room) = (layout(), DevBuf { ptr: 4096, bytes: 1 << 20 });
+        let mut held = HeldPage::new(&l, 0, room);
+        assert!(!held.is_before(1), "nothing is there");
+        held.at = Some(6);
+        assert!(held.is_before(7) && !held.is_before(8) && !held.is_before(6));
+        let visitor = HeldPage::visitor(&l, 0, room);
+        assert!(visitor.is_before(1) && visitor.state == held.state, "the backward pass has brought it, in the first step, too");
     }
 
     #[test]

@@ -100,9 +100,10 @@ pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<(), ModelError> 
     sync_folder(parent(path))
 }
 
-/// Create a folder that will be renamed: its final name becomes durable with [`sync_folder`] then.
+/// Create a folder that will be renamed: its final name becomes durable with [`sync_folder`] then. Nothing may be there, no link
+/// to another folder either.
 pub(crate) fn create_temporary_folder(path: &Path) -> Result<(), ModelError> {
-    step().and_then(|()| std::fs::create_dir_all(path)).map_err(|e| ModelError::write(path, e))
+    step().and_then(|()| std::fs::create_dir(path)).map_err(|e| ModelError::write(path, e))
 }
 
 /// Create a folder and those above it, durably: what is in it later is found only where its own name is.
@@ -223,7 +224,7 @@ pub(crate) fn parent(path: &Path) -> &Path {
 }
 
 #[cfg(not(test))]
-fn step() -> std::io::Result<()> {
+pub(crate) fn step() -> std::io::Result<()> {
     ramtorch_failpoint::check(ramtorch_failpoint::Point::FileChange)
 }
 

@@ -128,6 +128,18 @@ impl ModelError {
         }
     }
 
+    /// The same error of a file below `from`, told as below `to`.
+    pub(crate) fn renamed(mut self, from: &Path, to: &Path) -> Self {
+        use ModelError::*;
+        if let Read { path, .. } | Write { path, .. } | DiskSpace { path, .. } | Format { path, .. } | Exists { path, .. } = &mut self
+            && let Ok(rest) = path.strip_prefix(from)
+        {
+            // Joining nothing would put a slash behind.
+            *path = if rest.as_os_str().is_empty() { to.to_owned() } else { to.join(rest) };
+        }
+        self
+    }
+
     pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
         ModelError::Read { path: path.to_owned(), source }
     }

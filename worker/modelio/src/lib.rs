@@ -27,6 +27,7 @@ mod error;
 mod export;
 mod files;
 mod fill;
+mod held;
 mod hf;
 mod init;
 mod inspect;
@@ -46,7 +47,7 @@ pub use blocks::{EMBED, HEAD, layer_block};
 pub use checkpoint::{
     Checkpoint, CheckpointFiles, CheckpointMeta, CheckpointWriter, Committed, FindOptions, LATEST_FILE, MANIFEST_FILE, PartWriter, Piece,
     Search, ShardInfo, Skipped, TensorChecksums, VERSION as CHECKPOINT_VERSION, check_folder as check_checkpoint_folder, encode_pieces,
-    find_sound, folder_name as checkpoint_folder_name, partition, tidy as tidy_checkpoints,
+    find_sound, folder_name as checkpoint_folder_name, holds_unfinished_only, partition, tidy as tidy_checkpoints,
 };
 pub use config::{MAX_CONFIG_BYTES, ParsedConfig, parse_config};
 pub use dtype::Dtype;

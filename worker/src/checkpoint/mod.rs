@@ -2,10 +2,13 @@
 //!
 //! [`Checkpoints`] writes checkpoints while training goes on; [`stage`] is where pages wait for the disk.
 
+mod first;
 mod link;
 mod stage;
 mod writer;
 
+pub use first::FIRST_CHECKPOINT;
+pub(crate) use first::FirstCheckpoint;
 pub(crate) use stage::staging_bytes;
 pub(crate) use writer::{Checkpoints, Due};
 
@@ -91,5 +94,7 @@ pub(crate) fn export_store(store: &Store, spec: &JobSpec, architecture: &Archite
         _ => Dtype::F32,
     };
     let weights = StoreWeights::at_step(store, store.record().step);
-    export_hf(path, architecture, &input.assets, &weights, &ExportOptions::new(dtype, true)).map_err(errors::model)
+    // Followed when the job started (`places`).
+    let options = ExportOptions { follow_links: false, ..ExportOptions::new(dtype, true) };
+    export_hf(path, architecture, &input.assets, &weights, &options).map_err(errors::model)
 }

@@ -19,6 +19,7 @@
 //! all aborts the gang, so nobody is left waiting. A checkpoint that falls due while one is written waits for it; training
 //! goes on to the end of the next backward pass meanwhile.
 
+use super::first::FirstCheckpoint;
 use super::link::{CloseOnDrop, Link};
 use super::stage::{Stage, Staged};
 use crate::api::*;
@@ -26,9 +27,12 @@ use crate::errors;
 use crate::metrics::Durable;
 use crate::record::StepNumbers;
 use ramtorch_cpu::{Channel, Collectives};
+use ramtorch_device::caught;
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
-use ramtorch_modelio::{Architecture, CheckpointFiles, CheckpointMeta, CheckpointWriter, Committed, ModelError, resolve};
+use ramtorch_modelio::{
+    Architecture, CheckpointFiles, CheckpointMeta, CheckpointWriter, Committed, ModelError, checkpoint_folder_name, resolve,
+};
 use ramtorch_store::{SharedOwner, Snapshot, StepPhase, Store};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -65,6 +69,8 @@ pub(crate) struct Checkpoints<'a> {
     control: &'a dyn Control,
     /// What becomes durable before a checkpoint.
     lines: Option<&'a Durable>,
+    /// Tells that the job may have a checkpoint.
+    first: Option<FirstCheckpoint>,
     stage: Stage,
     pool: rayon::ThreadPool,
     state: Mutex<State>,
@@ -83,6 +89,8 @@ struct State {
     writing: Option<u64>,
     newest: Option<PathBuf>,
     missing_result: Option<EngineError>,
+    /// Of a thread that wrote one: it ended the gang.
+    panic: Option<EngineError>,
 }
 
 /// What became of one.
@@ -114,13 +122,18 @@ impl<'a> Checkpoints<'a> {
         let stage = Stage::new(staging, store.layout());
         let (state, changed) = (Mutex::default(), Condvar::new());
         let (given_up, over) = (AtomicBool::new(false), AtomicBool::new(false));
-        let lines = None;
-        Ok(Checkpoints { spec, architecture, steps, store, comm, control, lines, stage, pool, state, changed, given_up, over })
+        let (lines, first) = (None, None);
+        Ok(Checkpoints { spec, architecture, steps, store, comm, control, lines, first, stage, pool, state, changed, given_up, over })
     }
 
     /// Whoever finds a checkpoint after a power cut finds the lines of its steps.
     pub fn with_lines(self, lines: &'a Durable) -> Self {
         Checkpoints { lines: Some(lines), ..self }
+    }
+
+    /// Whoever begins the job again after a reboot is told that it may have one.
+    pub fn with_note(self, first: FirstCheckpoint) -> Self {
+        Checkpoints { first: Some(first), ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -199,9 +212,16 @@ impl<'a> Checkpoints<'a> {
         let (begun, waited) = (Instant::now(), owner.waited());
         let run = move || {
             let ending = ending;
-            let result = self.write(folder, &due, snapshot, begun, || owner.waited().saturating_sub(waited));
-            hit(Point::CheckpointDone);
-            self.tell(folder, &due, result, begun.elapsed());
+            let ended = caught("the checkpoint's thread", || {
+                let result = self.write(folder, &due, snapshot, begun, || owner.waited().saturating_sub(waited));
+                hit(Point::CheckpointDone);
+                self.tell(folder, &due, result, begun.elapsed());
+                Ok(())
+            });
+            if let Err(panic) = ended {
+                self.lock().panic = Some(panic);
+                self.comm.abort(); // the other ranks wait for this one's agreement
+            }
             drop(ending);
         };
         let thread = std::thread::Builder::new().name(format!("checkpoint{}", self.comm.rank()));
@@ -243,6 +263,11 @@ impl<'a> Checkpoints<'a> {
     pub fn results(self) -> (Option<PathBuf>, Option<EngineError>) {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         (state.newest, state.missing_result)
+    }
+
+    /// The panic of a thread that wrote one.
+    pub fn panic(&self) -> Option<EngineError> {
+        self.lock().panic.clone()
     }
 
     /// Everyone's answer to whether all is well here, with a number.
@@ -296,7 +321,8 @@ impl<'a> Checkpoints<'a> {
             if failure.is_some() {
                 link.close();
             }
-            let copied = copier.map(|c| c.join().unwrap_or_else(|_| Err(EngineError::internal("the thread that copies pages panicked"))));
+            let copied =
+                copier.map(|c| c.join().unwrap_or_else(|panic| Err(EngineError::panicked("the thread that copies pages", panic.as_ref()))));
             match (copied, link.part.get()) {
                 (Ok(Err(e)), _) => drop(failure.get_or_insert(e)),
                 (Ok(Ok(())), Some(part)) if failure.is_none() => failure = part.finish().err().map(errors::model),
@@ -310,7 +336,7 @@ impl<'a> Checkpoints<'a> {
             hit(Point::CheckpointAgreed);
             let mut committed = None;
             if let (true, Some(w)) = (self.leader(), writer.take()) {
-                take(self.commit(w, due), &mut committed, &mut failure);
+                take(self.commit(folder, w, due), &mut committed, &mut failure);
             }
             if !self.agree(failure.is_none(), 0.0)?.0 {
                 return Err(failure.unwrap_or_else(other));
@@ -321,7 +347,7 @@ impl<'a> Checkpoints<'a> {
         })
     }
 
-    fn commit(&self, writer: CheckpointWriter, due: &Due) -> Result<Committed, ModelError> {
+    fn commit(&self, folder: &Path, writer: CheckpointWriter, due: &Due) -> Result<Committed, ModelError> {
         let input = resolve(&self.spec.model)?;
         if let Some(lines) = self.lines {
             lines.sync(self.control);
@@ -338,7 +364,30 @@ impl<'a> Checkpoints<'a> {
             }),
             values: due.values.clone(),
         };
-        writer.commit(&meta, &input.assets, self.spec.checkpoint.keep)
+        let noted = self.note_first(folder, due.step);
+        hit(Point::CheckpointNoted);
+        let committed = writer.commit(&meta, &input.assets, self.spec.checkpoint.keep);
+        if committed.is_err() {
+            let named = folder.join(checkpoint_folder_name(due.step)).symlink_metadata();
+            if let Some(first) = noted.filter(|_| named.is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)) {
+                first.forget().unwrap_or_else(|e| tracing::warn!("a note of a checkpoint that there is not stays: {e}"));
+            }
+        }
+        committed
+    }
+
+    /// Before the first checkpoint gets its name; the note where this call made it. Where it cannot be written (the state folder's disk is
+    /// full), a checkpoint is worth more than the note of it.
+    fn note_first(&self, folder: &Path, step: u64) -> Option<&FirstCheckpoint> {
+        let first = self.first.as_ref()?;
+        match first.note(step, folder) {
+            Ok(noted) => Some(first).filter(|_| noted),
+            Err(e) => {
+                let text = format!("that there is a checkpoint cannot be noted in the state folder ({e}): it is written all the same");
+                self.control.event(Level::Warn, &text);
+                None
+            }
+        }
     }
 
     /// Copies every page to the stage, or, where that is full, into the files, and lets it go.
@@ -444,9 +493,6 @@ struct Ending<'a, 'b>(&'a Checkpoints<'b>);
 
 impl Drop for Ending<'_, '_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.comm.abort(); // the other ranks wait for this one's agreement
-        }
         let mut state = self.0.lock();
         state.announced = state.announced.saturating_sub(1);
         state.writing = None;

@@ -46,7 +46,7 @@ impl Session {
         // The last page leaves first, and the last block's sum is wanted first.
         for (i, page) in others.iter().enumerate() {
             let (block, room) = visiting[others.len() - 1 - i];
-            let held = HeldPage::new(layout, *page, room);
+            let held = HeldPage::visitor(layout, *page, room);
             self.visiting.push(Visiting { block, page: *page, state: held.state.clone() });
             self.held.push(held);
         }

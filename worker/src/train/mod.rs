@@ -34,7 +34,7 @@ mod steps;
 
 use crate::api::*;
 use crate::batch::Reader;
-use crate::checkpoint::{self, Checkpoints, Due};
+use crate::checkpoint::{self, Checkpoints, Due, FirstCheckpoint};
 use crate::early::{Ahead, EarlyPages};
 use crate::metrics::Metrics;
 use crate::model::Model;
@@ -46,7 +46,7 @@ use crate::trace::Tracing;
 use optimizer::{Answer, Job, Tools};
 use ramtorch_cpu::{Channel, Collectives};
 use ramtorch_data::{Dataset, Order};
-use ramtorch_device::Dtype;
+use ramtorch_device::{Dtype, caught};
 use ramtorch_failpoint::{Point, hit};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::Architecture;
@@ -55,6 +55,20 @@ use ramtorch_trace::Recorder;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use steps::Loop;
+
+/// For messages.
+const OPTIMIZER: &str = "the optimizer's thread";
+
+/// Lets the threads beside the step loop end when that panics: they may be waiting for it, or for other ranks.
+struct AbortOnPanic<'a>(&'a Collectives);
+
+impl Drop for AbortOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abort();
+        }
+    }
+}
 
 /// What every part of a rank's life refers to.
 struct Rank<'a> {
@@ -192,7 +206,7 @@ impl Rank<'_> {
         let share = if self.assignment.device.kind == DeviceKind::Cuda { 2 } else { 4 };
         let copiers = (self.assignment.device.threads / share).clamp(1, 16);
         let checkpoints = Checkpoints::new(self.spec, &self.architecture, steps, &self.store, &self.comm, self.control, copiers, staging)?;
-        let checkpoints = checkpoints.with_lines(&durable);
+        let checkpoints = checkpoints.with_lines(&durable).with_note(self.first_checkpoint());
         let early = self.plan.early_updates.then(|| {
             let parts = (self.store.as_ref(), self.comm.as_ref(), self.recorder.as_ref());
             let by_host = !self.plan.squares();
@@ -245,11 +259,8 @@ impl Rank<'_> {
                         (Job::Commit(job), _) => job,
                         (Job::Early(job), Some(early)) if job.gate.enter() => {
                             // Not on the pool, whose threads it would keep from others while it waits.
-                            let result = early.run(owner, &job).map(Answer::Early);
-                            if result.is_err() {
-                                self.comm.abort();
-                            }
-                            if done.send(result).is_err() {
+                            let result = caught(OPTIMIZER, || early.run(owner, &job).map(Answer::Early));
+                            if !self.answer(&done, result) {
                                 return;
                             }
                             continue;
@@ -257,39 +268,37 @@ impl Rank<'_> {
                         (Job::Early(_), _) => continue,
                     };
                     let checkpoint = job.checkpoint;
-                    let result = {
+                    let result = caught(OPTIMIZER, || {
                         let mut guard = metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                         let file = &mut *guard;
                         let tools = &mut tools;
                         pool.install(move || self.commit(owner, tools, job, file))
-                    };
-                    if result.is_err() {
-                        self.comm.abort(); // the step loop may be waiting for pages that will not come
-                    }
+                    });
                     let due = checkpoint.and_then(|request| Some(Due::of(&result.as_ref().ok()?.numbers, request)));
-                    if done.send(result.map(|c| Answer::Committed(Box::new(c)))).is_err() {
+                    if !self.answer(&done, result.map(|c| Answer::Committed(Box::new(c)))) {
                         return;
                     }
                     // Before the next job, which would overwrite what belongs to this step.
-                    if let Some(Err(e)) = due.map(|due| checkpoints.begin(scope, owner, due)) {
-                        self.comm.abort();
-                        let _ = done.send(Err(e));
+                    if let Some(Err(e)) = due.map(|due| caught(OPTIMIZER, || checkpoints.begin(scope, owner, due))) {
+                        self.answer(&done, Err(e));
+                        return;
                     }
                 }
             });
             spawned.map_err(|e| EngineError::new(ErrorKind::Resources, format!("cannot start the optimizer's thread: {e}")))?;
             checkpoints.warm(scope);
+            let _panic = AbortOnPanic(&self.comm);
             let owed = state.owed_checkpoint().and_then(|due| due.map_or(Ok(()), |due| checkpoints.begin(scope, owner, due)));
             let result = owed.and_then(|()| state.run(&to_optimizer, &from_optimizer, metrics));
-            if result.is_err() {
+            // The first error is the optimizer's, or a checkpoint's, where the loop only noticed that it was gone; what they say
+            // once this rank has given up for the loop's own error is not.
+            let first = from_optimizer.try_iter().find_map(Result::err).or_else(|| checkpoints.panic());
+            if result.is_err() || first.is_some() {
                 self.comm.abort();
             }
             drop(to_optimizer);
-            // The first error is the optimizer's where the loop only noticed that it was gone.
-            match (result, from_optimizer.try_iter().find_map(Result::err)) {
-                (Err(_), Some(first)) => Err(first),
-                (result, _) => result,
-            }
+            // Also where the loop was at its end: a checkpoint that is a result of the job is missing.
+            first.map_or(result, Err)
         })?;
         metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner).close(self.control);
         durable.sync(self.control);
@@ -298,6 +307,23 @@ impl Rank<'_> {
         let (newest_checkpoint, missing_result) = checkpoints.results();
         let outcome = self.finish(committed.step, stopped, newest_checkpoint)?;
         missing_result.map_or(Ok(outcome), Err)
+    }
+
+    /// The note of whether the job has a checkpoint.
+    fn first_checkpoint(&self) -> FirstCheckpoint {
+        FirstCheckpoint::beside(&self.history.path)
+    }
+
+    /// The optimizer's thread tells the step loop, which gives up after an error: it may be waiting for pages that will not come.
+    /// `false`: there is no more to do.
+    fn answer(&self, done: &mpsc::Sender<Result<Answer, EngineError>>, result: Result<Answer, EngineError>) -> bool {
+        let failed = result.is_err();
+        // Sent first: the step loop looks for the cause when it notices that the rank has given up.
+        let heard = done.send(result).is_ok();
+        if failed {
+            self.comm.abort();
+        }
+        heard && !failed
     }
 
     /// Model folder and sample, by the leader.

@@ -85,7 +85,11 @@ impl Rank<'_> {
         let begin = Instant::now();
         let back = goes_back(&record);
         let resume = if back {
-            checkpoint::find_to_go_back(self.spec, &self.architecture, self.store.name())?
+            let found = checkpoint::find_to_go_back(self.spec, &self.architecture, self.store.name())?;
+            if found.is_none() {
+                self.first_checkpoint().check(self.spec)?;
+            }
+            found
         } else {
             self.tell_of_device_gradients();
             self.prepared.resume.clone()

@@ -109,6 +109,9 @@ impl Loop<'_> {
         };
         let mut owed = false;
         if r.leader() {
+            if let Err(e) = r.first_checkpoint().forget_unfinished(r.spec) {
+                r.control.event(Level::Warn, &format!("the note of a checkpoint that was not finished is not taken back: {e}"));
+            }
             match ramtorch_modelio::tidy_checkpoints(folder, step, &r.spec.name, spec.keep) {
                 Ok(there) => {
                     owed = last_due > there.as_ref().map_or(0, |(newest, _)| *newest);

@@ -1,6 +1,6 @@
 //! Finding the checkpoint to go on from.
 
-use super::{Checkpoint, REPLACED, folder_name, step_of};
+use super::{Checkpoint, PARTIAL, REPLACED, folder_name, step_of};
 use crate::error::ModelError;
 use std::path::{Path, PathBuf};
 
@@ -78,6 +78,17 @@ fn is_unreadable(e: &ModelError) -> bool {
         }
         _ => false,
     }
+}
+
+/// Whether `root` shows that a first checkpoint of this run never got its name: an unfinished one is there, and none that has its
+/// name, but for those of other runs. A folder that cannot be read shows nothing.
+pub fn holds_unfinished_only(root: &Path, run: &str) -> bool {
+    let Ok(named) = list(root) else { return false };
+    if named.iter().any(|(_, path)| super::read::run_of(path).is_none_or(|of| of == run)) {
+        return false;
+    }
+    let unfinished = |name: &str| name.strip_suffix(PARTIAL).is_some_and(|n| step_of(n).is_some());
+    std::fs::read_dir(root).into_iter().flatten().flatten().any(|e| e.file_name().to_str().is_some_and(unfinished))
 }
 
 /// Checkpoint folders in `root`, newest first. One that was moved aside for a new one of the same step counts while that is

@@ -21,7 +21,7 @@ mod read;
 mod tests;
 mod write;
 
-pub use find::{FindOptions, Search, Skipped, find_sound};
+pub use find::{FindOptions, Search, Skipped, find_sound, holds_unfinished_only};
 pub use format::{CheckpointMeta, ShardInfo, TensorChecksums, VERSION};
 pub use part::PartWriter;
 pub use partition::partition;

@@ -8,12 +8,13 @@ use crate::assets::{CONFIG, ModelAssets};
 use crate::dtype::Dtype;
 use crate::durable::{self, FolderLock};
 use crate::error::ModelError;
+use crate::held::{self, HeldFolder};
 use crate::hf::{INDEX_FILE, SINGLE_FILE, inventory};
 use crate::source::WeightSource;
 use crate::stream::Stream;
 use crate::tensorfile::{PlannedTensor, StreamWriter};
 use serde_json::{Map, Value, json};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 /// Describes a plain stack in its folder, as config.json does a language model.
@@ -30,12 +31,15 @@ pub struct ExportOptions {
     pub overwrite: bool,
     /// Largest shard, in bytes of tensors; one tensor may be larger.
     pub shard_bytes: u64,
+    /// Links on the way to the folder are followed. Otherwise they are refused, at any moment of the export: somebody has found out
+    /// where the folder is, and what is allowed there.
+    pub follow_links: bool,
 }
 
 impl ExportOptions {
     /// Weights of this format, in shards of 5 GB.
     pub fn new(dtype: Dtype, overwrite: bool) -> Self {
-        ExportOptions { dtype, overwrite, shard_bytes: SHARD_BYTES }
+        ExportOptions { dtype, overwrite, shard_bytes: SHARD_BYTES, follow_links: true }
     }
 }
 
@@ -54,22 +58,51 @@ pub fn export_hf(
     source: &dyn WeightSource,
     options: &ExportOptions,
 ) -> Result<u64, ModelError> {
-    let (target, name) = target(folder)?;
-    check_target(&target, options.overwrite)?;
-    let beside = |suffix: &str| {
-        let mut name = name.clone();
-        name.push(suffix);
-        target.with_file_name(name)
+    if options.follow_links {
+        let (target, name) = target(folder)?;
+        check_target(&target, options.overwrite)?;
+        durable::create_folder(durable::parent(&target))?;
+        return export_to(durable::parent(&target), &name, architecture, assets, source, options);
+    }
+    let Some(name) = folder.file_name() else {
+        return Err(ModelError::Exists { path: folder.to_owned(), message: "is not a name for a new folder".into() });
     };
-    let (partial, aside) = (beside(".partial"), beside(".replaced"));
-    durable::create_folder(durable::parent(&target))?;
+    let held = held::parent_of(folder)?;
+    if held.through().join(name).symlink_metadata().is_ok_and(|m| m.is_symlink()) {
+        return Err(held::refused(folder));
+    }
+    let result = check_target(&held.through().join(name), options.overwrite)
+        .and_then(|()| export_to(&held.through(), name, architecture, assets, source, options));
+    result.map_err(|e| held.named(e))
+}
+
+/// Writes the folder `name` in the folder `parent`, which is there.
+fn export_to(
+    parent: &Path,
+    name: &OsStr,
+    architecture: &Architecture,
+    assets: &ModelAssets,
+    source: &dyn WeightSource,
+    options: &ExportOptions,
+) -> Result<u64, ModelError> {
+    let beside = |suffix: &str| {
+        let mut name = name.to_owned();
+        name.push(suffix);
+        parent.join(name)
+    };
+    let (target, partial, aside) = (parent.join(name), beside(".partial"), beside(".replaced"));
     durable::recover(&target, &aside)?;
-    let _lock = claim(&partial)?;
-    let result = write_folder(&partial, architecture, assets, source, options);
+    let (_lock, held) = claim(&partial)?;
+    let inside = held.through();
+    let result = write_folder(&inside, architecture, assets, source, options).map_err(|e| e.renamed(&inside, &partial));
     let result = result.and_then(|bytes| {
-        durable::sync_folder(&partial)?;
+        durable::sync_folder(&inside).map_err(|e| e.renamed(&inside, &partial))?;
+        if !held.is_at(&partial) {
+            let message = "was moved away while the model was written to it".into();
+            return Err(ModelError::Exists { path: partial.clone(), message });
+        }
         let replaced = durable::put_folder(&partial, &target, &aside)?;
-        durable::sync_folder(durable::parent(&target))?;
+        durable::sync_folder(parent)?;
         if replaced {
             durable::remove_folder(&partial)?;
         }
@@ -103,15 +136,19 @@ fn target(folder: &Path) -> Result<(PathBuf, OsString), ModelError> {
     }
 }
 
-/// Make the temporary folder this export's own.
-fn claim(partial: &Path) -> Result<FolderLock, ModelError> {
+/// Make the temporary folder this export's own, and hold it: a link that takes its name later leads nowhere.
+fn claim(partial: &Path) -> Result<(FolderLock, HeldFolder), ModelError> {
     let busy = || ModelError::Exists { path: partial.to_owned(), message: "another export is writing there; wait for it to end".into() };
-    if partial.exists() {
-        drop(FolderLock::take(partial)?.ok_or_else(busy)?);
+    if let Ok(found) = partial.symlink_metadata() {
+        if found.is_dir() {
+            drop(FolderLock::take(partial)?.ok_or_else(busy)?);
+        }
         durable::remove_folder(partial)?;
     }
     durable::create_temporary_folder(partial)?;
-    FolderLock::take(partial)?.ok_or_else(busy)
+    let held = HeldFolder::of(partial)?;
+    let lock = FolderLock::take(&held.through()).map_err(|e| held.named(e))?.ok_or_else(busy)?;
+    Ok((lock, held))
 }
 
 /// May this folder be written?

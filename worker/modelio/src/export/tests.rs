@@ -120,12 +120,12 @@ fn folders_are_replaced_only_when_that_is_safe() {
 
 #[test]
 fn an_export_that_dies_leaves_the_old_folder_or_the_new_one() {
-    for fault in [Fault::Death, Fault::DiskFull] {
+    for (fault, follow_links) in [(Fault::Death, true), (Fault::Death, false), (Fault::DiskFull, true), (Fault::DiskFull, false)] {
         let mut n = 0;
         loop {
             let folder = empty_folder();
             let out = folder.path().join("out");
-            let options = ExportOptions { shard_bytes: 3000, ..ExportOptions::new(Dtype::F32, true) };
+            let options = ExportOptions { shard_bytes: 3000, follow_links, ..ExportOptions::new(Dtype::F32, true) };
             export(&out, 1, &options).unwrap();
             faults::plan(Some((n, fault)));
             let result = export(&out, 2, &options);
@@ -145,4 +145,70 @@ fn an_export_that_dies_leaves_the_old_folder_or_the_new_one() {
             n += 1;
         }
     }
+}
+
+/// Somebody puts links in the way of an export for which the path was looked at before, at any time.
+#[test]
+fn a_link_that_comes_into_the_way_is_not_followed() {
+    use std::os::unix::fs::symlink;
+    let options = ExportOptions { follow_links: false, ..ExportOptions::new(Dtype::F32, true) };
+    let folder = empty_folder();
+    let root = folder.path().canonicalize().unwrap();
+    let at = |p: &str| root.join(p);
+    std::fs::create_dir_all(at("theirs")).unwrap();
+    std::fs::write(at("theirs/config.json"), "theirs").unwrap();
+    let untouched = || {
+        assert_eq!(entries(&at("theirs")), ["config.json"]);
+        assert_eq!(std::fs::read_to_string(at("theirs/config.json")).unwrap(), "theirs");
+    };
+    // Before: the folder itself, one above it, what is written beside it.
+    for link in ["mine", "way"] {
+        symlink(at("theirs"), at(link)).unwrap();
+        let e = export(&at(link).join(if link == "way" { "model" } else { "" }), 1, &options).unwrap_err();
+        assert!(e.fault() == crate::Fault::Output && e.to_string().contains(&format!("/{link}: is a link")), "{e}");
+        std::fs::remove_file(at(link)).unwrap();
+        untouched();
+    }
+    std::fs::create_dir(at("way")).unwrap();
+    for (suffix, target) in [(".partial", "theirs"), (".replaced", "theirs"), (".partial", "nowhere")] {
+        symlink(at(target), at(&format!("way/model{suffix}"))).unwrap();
+        export(&at("way/model"), 1, &options).unwrap();
+        assert_eq!(entries(&at("way")), ["model"], "{suffix}");
+        untouched();
+    }
+    // While the first tensor is read: of the folder above, of the temporary folder, of the folder itself.
+    struct Swaps<'a>(&'a (dyn Fn() + Sync), std::sync::Once);
+    impl WeightSource for Swaps<'_> {
+        fn read(&self, tensor: &str, start: u64, out: &mut [f32]) -> Result<(), ModelError> {
+            self.1.call_once(self.0);
+            source(7).read(tensor, start, out)
+        }
+    }
+    let swapped =
+        |swap: &(dyn Fn() + Sync)| export_hf(&at("way/model"), &tiny_llama(), &assets(), &Swaps(swap, std::sync::Once::new()), &options);
+    let put = |name: &str| {
+        std::fs::rename(at(name), at("aside")).unwrap();
+        symlink(at("theirs"), at(name)).unwrap();
+    };
+    let done =
+        |path: &str| read_all(&tiny_llama(), &HfFolder::open(&at(path), &tiny_llama()).unwrap()) == read_all(&tiny_llama(), &source(7));
+    swapped(&|| put("way")).unwrap();
+    assert!(done("aside/model"), "in the folder that was meant");
+    untouched();
+    std::fs::remove_file(at("way")).unwrap();
+    std::fs::rename(at("aside"), at("way")).unwrap();
+    let e = swapped(&|| put("way/model.partial")).unwrap_err();
+    assert!(e.to_string().contains("way/model.partial: was moved away") && entries(&at("way")) == ["model"], "{e}");
+    untouched();
+    std::fs::remove_dir_all(at("aside")).unwrap();
+    std::fs::remove_dir_all(at("way")).unwrap();
+    std::fs::create_dir(at("way")).unwrap();
+    swapped(&|| symlink(at("theirs"), at("way/model")).unwrap()).unwrap();
+    assert!(done("way/model") && entries(&at("way")) == ["model"], "{:?}", entries(&at("way")));
+    untouched();
+    // Folders on the way are made; links are followed where nobody has looked.
+    export(&at("new/deep/model"), 1, &options).unwrap();
+    symlink(at("new"), at("link")).unwrap();
+    export(&at("link/deep/model"), 2, &ExportOptions { follow_links: true, ..options }).unwrap();
+    assert!(export(&at("link/deep/model"), 2, &options).is_err() && export(Path::new("/"), 2, &options).is_err());
 }

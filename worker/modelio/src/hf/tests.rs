@@ -163,7 +163,7 @@ fn buffers_prefixes_and_tied_heads_of_older_files_are_accepted() {
 fn sharded(folder: &Path) -> (Architecture, Index) {
     let model = tiny_llama();
     let assets = ModelAssets { config: Some(TINY_LLAMA.as_bytes().to_vec()), files: Vec::new() };
-    let options = ExportOptions { dtype: Dtype::F32, overwrite: false, shard_bytes: 2000 };
+    let options = ExportOptions { dtype: Dtype::F32, overwrite: false, shard_bytes: 2000, follow_links: true };
     let out = folder.join("out");
     export_hf(&out, &model, &assets, &Synthetic { salt: 3, moments: false }, &options).unwrap();
     (model, Index::read(&out.join(INDEX_FILE)).unwrap())
