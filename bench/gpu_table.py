@@ -66,13 +66,15 @@ SEVERAL = {"llama-8b-16k": 9500, "llama-8b-65k": 11500, "qwen-32b-32k": 2250}
 LARGE = {"llama-8b-16k-log", "llama-8b-65k", "qwen-32b-32k"}
 
 
-def write_job(folder, name, config, length, batch, steps, more, train):
+def write_job(folder, name, config, length, batch, steps, more, train, weights):
     inputs.write(folder, config, TOKENS)
+    if weights:
+        inputs.write_weights(folder, config)
     path = os.path.join(folder, "job.toml")
     with open(path, "w") as f:
         f.write(f"""name = "{name}"
 [model]
-config = "config.json"
+{'path = "."' if weights else 'config = "config.json"'}
 [data]
 format = "tokens"
 train = "tokens.bin"
@@ -342,6 +344,8 @@ def main():
     parser.add_argument("--trace", metavar="FIRST..LAST",
                         help="a timeline of these steps in each row's folder; where their time went is at the end of its log.txt")
     parser.add_argument("--kill", type=int, metavar="STEP", help="kill a worker after so many steps, and say when training went on")
+    parser.add_argument("--weights", action="store_true",
+                        help="begin with weights from a safetensors file (2 bytes a parameter of disk), and not with drawn ones")
     parser.add_argument("--plan-only", action="store_true", help="ask for plans, run nothing")
     parser.add_argument("--touch", type=float, metavar="GIB",
                         help="first fill and free so much memory, on virtual machines whose memory grows on demand")
@@ -371,7 +375,7 @@ def main():
         if args.gpus > 1:
             batch, goal, limit = batch * args.gpus, SEVERAL.get(name, goal) * args.gpus, limit * args.gpus
         folder = os.path.join(args.out, name)
-        job = write_job(folder, name, config, length, batch, args.steps, more, train + args.train)
+        job = write_job(folder, name, config, length, batch, args.steps, more, train + args.train, args.weights)
         results[name] = r = {"goal": goal, "limit": limit, "gpus": args.gpus, "one": ones.get(name)}
         print(f"== {name}", flush=True)
         with open(os.path.join(folder, "log.txt"), "w") as log:
@@ -388,6 +392,8 @@ def main():
                     r["measured"] = run_job(args, folder, job, log)
         r["failures"] = failures(r, args.steps, args.kill)
         os.remove(os.path.join(folder, "tokens.bin"))
+        if args.weights:
+            os.remove(os.path.join(folder, "model.safetensors"))
         print(write_table(args, results), flush=True)
     return int(any(r["failures"] for r in results.values()))
 

@@ -11,7 +11,6 @@ prefill alone; tokens a second of those after the first; and what `eval` says of
 import argparse
 import json
 import os
-import random
 import shutil
 import time
 
@@ -27,43 +26,6 @@ MODELS = {
     "8b": llama(128256, 4096, 14336, 32, 32, 8, False),
 }
 SEQUENCE = 2048
-ONES = b"\x80\x3f" * (1 << 19)
-
-
-def write_model(folder, config):
-    """Random weights with the deviation that training begins with, in one safetensors file; norms are ones."""
-    inputs.write(folder, config, 200_000)
-    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    kv = hidden // heads * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = [config["vocab_size"], hidden]
-    for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        shapes |= {p + "input_layernorm.weight": [hidden], p + "post_attention_layernorm.weight": [hidden],
-                   p + "self_attn.q_proj.weight": [hidden, hidden], p + "self_attn.k_proj.weight": [kv, hidden],
-                   p + "self_attn.v_proj.weight": [kv, hidden], p + "self_attn.o_proj.weight": [hidden, hidden],
-                   p + "mlp.gate_proj.weight": [inner, hidden], p + "mlp.up_proj.weight": [inner, hidden],
-                   p + "mlp.down_proj.weight": [hidden, inner]}
-    header, at = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    # A megabyte of bf16 numbers between -0.03 and 0.03: sign, exponents 2^-8 to 2^-6, random fractions.
-    draw = random.Random(0)
-    block = b"".join((draw.getrandbits(1) << 15 | (119 + draw.getrandbits(1)) << 7 | draw.getrandbits(7)).to_bytes(2, "little")
-                     for _ in range(1 << 19))
-    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            left = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
-            source = block if len(shape) > 1 else ONES
-            while left > 0:
-                left -= f.write(source[:left])
-    return at
 
 
 def timed(node, *arguments):
@@ -84,7 +46,8 @@ def main():
     args = parser.parse_args()
     args.out = os.path.abspath(args.out)
     folder = os.path.join(args.out, args.model)
-    size = write_model(folder, MODELS[args.model])
+    inputs.write(folder, MODELS[args.model], 200_000)
+    size = inputs.write_weights(folder, MODELS[args.model])
     fixture = os.path.join(os.path.dirname(__file__), "..", "tests", "fixtures", "models", "llama", "tokenizer.json")
     shutil.copy(fixture, folder)
     print(f"{args.model}: {size / 1e9:.2f} GB of weights\n")

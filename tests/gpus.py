@@ -198,7 +198,8 @@ def log(rig):
 
 
 def visit(rig):
-    """State that comes and goes where sums of gradients were: the bits of state in RAM alone, also when workers are killed."""
+    """State that comes and goes where sums of gradients were: the bits of state in RAM alone, also when workers are killed. The plan
+    chooses so by the rates of GPUs that do nothing else: not beside other work."""
     rig.use(LARGE_LAYERS, "large-layers.json")
     if not CPU:
         rig.batch = 64  # a step of arithmetic enough for state to come and go
