@@ -282,6 +282,27 @@ pub struct Rates {
     pub peer_access: Option<bool>,
     /// Bytes a second that each GPU of the job receives from another's memory while it sends as much, all at once.
     pub peer_bytes: f64,
+    /// What they do beside products, all at once, where they reach one another.
+    pub together: Option<Together>,
+}
+
+/// What each GPU of a gang gets done while all of them multiply matrices; the slowest one's. Rates are of whole blocks, in bytes a
+/// second; beside them, the share of the products' speed that is left.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Together {
+    /// Each GPU loads all of each block.
+    pub pull_bytes: f64,
+    /// See above.
+    pub pull_products: f64,
+    /// Each GPU loads its share, and they gather the rest.
+    pub gather_bytes: f64,
+    /// See above.
+    pub gather_products: f64,
+    /// Sums of fp32 gradients over all GPUs, a share to each.
+    pub reduce_bytes: f64,
+    /// See above.
+    pub reduce_products: f64,
 }
 
 /// What a GPU does with this job's layers.

@@ -36,6 +36,11 @@ mod typical {
 
 /// Kernels of a layer's visits: forward, backward, made again.
 const KERNELS: [f64; 3] = [8.0, 16.0, 3.0];
+/// Copies in slow the arithmetic beside them by this share of their own time.
+const DRAG_IN: f64 = 0.01;
+/// Gathers and reductions take multiprocessors from the arithmetic beside them, 8 of 132: by this share of their own time, at
+/// most, where it was not measured.
+const PEERS_DRAG: f64 = 0.06;
 /// Two updaters on one memory bus do a little less than the sum of each alone.
 const TOGETHER: f64 = 0.92;
 /// The host's memory for both, over what the processor's AdamW moves; bytes a second that it has at least on such nodes. Measured: 145 to
@@ -141,8 +146,12 @@ pub(crate) struct Cost {
     pub adamw: f64,
     pub adamw_gpu: f64,
     pub basis: Basis,
-    /// Bytes a second of gathers and reductions, by what a rank receives of others; infinite for one that is alone.
+    /// Bytes a second of gathers, and of reductions, by what a rank receives of others; infinite for one that is alone.
     peers: f64,
+    reduces: f64,
+    /// Share of their time that loads, gathers and reductions take from the arithmetic beside them.
+    drag_in: f64,
+    drag_peers: [f64; 2],
     /// Sharing loads out is faster than each rank's copying everything.
     pub gathers: bool,
 }
@@ -175,6 +184,9 @@ impl Cost {
                 adamw_gpu: 0.0,
                 basis,
                 peers: if world > 1 { copy } else { f64::INFINITY },
+                reduces: if world > 1 { copy } else { f64::INFINITY },
+                drag_in: DRAG_IN,
+                drag_peers: [PEERS_DRAG; 2],
                 // The segment is as near as another rank's memory.
                 gathers: false,
             };
@@ -192,12 +204,20 @@ impl Cost {
             shared(or(g.both[0], typical::BOTH[0]), typical::NODE_BOTH[0]),
             shared(or(g.both[1], typical::BOTH[1]), typical::NODE_BOTH[1]),
         ];
-        let to_device = shared(or(g.to_device, typical::TO_DEVICE), typical::NODE[0]);
+        let together = rates.together.filter(|t| world > 1 && t.pull_bytes > 0.0 && t.gather_bytes > 0.0 && t.reduce_bytes > 0.0);
+        let alone = shared(or(g.to_device, typical::TO_DEVICE), typical::NODE[0]);
+        let to_device = together.map_or(alone, |t| t.pull_bytes.min(or(g.to_device, typical::TO_DEVICE)));
         // Measured are copies, for which NVLink has more than collectives with few thread blocks take; slower links have what
         // copies get.
         let peers = or(rates.peer_bytes, typical::PEERS).min(typical::PEERS);
         // A block's share over the own link and the others' from their devices, or all of it over the own link.
-        let gathers = world > 1 && rates.peer_access.unwrap_or(false) && 1.0 / n / to_device + (n - 1.0) / n / peers < 1.0 / to_device;
+        let faster = match together {
+            // Seconds for a byte of a block, and those of arithmetic that they cost.
+            Some(t) => (2.0 - t.gather_products) / t.gather_bytes < (2.0 - t.pull_products) / t.pull_bytes,
+            None => 1.0 / n / to_device + (n - 1.0) / n / peers < 1.0 / to_device,
+        };
+        let gathers = world > 1 && rates.peer_access.unwrap_or(false) && faster;
+        let received = |of_blocks: f64| of_blocks * (n - 1.0) / n;
         let moments = 2.0 * moment as f64;
         Cost {
             kind,
@@ -213,7 +233,10 @@ impl Cost {
             adamw: or(if rates.gpu.is_some() { rates.optimizer_parameters } else { 0.0 }, typical::ADAMW * n),
             adamw_gpu: if split { n / ((STAGED_IN + moments) / both[0]).max((STAGED_OUT + moments) / both[1]) } else { 0.0 },
             basis,
-            peers: if world > 1 { peers } else { f64::INFINITY },
+            peers: together.map_or(if world > 1 { peers } else { f64::INFINITY }, |t| received(t.gather_bytes)),
+            reduces: together.map_or(if world > 1 { peers } else { f64::INFINITY }, |t| received(t.reduce_bytes)),
+            drag_in: together.map_or(DRAG_IN, |t| 1.0 - t.pull_products),
+            drag_peers: together.map_or([PEERS_DRAG; 2], |t| [1.0 - t.gather_products, 1.0 - t.reduce_products]),
             gathers,
             rates,
         }
@@ -523,7 +546,7 @@ impl Cost {
             s.copies_in += bytes * if p.resident[b] { 1.0 } else { 1.0 + loads } / self.to_device;
             s.copies_out += bytes * out / self.from_device;
             if p.world > 1 {
-                s.copies_out += model.places[b].1 as f64 * 4.0 * out * (n - 1.0) / n / self.peers;
+                s.copies_out += model.places[b].1 as f64 * 4.0 * out * (n - 1.0) / n / self.reduces;
             }
         }
         (s.wait_copies, s.wait_gradients, s.wait_optimizer, s.wait_norm) = (s.copies_in, s.copies_out, s.optimizer, s.norm);

@@ -129,6 +129,24 @@ fn gpus_share_the_loads_out_where_they_reach_one_another() {
         r.prepared.rates.peer_bytes = 4e11;
         let (p, text) = planned(&r);
         assert!(p.gather_weights && text.step_seconds == fast, "{}", text.text);
+        // What they do beside products decides before that: gathers that are fast and take little from arithmetic, or much of it.
+        let works = Together {
+            pull_bytes: 2.5e10,
+            pull_products: 0.99,
+            gather_bytes: 9e10,
+            gather_products: 0.97,
+            reduce_bytes: 9e10,
+            reduce_products: 0.95,
+        };
+        r.prepared.rates.together = Some(works);
+        let (p, text) = planned(&r);
+        assert!(p.gather_weights && text.text.contains("gathered 90 GB/s (97 %)"), "{}", text.text);
+        let quick = text.step_seconds;
+        r.prepared.rates.together = Some(Together { reduce_bytes: 1e10, reduce_products: 0.6, ..works });
+        assert!(planned(&r).1.step_seconds > 1.02 * quick);
+        r.prepared.rates.together = Some(Together { gather_bytes: 2.6e10, gather_products: 0.8, ..works });
+        assert!(!planned(&r).0.gather_weights);
+        r.prepared.rates.together = None;
         r.spec.train.gather_weights = Some(false);
         assert!(!planned(&r).0.gather_weights);
     }

@@ -239,6 +239,19 @@ fn time(t: &mut String, found: &Found, kind: DeviceKind, prepared: &Prepared, co
             x.tail + x.wait_norm
         );
     }
+    if let Some(together) = &prepared.rates.together {
+        let gb = |x: f64| x / 1e9;
+        let _ = writeln!(
+            t,
+            "together     all GPUs at once, and the speed of products meanwhile: blocks loaded by each {:.0} GB/s ({:.0} %), loaded by shares and gathered {:.0} GB/s ({:.0} %), fp32 gradients reduced {:.0} GB/s ({:.0} %)",
+            gb(together.pull_bytes),
+            100.0 * together.pull_products,
+            gb(together.gather_bytes),
+            100.0 * together.gather_products,
+            gb(together.reduce_bytes),
+            100.0 * together.reduce_products
+        );
+    }
     if prepared.rates.peer_bytes > 0.0 {
         let _ = writeln!(t, "peers        {:.1} GB/s from one GPU to the next, all at once", prepared.rates.peer_bytes / 1e9);
     }

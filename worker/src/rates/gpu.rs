@@ -76,7 +76,7 @@ fn timed(dev: &dyn Device, count: u32, mut f: impl FnMut() -> Result<(), EngineE
 }
 
 /// Fills `buf` with uniform random numbers between -`size` and `size`.
-fn randomise(dev: &dyn Device, buf: DevBuf, dtype: Dtype, size: f32) -> Result<(), EngineError> {
+pub(super) fn randomise(dev: &dyn Device, buf: DevBuf, dtype: Dtype, size: f32) -> Result<(), EngineError> {
     let mut seed = 0x9E37_79B9_7F4A_7C15u64;
     let mut next = || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

@@ -2,6 +2,7 @@
 
 mod gpu;
 mod peers;
+mod together;
 
 use crate::api::{Assignment, DeviceKind, EngineError, Rates};
 use crate::model::Model;
@@ -35,6 +36,10 @@ pub(crate) fn for_job(a: &Assignment, spec: &JobSpec, architecture: &Architectur
             rates.peer_bytes = peers::bytes_per_second(gpus.all, gpus.free, cache).unwrap_or_else(|e| {
                 tracing::warn!("how fast GPUs reach one another could not be measured, the plan uses a typical figure: {e}");
                 0.0
+            });
+            rates.together = peers::together(gpus.all, gpus.free, a.device.memory_bytes, cache).unwrap_or_else(|e| {
+                tracing::warn!("what GPUs do beside one another could not be measured, the plan uses typical figures: {e}");
+                None
             });
         }
     }

@@ -1,7 +1,9 @@
 //! How fast the GPUs of a gang reach one another, measured before the plan: it decides whether they share the loading of weights.
 
 use super::gpu::{cached, remember};
-use crate::api::{EngineError, GpuRates, Rates};
+use super::together::{self, Sizes};
+use crate::api::{EngineError, GpuRates, Rates, Together};
+use ramtorch_device::{Device, Dtype};
 use std::path::Path;
 
 /// Part of every key in the cache: a new one whenever what is measured changes.
@@ -17,6 +19,27 @@ pub(super) fn bytes_per_second(gpus: &[u32], free: bool, cache: &Path) -> Result
     let known = ramtorch_cuda::available()?;
     let Some(first) = gpus.first().and_then(|g| known.iter().find(|k| k.ordinal == *g)) else { return Ok(0.0) };
     with(&key(&first.name, first.driver_version, gpus), free, cache, || ramtorch_cuda::peer_bytes_per_second(gpus))
+}
+
+/// What [`Rates::together`] is for these GPUs, which have `memory` bytes each for it: from the cache, or taken now where they are
+/// `free`.
+pub(super) fn together(gpus: &[u32], free: bool, memory: u64, cache: &Path) -> Result<Option<Together>, EngineError> {
+    let known = ramtorch_cuda::available()?;
+    let Some(first) = gpus.first().and_then(|g| known.iter().find(|k| k.ordinal == *g)) else { return Ok(None) };
+    let key = format!("together {}", key(&first.name, first.driver_version, gpus));
+    if let Some(found) = cached(cache, &key) {
+        return Ok(found.together);
+    }
+    let bytes = Sizes::GPU.bytes(Dtype::Bf16.size());
+    if !free || gpus.len() < 2 || bytes > memory {
+        return Ok(None);
+    }
+    let open = |rank: usize| -> Result<Box<dyn Device>, EngineError> {
+        Ok(Box::new(ramtorch_cuda::CudaDevice::open(gpus[rank], Dtype::Bf16, bytes, true)?))
+    };
+    let taken = together::measure(gpus.len(), Sizes::GPU, &open)?;
+    remember(cache, &key, &Rates { together: Some(taken), gpu: Some(GpuRates::default()), ..Default::default() });
+    Ok(Some(taken))
 }
 
 fn with(key: &str, free: bool, cache: &Path, take: impl FnOnce() -> Result<f64, EngineError>) -> Result<f64, EngineError> {

@@ -20,11 +20,8 @@ use std::collections::VecDeque;
 
 /// Held pages go out with a pause after each.
 const WRITE_BACK: f64 = 0.88;
-/// Copies slow the arithmetic beside them by this share of their own time: in, out.
-const DRAG: [f64; 2] = [0.01, 0.08];
-/// Gathers and reductions take multiprocessors from the arithmetic beside them, 8 of 132: by this share of their own time, at
-/// most (nothing could be measured).
-const PEERS_DRAG: f64 = 0.06;
+/// Copies out slow the arithmetic beside them by this share of their own time.
+const DRAG_OUT: f64 = 0.08;
 /// Gradients that are rounded, or added to those in the segment, on their way out go in pieces of so many parameters, and each
 /// piece's kernel waits until products make room for it: 4.1 ms beside products of 32,768 rows. Products of few rows, and so
 /// short ones, make room sooner: within this share of a backward visit.
@@ -219,14 +216,14 @@ impl<'a> Run<'a> {
             let n = self.p.loading_ranks().world as f64;
             // Weights of held pages are where they belong.
             let loaded = if self.p.resident[b] { len - self.held[b] } else { len };
-            let (seconds, gather) = (bytes(loaded) / n / rate, self.between(bytes(len), n));
+            let (seconds, gather) = (bytes(loaded) / n / rate, Self::between(bytes(len), n, self.cost.peers));
             let mut start = self.copy_in.max(free);
             if first {
                 start = start.max(self.updated[b] + NOTICE);
                 gate = gate.max(self.updated[b] + NOTICE + seconds + gather);
             }
             self.copy_in = start + seconds;
-            self.compute += DRAG[0] * seconds + PEERS_DRAG * gather;
+            self.compute += self.cost.drag_in * seconds + self.cost.drag_peers[0] * gather;
             self.s.copies_in += seconds;
             if gather > 0.0 {
                 self.peers = self.peers.max(self.copy_in) + gather;
@@ -238,9 +235,9 @@ impl<'a> Run<'a> {
         (ready, gate)
     }
 
-    /// Seconds in which `n` ranks gather or reduce `bytes`.
-    fn between(&self, bytes: f64, n: f64) -> f64 {
-        bytes * (n - 1.0) / n / self.cost.peers
+    /// Seconds in which each of `n` ranks receives its part of `bytes` from the others, at `rate`.
+    fn between(bytes: f64, n: f64, rate: f64) -> f64 {
+        bytes * (n - 1.0) / n / rate
     }
 
     fn visit(&mut self, needs: &[usize], seconds: f64, first: bool, busy_out: bool) {
@@ -293,7 +290,7 @@ impl<'a> Run<'a> {
         }
         let bytes = elements * self.p.gradient_bytes() as f64 / n;
         let wire = if self.p.packs() { self.p.gradient_bytes() as f64 } else { 4.0 };
-        let reduce = self.between(elements * wire, n);
+        let reduce = Self::between(elements * wire, n, self.cost.reduces);
         let loads = if self.p.groups > 1 && !self.p.resident.iter().all(|r| *r) { self.cost.both[1] } else { self.cost.from_device };
         let mut seconds = bytes / loads;
         if g > 0 && !self.p.resident_gradients {
@@ -312,7 +309,7 @@ impl<'a> Run<'a> {
         if self.written_back > 0.0 {
             self.gradients += seconds;
         }
-        self.compute += DRAG[1] * seconds + PEERS_DRAG * reduce;
+        self.compute += DRAG_OUT * seconds + self.cost.drag_peers[1] * reduce;
         if self.p.copies_back(b) {
             self.compute += 2.0 * bytes / self.cost.memory;
         }
@@ -356,7 +353,7 @@ impl<'a> Run<'a> {
         self.visit(&needs[..1], 0.0, first, false);
         let more: &[usize] = if needs.len() > 1 && !self.p.resident[needs[1]] { &needs[1..] } else { &[] };
         self.visit(more, self.t.forward[last] * self.count, false, false);
-        self.compute += if first { DRAG[1] * self.written_back } else { 0.0 };
+        self.compute += if first { DRAG_OUT * self.written_back } else { 0.0 };
         self.close(last, g, last_group);
         let out = last_group || !self.p.resident_gradients;
         for b in (0..last).rev() {
