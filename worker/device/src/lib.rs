@@ -28,8 +28,8 @@ pub use error::{EngineError, ErrorKind, caught};
 pub use gang::{Gang, Ranks, check_shares};
 pub use optimizer::{
     AdamwStep, DecayRun, DeviceGradients, DirectWeights, GRADIENTS_AHEAD, GradientPiece, GradientReader, HeldPage, PageGradients,
-    PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, random_key, staged_parameters, staged_rooms,
-    staging_bytes, state_bytes, stochastic,
+    PageUpdater, STAGED_PARAMETERS, STAGINGS, StagedPage, gradient_reader_bytes, random_bits, random_key, staged_parameters, staged_parts,
+    staged_rooms, staging_bytes, state_bytes, stochastic,
 };
 use ramtorch_store::{GradientFormat, Store};
 pub use ramtorch_trace as trace;

@@ -340,6 +340,11 @@ pub fn staged_parameters(page_parameters: u64) -> u64 {
     page_parameters.min(STAGED_PARAMETERS)
 }
 
+/// Parts that a staged page of so many parameters has.
+pub fn staged_parts(page_parameters: u64) -> u64 {
+    page_parameters.div_ceil(staged_parameters(page_parameters))
+}
+
 /// A page whose state lies on the device before its update begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StagedPage {

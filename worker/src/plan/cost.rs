@@ -356,7 +356,7 @@ impl Cost {
         // Those that visit where the last block's sums were come first.
         let mut left = -visiting[n];
         let part = ramtorch_device::staged_parameters(u64::from(page));
-        let parts_a_page = u64::from(page).div_ceil(part);
+        let parts_a_page = ramtorch_device::staged_parts(u64::from(page));
         for b in (0..n).rev() {
             // Beside the next visit, which is a layer's but for the first layer.
             let seconds = if b == 0 { 0.0 } else { t.backward[b].min(t.backward[b - 1]) } * p.group_len as f64;

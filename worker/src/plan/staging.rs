@@ -11,7 +11,7 @@
 //! Layers that keep little have their pages in what others leave, and the first block, whose pages are wanted first and whose turn
 //! comes when the backward pass is over, has them there before.
 
-use ramtorch_device::{Ranks, staged_parameters};
+use ramtorch_device::{Ranks, staged_parts};
 use ramtorch_store::{Layout, PageId};
 use std::collections::VecDeque;
 
@@ -36,11 +36,6 @@ pub(crate) fn held_pages(layout: &Layout, resident: &[bool], most: usize, ranks:
         false
     };
     (0..layout.page_count()).filter(stays).take(most).collect()
-}
-
-/// Parts of memory that a page takes ([`ramtorch_device::staged_rooms`]).
-fn parts_of(layout: &Layout) -> usize {
-    u64::from(layout.page_parameters()).div_ceil(staged_parameters(u64::from(layout.page_parameters()))) as usize
 }
 
 /// Loads of pages, by the visit of the backward pass that they follow.
@@ -110,7 +105,8 @@ pub(crate) fn staged_pages(
     caps: &[usize],
     elsewhere: &dyn Fn(PageId) -> bool,
 ) -> Vec<Vec<(PageId, usize)>> {
-    let rooms: Vec<usize> = rooms.iter().map(|parts| parts / parts_of(layout)).collect();
+    let each = staged_parts(u64::from(layout.page_parameters())) as usize;
+    let rooms: Vec<usize> = rooms.iter().map(|parts| parts / each).collect();
     let of_block = |(start, len): &(u64, u64)| -> Vec<PageId> {
         let ends_here = |page: &PageId| {
             let end = layout.page_range(*page).end;
@@ -118,7 +114,7 @@ pub(crate) fn staged_pages(
         };
         layout.pages_of(*start..start + len).filter(ends_here).collect()
     };
-    let pages: Vec<Vec<PageId>> = places.iter().zip(&rooms).map(|(place, _)| of_block(place)).collect();
+    let pages: Vec<Vec<PageId>> = places.iter().take(rooms.len()).map(of_block).collect();
     let counts: Vec<usize> = pages.iter().map(Vec::len).collect();
     let schedule = Schedule::new(&counts, &rooms, caps, usize::MAX);
     let mut taken = schedule.own.clone();

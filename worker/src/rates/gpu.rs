@@ -15,7 +15,7 @@ use crate::session::rope_table;
 use ramtorch_cpu::{read_gradients, update_pages};
 use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, Gemm, Stream, TokenIndex};
 use ramtorch_job::OptimizerSpec;
-use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, SharedOwner, Store, StoreSpec, TensorSpec};
+use ramtorch_store::{GradientFormat, MomentFormat, SharedOwner, Store, StoreSpec};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -185,7 +185,8 @@ pub(super) fn visits(dev: &mut dyn Device, q: &Question, rates: &mut GpuRates) -
             }
         }
     }
-    if let Block::Layer(l) = &m.blocks[layer] {
+    // Otherwise `free_order` asks.
+    if let (Block::Layer(l), true) = (&m.blocks[layer], q.deterministic) {
         let ask = |n: &usize| dev.attention_workspace(&l.attention_shape(Shape { sequences: *n, ..shape })).map(|bytes| (*n, bytes));
         rates.workspace = q.batches.iter().take(ASKED).map(ask).collect::<Result<_, _>>()?;
     }
@@ -273,26 +274,6 @@ fn attention(dev: &dyn Device, s: &AttentionShape, saved: DevBuf, scratch: DevBu
     let backward =
         if enough { timed_over(dev, SHORT, || dev.attention_backward(s, dout, qkv, out, lse, dqkv, workspace))? } else { f64::INFINITY };
     Ok([flops / forward, 2.5 * flops / backward])
-}
-
-/// A store of this process alone, gone with it.
-fn store(moments: MomentFormat) -> Result<Arc<Store>, EngineError> {
-    let tensor = TensorSpec { name: "rates".into(), shape: vec![PARAMETERS], joined: false, decay: true };
-    let spec = StoreSpec {
-        blocks: vec![BlockSpec { name: "rates".into(), tensors: vec![tensor] }],
-        world_size: 1,
-        moments,
-        gradients: GradientFormat::Bf16,
-        page_parameters: Some((PARAMETERS / 4) as u32),
-        spare_pages_per_rank: 1,
-        exchange_bytes: 0,
-        log: GradientLog::NONE,
-        metadata: String::from("{}"),
-    };
-    let name = format!("/ramtorch-rates-{}", std::process::id());
-    let store = Store::create(&name, &spec).map_err(crate::errors::store)?;
-    Store::unlink(&name).map_err(crate::errors::store)?;
-    Ok(Arc::new(store))
 }
 
 /// Copies between page-locked pages and `dev`: in, out, both at once, bytes a second.
@@ -438,7 +419,12 @@ pub(super) fn measure(q: &Question, cache: &Path, rates: &mut Rates) -> Result<(
             free_order(q, budget, &mut gpu)?;
         }
         let mut dev = ramtorch_cuda::CudaDevice::open(q.device.index, q.model.dtype, PARAMETERS * 8 + 4096, true)?;
-        let store = store(q.moments)?;
+        let store = super::temporary(&StoreSpec {
+            moments: q.moments,
+            gradients: GradientFormat::Bf16,
+            page_parameters: Some((PARAMETERS / 4) as u32),
+            ..super::one_block(PARAMETERS)
+        })?;
         if let Some([adamw, norm]) = processor(&store, optimizer_threads(q.device.kind, q.device.threads)) {
             (rates.optimizer_parameters, rates.norm_parameters) = (adamw, norm);
         }
@@ -460,7 +446,6 @@ pub(super) fn measure(q: &Question, cache: &Path, rates: &mut Rates) -> Result<(
 /// Where the order of additions is free, attention's backward pass is faster, and wants other memory: corrects the layers' times.
 fn free_order(q: &Question, budget: u64, gpu: &mut GpuRates) -> Result<(), EngineError> {
     let (m, dt) = (q.model, q.model.dtype);
-    let asked = std::mem::take(&mut gpu.workspace);
     let Some(Block::Layer(l)) = m.blocks.iter().find(|b| matches!(b, Block::Layer(_))) else { return Ok(()) };
     let Some(largest) = gpu.layers.last().copied().filter(|_| gpu.attention[1] > 0.0) else { return Ok(()) };
     let sequences = largest.rows / q.seq.max(1);
@@ -470,7 +455,7 @@ fn free_order(q: &Question, budget: u64, gpu: &mut GpuRates) -> Result<(), Engin
     let saved = dev.alloc(packed + plain + (s.rows() * s.heads) as u64 * 4 + 4096, "measurement")?;
     let workspace = dev.attention_workspace(&s)?;
     let scratch = dev.alloc(packed + plain + workspace + 4096, "measurement")?;
-    for (sequences, _) in asked {
+    for sequences in q.batches.iter().copied().take(ASKED) {
         gpu.workspace.push((sequences, dev.attention_workspace(&AttentionShape { batch: sequences, ..s })?));
     }
     let now = attention(&dev, &s, saved, scratch)?;
@@ -489,7 +474,7 @@ mod tests {
     use crate::api::DeviceKind;
     use ramtorch_cpu::CpuDevice;
     use ramtorch_modelio::Architecture;
-    use ramtorch_store::Layout;
+    use ramtorch_store::{GradientLog, Layout};
 
     fn model(tied: bool) -> Model {
         let text = format!(

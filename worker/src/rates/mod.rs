@@ -10,8 +10,36 @@ use ramtorch_cpu::CpuDevice;
 use ramtorch_device::{Device, Dtype, Gemm, Stream};
 use ramtorch_job::JobSpec;
 use ramtorch_modelio::Architecture;
+use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, Store, StoreSpec, TensorSpec};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
+
+/// A store of one block of so many parameters, without moments and gradients: what measurements start from.
+fn one_block(parameters: u64) -> StoreSpec {
+    let tensor = TensorSpec { name: "rates".into(), shape: vec![parameters], joined: false, decay: true };
+    StoreSpec {
+        blocks: vec![BlockSpec { name: "rates".into(), tensors: vec![tensor] }],
+        world_size: 1,
+        moments: MomentFormat::None,
+        gradients: GradientFormat::None,
+        page_parameters: Some(parameters.next_multiple_of(1024).min(16 << 20) as u32),
+        spare_pages_per_rank: 1,
+        exchange_bytes: 0,
+        log: GradientLog::NONE,
+        metadata: String::from("{}"),
+    }
+}
+
+/// A store of this process alone, gone with it.
+fn temporary(spec: &StoreSpec) -> Result<Arc<Store>, EngineError> {
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    let name = format!("/ramtorch-rates-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+    let store = Store::create(&name, spec).map_err(crate::errors::store)?;
+    Store::unlink(&name).map_err(crate::errors::store)?;
+    Ok(Arc::new(store))
+}
 
 /// The GPUs of a job.
 #[derive(Debug, Clone, Copy)]

@@ -8,12 +8,12 @@
 //! One thread a rank, in this process: the same calls that a worker's sweeps make. Alone, each of them is faster than in a step: a
 //! gather takes multiprocessors from products, loads of all GPUs end in one memory.
 
+use super::{one_block, temporary};
 use crate::api::{EngineError, Together};
 use ramtorch_cpu::{Channel, Collectives};
 use ramtorch_device::{DevBuf, Device, Gang, Gemm, Stream, caught};
-use ramtorch_store::{BlockSpec, GradientFormat, GradientLog, MomentFormat, Store, StoreSpec, TensorSpec};
+use ramtorch_store::{Store, StoreSpec};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Sizes of what is timed.
@@ -45,7 +45,7 @@ pub(super) type Open<'a> = dyn Fn(usize) -> Result<Box<dyn Device>, EngineError>
 /// # Errors
 /// Those of the devices and of their libraries.
 pub(super) fn measure(world: usize, sizes: Sizes, open: &Open) -> Result<Together, EngineError> {
-    let meeting = temporary("meeting", 64, world as u32, GradientFormat::None, Collectives::exchange_bytes(world))?;
+    let meeting = temporary(&StoreSpec { world_size: world as u32, exchange_bytes: Collectives::exchange_bytes(world), ..one_block(64) })?;
     let all: Vec<Arc<Collectives>> = (0..world).map(|rank| Arc::new(Collectives::new(meeting.clone(), rank, world, 1))).collect();
     let rank = |rank: usize| -> Result<Together, EngineError> {
         let comm = &all[rank];
@@ -90,27 +90,6 @@ pub(super) fn measure(world: usize, sizes: Sizes, open: &Open) -> Result<Togethe
     })
 }
 
-/// A store of this process alone, with one block.
-fn temporary(tag: &str, parameters: u64, world: u32, gradients: GradientFormat, exchange_bytes: u64) -> Result<Arc<Store>, EngineError> {
-    let tensor = TensorSpec { name: "rates".into(), shape: vec![parameters], joined: false, decay: true };
-    let spec = StoreSpec {
-        blocks: vec![BlockSpec { name: "rates".into(), tensors: vec![tensor] }],
-        world_size: world,
-        moments: MomentFormat::None,
-        gradients,
-        page_parameters: Some((parameters / u64::from(world)).next_multiple_of(1024).clamp(1024, 16 << 20) as u32),
-        spare_pages_per_rank: 1,
-        exchange_bytes,
-        log: GradientLog::NONE,
-        metadata: String::from("{}"),
-    };
-    static MADE: AtomicU32 = AtomicU32::new(0);
-    let name = format!("/ramtorch-rates-{}-{tag}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
-    let store = Store::create(&name, &spec).map_err(crate::errors::store)?;
-    Store::unlink(&name).map_err(crate::errors::store)?;
-    Ok(Arc::new(store))
-}
-
 /// What is enqueued beside the products of a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Beside {
@@ -146,7 +125,7 @@ const PATIENCE: f64 = 100.0;
 impl<'a> Rank<'a> {
     fn new(comm: &'a Collectives, dev: &'a mut dyn Device, sizes: Sizes) -> Result<Rank<'a>, EngineError> {
         // Registered by this rank alone, as a worker's mapping is.
-        let store = temporary(&format!("weights{}", comm.rank()), sizes.block, 1, GradientFormat::None, 0)?;
+        let store = temporary(&one_block(sizes.block))?;
         let mut owner = store.claim(0).map_err(crate::errors::store)?;
         for page in owner.pages().collect::<Vec<_>>() {
             // Not zeros, and memory that is there.

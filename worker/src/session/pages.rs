@@ -10,7 +10,7 @@ use super::Session;
 use crate::api::EngineError;
 use crate::plan::{held_pages, staged_pages};
 use ramtorch_device::trace::Label;
-use ramtorch_device::{DevBuf, Event, HeldPage, StagedPage, Stream, staged_parameters, staged_rooms, state_bytes};
+use ramtorch_device::{DevBuf, Event, HeldPage, StagedPage, Stream, staged_parts, staged_rooms, state_bytes};
 use ramtorch_store::PageId;
 
 /// Pages whose state is brought to the device during the backward pass (`plan::staging`).
@@ -58,7 +58,7 @@ impl Session {
             let held = |page: PageId| self.held.binary_search_by_key(&page, |h| h.page).is_ok();
             let pages = staged_pages(layout, self.ranks.rank as u32, &self.model.places, &rooms, &staging.most, &held);
             let mut parts: Vec<_> = parts.into_iter().map(Vec::into_iter).collect();
-            let each = u64::from(layout.page_parameters()).div_ceil(staged_parameters(u64::from(layout.page_parameters())));
+            let each = staged_parts(u64::from(layout.page_parameters()));
             let mut room = |(page, block): (PageId, usize)| (page, parts[block].by_ref().take(each as usize).collect());
             staging.pages = pages.into_iter().map(|pages| pages.into_iter().map(&mut room).collect()).collect();
         }
