@@ -16,6 +16,7 @@ use crate::gemm::Products;
 use crate::kernels::Kernels;
 use crate::memory::Arena;
 use crate::peers::Peers;
+use crate::recording::Recording;
 use crate::staging::Ring;
 use crate::timing::Timing;
 use crate::{GpuInfo, copies, ops, reader, updater};
@@ -40,6 +41,8 @@ pub struct CudaDevice {
     pub(crate) deterministic: bool,
     synchronous: bool,
     last_operation: Cell<&'static str>,
+    /// Work that is kept.
+    recordings: RefCell<Vec<Recording>>,
     /// The connection to the other GPUs of its gang.
     peers: Option<Peers>,
     pub(crate) attention: RefCell<Attention>,
@@ -103,6 +106,7 @@ impl CudaDevice {
             deterministic,
             synchronous: std::env::var_os("RAMTORCH_CUDA_SYNC").is_some_and(|v| v == "1"),
             last_operation: Cell::new("nothing"),
+            recordings: RefCell::default(),
             peers: None,
             attention: RefCell::new(attention),
             products: RefCell::new(products),
@@ -288,6 +292,31 @@ impl Device for CudaDevice {
     fn synchronize(&self, stream: Stream) -> Result<(), EngineError> {
         self.enter()?;
         self.stream(stream).synchronize("stream").map_err(|e| self.explain(e, "synchronize"))
+    }
+    fn keep_work(&self, work: &mut dyn FnMut() -> Result<(), EngineError>) -> Result<Option<KeptWork>, EngineError> {
+        self.enter()?;
+        if self.synchronous {
+            return Ok(None); // each operation is waited for
+        }
+        match Recording::of(self.stream(Stream::Compute), work) {
+            Ok(recording) => {
+                let mut all = self.recordings.borrow_mut();
+                all.push(recording);
+                Ok(Some(KeptWork(all.len() as u32 - 1)))
+            }
+            Err(e) => {
+                // It can be enqueued piece by piece; where the GPU is at fault, that will say so.
+                tracing::warn!("{}: work is not kept, and enqueued each time: {}", self.name(), self.explain(e, "keep_work"));
+                Ok(None)
+            }
+        }
+    }
+    fn again(&self, kept: KeptWork) -> Result<(), EngineError> {
+        self.compute("again", || {
+            let all = self.recordings.borrow();
+            let recording = all.get(kept.0 as usize).ok_or_else(|| EngineError::internal("work of another device"))?;
+            recording.launch(self.stream(Stream::Compute))
+        })
     }
     fn observe(&mut self, recorder: &Arc<Recorder>) {
         self.timing.get_mut().observe(recorder);

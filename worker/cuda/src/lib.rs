@@ -21,6 +21,7 @@ mod ops;
 mod peer_rate;
 mod peers;
 mod reader;
+mod recording;
 mod staging;
 mod timing;
 mod updater;

@@ -117,6 +117,10 @@ pub struct Stretch(pub Option<u64>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Event(pub u32);
 
+/// Work that a device has kept ([`Device::keep_work`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptWork(pub u32);
+
 /// Row-major `D[m,n] = op(A)[m,k] · op(B)[k,n] (+ D) (+ add) (+ bias)`, f32 accumulation.
 #[derive(Debug, Clone, Copy)]
 pub struct Gemm {
@@ -336,6 +340,17 @@ pub trait Device: Send {
     fn synchronize_event(&self, event: Event) -> Result<(), EngineError>;
     /// Blocks the caller until `stream` is empty.
     fn synchronize(&self, stream: Stream) -> Result<(), EngineError>;
+    /// Keeps what `work` enqueues on `Compute`, for [`Device::again`], which enqueues it in one call: what changes in between lies in the
+    /// buffers that the work reads. Nothing of it runs now. `work` waits for no event and for nothing of the device, and has run once before, so that
+    /// what a device does once for each shape is done. Kept as long as the device. Nothing where the device cannot, or need not.
+    fn keep_work(&self, work: &mut dyn FnMut() -> Result<(), EngineError>) -> Result<Option<KeptWork>, EngineError> {
+        let _ = work;
+        Ok(None)
+    }
+    /// Enqueues work that was kept.
+    fn again(&self, kept: KeptWork) -> Result<(), EngineError> {
+        Err(EngineError::internal(format!("{} keeps no work: {kept:?}", self.name())))
+    }
 
     /// From now on, stretches of this device's streams are measured for `recorder`: those of its traces, and waits always.
     /// To be called before [`Device::page_updater`], whose pages are recorded too.

@@ -5,13 +5,16 @@
 //! ```
 //! A chunk is a part of every sequence. A prompt of many chunks goes through a block as a whole before the next block's turn,
 //! where weights are streamed and memory allows: they cross the bus once for all of its chunks.
+//!
+//! Where all weights stay, a device that keeps work gets the sweep for one token of each sequence in one call: of a
+//! few sequences, launching its hundreds of kernels takes longer than they do.
 
 use crate::api::*;
-use crate::model::{Block, Cache, MicroBatch, Model, Shape, Tables, Visit};
+use crate::model::{Block, Cache, MicroBatch, Model, Shape, Tables, Visit, Weights};
 use crate::plan::{resident, rounded};
 use crate::session::rope_table;
 use crate::weights::WeightCache;
-use ramtorch_device::{DevBuf, Device, Dtype, Ranks, Stream, TokenIndex};
+use ramtorch_device::{DevBuf, Device, Dtype, KeptWork, Ranks, Stream, TokenIndex};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::Store;
 use std::sync::Arc;
@@ -65,6 +68,16 @@ pub(super) struct Runner {
     saved: DevBuf,
     scratch: DevBuf,
     caches: Vec<(DevBuf, DevBuf)>,
+    /// All weights are on the device from the first sweep on.
+    stays: bool,
+    kept: Option<KeptSweep>,
+}
+
+/// A sweep for one token of each of so many sequences, if the device keeps it, and where its logits lie.
+struct KeptSweep {
+    sequences: usize,
+    work: Option<KeptWork>,
+    logits: DevBuf,
 }
 
 impl Runner {
@@ -164,6 +177,8 @@ impl Runner {
             saved,
             scratch,
             caches,
+            stays: kept.slots == 0,
+            kept: None,
         };
         runner.warm(spec.kind)?;
         Ok(runner)
@@ -289,11 +304,80 @@ impl Runner {
         Ok(all)
     }
 
+    /// One token of each of `sequences` through all blocks: their logits. Ids, positions and rows are on the device, and weights.
+    fn token(&self, weights: &[Vec<Weights>], sequences: usize) -> Result<DevBuf, EngineError> {
+        let ids = self.ids.slice(0, sequences as u64 * 4);
+        let chunk = Chunk { tokens: vec![0; sequences], new: 1, past: vec![0; sequences], wanted: Vec::new() };
+        let mb = micro_batch(&chunk, ids);
+        let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb: &mb, scratch: self.scratch };
+        let each = chunk_bytes(&self.model, self.shape);
+        let (mut x, mut free) = (self.x.slice(0, each), self.x.slice(each, each));
+        // Where one token is new, its position is how many went before.
+        let positions = self.positions.slice(0, sequences as u64 * 4);
+        for (b, w) in weights.iter().enumerate() {
+            match &self.model.blocks[b] {
+                Block::Embed(e) => e.at_positions(&v, w[0], positions, x)?,
+                Block::Layer(l) => {
+                    let (keys, values) = self.caches[b];
+                    let cache = Cache { keys, values, capacity: self.capacity, past: positions, positions };
+                    l.step(&v, w[0], x, self.saved, free, &cache)?;
+                    std::mem::swap(&mut x, &mut free);
+                }
+                Block::Head(h) => {
+                    let logits = h.predict(self.dev.as_ref(), w, x, self.rows, sequences, self.scratch)?;
+                    return Ok(logits.slice(0, (sequences * h.vocab) as u64 * self.model.dtype.size()));
+                }
+                Block::Stack(_) => break,
+            }
+        }
+        Err(EngineError::internal("no head to tell tokens"))
+    }
+
+    /// What each block's visit needs, where all of it stays: later work on the device finds it there.
+    fn weights_that_stay(&mut self) -> Result<Vec<Vec<Weights>>, EngineError> {
+        let blocks = self.all_blocks();
+        self.weights.plan_visits(self.visits(blocks.iter().copied()), self.version);
+        let mut weights = Vec::new();
+        for b in blocks {
+            let needs = self.model.forward_needs(b);
+            weights.push(self.weights.acquire(self.dev.as_ref(), &needs)?);
+            self.weights.release(self.dev.as_ref(), &needs)?;
+        }
+        Ok(weights)
+    }
+
+    /// Has the device keep the sweep for one token of each of `sequences`, which has run before.
+    fn keep_sweep(&mut self, sequences: usize) -> Result<KeptSweep, EngineError> {
+        let weights = self.weights_that_stay()?;
+        self.put(self.rows, 0..sequences as u32)?;
+        let mut logits = DevBuf { ptr: 0, bytes: 0 };
+        let work = self.dev.keep_work(&mut || {
+            logits = self.token(&weights, sequences)?;
+            Ok(())
+        })?;
+        Ok(KeptSweep { sequences, work, logits })
+    }
+
     /// Runs the next token of each sequence that has a row, and has `choose` look at the logits after it.
     pub fn decode<R>(&mut self, tokens: &[u32], choose: impl Fn(&[u8]) -> Result<R, EngineError>) -> Result<R, EngineError> {
-        let chunk = Chunk { tokens: tokens.to_vec(), new: 1, past: self.lengths.clone(), wanted: (0..tokens.len() as u32).collect() };
         let mut chosen = None;
-        self.sweep(&self.all_blocks(), &[chunk], &mut |_, logits| chosen = Some(choose(logits)))?;
+        let mut look = |logits: &[u8]| chosen = Some(choose(logits));
+        match self.kept.as_ref().filter(|kept| kept.sequences == tokens.len()).and_then(|kept| Some((kept.work?, kept.logits))) {
+            Some((work, logits)) => {
+                self.put(self.ids, tokens.iter().copied())?;
+                self.put(self.positions, self.lengths.iter().map(|n| *n as u32))?;
+                self.dev.again(work)?;
+                self.dev.read(Stream::Compute, logits, &mut look)?;
+            }
+            None => {
+                let wanted = (0..tokens.len() as u32).collect();
+                let chunk = Chunk { tokens: tokens.to_vec(), new: 1, past: self.lengths.clone(), wanted };
+                self.sweep(&self.all_blocks(), &[chunk], &mut |_, logits| look(logits))?;
+                if self.stays && self.kept.as_ref().is_none_or(|kept| kept.sequences != tokens.len()) {
+                    self.kept = Some(self.keep_sweep(tokens.len())?);
+                }
+            }
+        }
         self.lengths.iter_mut().for_each(|n| *n += 1);
         chosen.unwrap_or_else(|| Err(EngineError::internal("a sweep without logits")))
     }

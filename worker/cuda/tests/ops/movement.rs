@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     ("uploads_larger_than_the_ring_arrive", uploads),
     ("copies_and_fills", copies),
     ("events_order_streams", events),
+    ("work_that_is_kept_runs_again", kept),
     ("parameters_load_from_the_store", parameters),
     ("gradients_reach_the_store", gradients),
     ("rows_are_gathered", gather),
@@ -84,6 +85,55 @@ fn copies() {
     assert!(out == data);
     d.download(Stream::Compute, a, &mut out).unwrap();
     assert!(out[0] == data[0] && out[1..100].iter().all(|x| *x == 0) && out[100..] == data[100..]);
+}
+
+/// A product and a norm, kept together, give the bits that they give one by one, with whatever lies in their buffers.
+fn kept() {
+    let mut r = Rig::new(Dtype::Bf16, true);
+    let (m, n, k) = (3, 512, 768);
+    let (x, w) = (r.input(m * k, 1.0), r.input(n * k, 0.05));
+    let (y, z) = (r.output(m * n), r.output(m * k));
+    let (stats, weight) = (r.output_f32(m), r.input(k, 1.0));
+    let gemm = Gemm {
+        m,
+        n,
+        k,
+        transpose_a: false,
+        transpose_b: true,
+        a: x.gpu,
+        b: w.gpu,
+        d: y.gpu,
+        d_dtype: Dtype::Bf16,
+        accumulate: false,
+        add: None,
+        bias: None,
+    };
+    let norm = NormShape::plain(NormKind::Rms, m, k, 1e-5);
+    let run = |r: &Rig| -> Result<(), EngineError> {
+        r.gpu.norm_forward(&norm, x.gpu, weight.gpu, None, z.gpu, stats.gpu)?;
+        r.gpu.gemm(&gemm)
+    };
+    run(&r).unwrap();
+    let kept = r.gpu.keep_work(&mut || run(&r)).unwrap().expect("a GPU keeps work");
+    for round in 0..3 {
+        let values = r.numbers(m * k, 1.0 + round as f32);
+        r.fill(&x, &values);
+        run(&r).unwrap();
+        let wanted = (r.gpu_values(&y), r.gpu_values(&z));
+        for t in [&y, &z] {
+            r.gpu.zero(Stream::Compute, t.gpu).unwrap();
+        }
+        r.gpu.again(kept).unwrap();
+        assert!((r.gpu_values(&y), r.gpu_values(&z)) == wanted, "round {round}");
+    }
+    // What comes to an error is not kept, has run nothing, and leaves the stream as it was.
+    r.gpu.zero(Stream::Compute, y.gpu).unwrap();
+    assert!(r.gpu.keep_work(&mut || run(&r).and_then(|()| Err(EngineError::internal("no more")))).unwrap().is_none());
+    assert!(r.gpu_values(&y).iter().all(|y| *y == 0.0));
+    run(&r).unwrap();
+    r.gpu.again(kept).unwrap();
+    assert!(r.gpu.again(KeptWork(99)).is_err());
+    r.gpu.synchronize(Stream::Compute).unwrap();
 }
 
 fn events() {

@@ -61,6 +61,29 @@ fn memory_changes_no_bit() {
     }
 }
 
+/// What a device is asked to keep of a sweep tells what the sweep does, bit for bit.
+#[test]
+fn a_sweep_to_keep_tells_the_same() {
+    for (tied, dtype) in [(true, Dtype::F32), (false, Dtype::Bf16)] {
+        let mut swept = open(tied, dtype, 64 << 20).unwrap().runner;
+        let mut kept = open(tied, dtype, 64 << 20).unwrap().runner;
+        assert!(kept.stays && !open(tied, dtype, least(tied, dtype)).unwrap().runner.stays);
+        assert!(swept.prefill(&prompts()).unwrap() == kept.prefill(&prompts()).unwrap());
+        let weights = kept.weights_that_stay().unwrap();
+        for step in 0..3 {
+            let tokens = [step, 50 + step, 90 - step];
+            kept.put(kept.ids, tokens.into_iter()).unwrap();
+            kept.put(kept.positions, kept.lengths.iter().map(|n| *n as u32)).unwrap();
+            kept.put(kept.rows, 0..3).unwrap();
+            let logits = kept.token(&weights, 3).unwrap();
+            let mut told = Vec::new();
+            kept.dev.read(Stream::Compute, logits, &mut |logits| told = logits.to_vec()).unwrap();
+            kept.lengths.iter_mut().for_each(|n| *n += 1);
+            assert!(told == decoded(&mut swept, &tokens), "{tied} {dtype:?}, token {step}");
+        }
+    }
+}
+
 #[test]
 fn rows_that_stay_go_on_as_they_were() {
     let mut all = open(false, Dtype::F32, 64 << 20).unwrap().runner;
