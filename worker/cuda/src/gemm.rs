@@ -5,7 +5,7 @@
 //!
 //! For each kind of product (shape, transpositions, formats, alignments, epilogue) an algorithm is chosen once and kept
 //! as long as the device: the heuristic's first choice in deterministic mode, otherwise the fastest of several, timed when the
-//! product is first met. Every algorithm gives the same bits each time it runs, those that split the inner dimension too
+//! product is first met. For few rows of bf16 it is the heuristic's choice for more of them. Every algorithm gives the same bits each time it runs, those that split the inner dimension too
 //! (their parts are added in a fixed order; the workspace belongs to one stream); what differs from run to run is which one
 //! a timing prefers.
 
@@ -29,6 +29,10 @@ const CANDIDATES: usize = 8;
 /// Largest result that algorithms are tried on: memory beside the device's budget, for a moment. Products with larger ones
 /// are so large that the heuristic's first choice is a good one.
 pub(crate) const SEARCH_BYTES: u64 = 1 << 30;
+/// For products of fewer rows (tokens that are generated one by one) the heuristic is asked as if there were so many: what it says of one to
+/// 32 reads the other matrix at a fraction of the memory's bandwidth. One algorithm for all of them also means that a row's bits do not
+/// depend on the rows beside it.
+const FEW_ROWS: usize = 64;
 /// Products of fewer multiply-adds are not worth timing.
 const WORTH_TIMING: usize = 1 << 28;
 
@@ -162,6 +166,10 @@ impl Products {
         if key.bias {
             set_attribute(plan.desc, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
         }
+        if let Some(algorithm) = self.of_more_rows(&plan, key, operands, workspace)? {
+            plan.algorithm = Some(algorithm);
+            return Ok(plan);
+        }
         let candidates = self.candidates(&plan, key, workspace)?;
         plan.algorithm = candidates.first().copied();
         if !self.deterministic && candidates.len() > 1 && key.m * key.n * key.k >= WORTH_TIMING {
@@ -175,6 +183,46 @@ impl Products {
             tracing::debug!("no cuBLASLt algorithm for {key:?}: using this crate's kernel");
         }
         Ok(plan)
+    }
+
+    /// For few rows: the heuristic's choice for [`FEW_ROWS`], where it takes them, too.
+    fn of_more_rows(
+        &self,
+        plan: &Plan,
+        key: &Key,
+        operands: Operands,
+        workspace: &Memory,
+    ) -> Result<Option<lt::cublasLtMatmulAlgo_t>, EngineError> {
+        if key.m >= FEW_ROWS || key.transpose_a || !key.transpose_b || key.d != self.dtype || self.dtype == Dtype::F32 {
+            return Ok(None);
+        }
+        let more = Key { m: FEW_ROWS, ..*key };
+        let larger = Plan::new(&more, self.dtype)?;
+        if more.bias {
+            set_attribute(larger.desc, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
+        }
+        let takes = |algorithm: &lt::cublasLtMatmulAlgo_t| {
+            // SAFETY: plain data, for which zero bytes are a value.
+            let mut result: lt::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+            // SAFETY: live descriptors, and an algorithm that the library made; it writes the result.
+            let status = unsafe {
+                lt::cublasLtMatmulAlgoCheck(
+                    self.handle,
+                    plan.desc,
+                    plan.left,
+                    plan.right,
+                    plan.result,
+                    plan.result,
+                    std::ptr::from_ref(algorithm),
+                    &mut result,
+                )
+            };
+            let good = lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+            status == good && result.state == good && result.workspaceSize as u64 <= workspace.bytes
+        };
+        let found = self.candidates(&larger, &more, workspace)?.into_iter().find(takes);
+        tracing::debug!("{key:?}: {} the algorithm for {FEW_ROWS} rows", if found.is_some() { "takes" } else { "does not take" });
+        Ok(found)
     }
 
     fn candidates(&self, plan: &Plan, key: &Key, workspace: &Memory) -> Result<Vec<lt::cublasLtMatmulAlgo_t>, EngineError> {

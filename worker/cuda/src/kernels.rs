@@ -18,7 +18,7 @@ struct File {
     kernels: &'static [&'static str],
 }
 
-const FILES: [File; 10] = [
+const FILES: [File; 9] = [
     File {
         source: source!("norm.cu"),
         kernels: &[
@@ -94,7 +94,6 @@ const FILES: [File; 10] = [
     File { source: source!("loss.cu"), kernels: &["cross_entropy", "squared_error"] },
     File { source: source!("mask.cu"), kernels: &["first_keys"] },
     File { source: source!("gemm.cu"), kernels: &["gemm_real", "gemm_f32"] },
-    File { source: source!("skinny.cu"), kernels: &["skinny_8", "skinny_16", "skinny_16_wide", "skinny_32", "skinny_32_wide"] },
 ];
 
 /// Compiled for one size of heads, when it is first met.

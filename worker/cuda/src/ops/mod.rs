@@ -70,26 +70,6 @@ impl CudaDevice {
     }
 }
 
-/// The kernel for products of few rows, where it takes this one, and the columns of the result that a block of it makes. In
-/// decoding the library's first choice reaches a fraction of the memory's bandwidth; this reads the weights once.
-fn skinny(d: &CudaDevice, g: &Gemm) -> Option<(&'static str, usize)> {
-    let plain = d.dtype == Dtype::Bf16 && g.d_dtype == Dtype::Bf16 && !g.accumulate && !g.transpose_a && g.transpose_b;
-    let aligned = g.k > 0 && g.k.is_multiple_of(8) && [g.a, g.b].iter().all(|b| b.ptr.is_multiple_of(16));
-    if !plain || !aligned {
-        return None;
-    }
-    // Twice the columns a block read A half as often, where enough blocks are left. The bits are the same.
-    let wide = g.n.div_ceil(32) >= 2 * d.info.multiprocessors as usize;
-    match (g.m, wide) {
-        (..=8, _) => Some(("skinny_8", 16)),
-        (..=16, false) => Some(("skinny_16", 16)),
-        (..=16, true) => Some(("skinny_16_wide", 32)),
-        (..=32, false) => Some(("skinny_32", 16)),
-        (..=32, true) => Some(("skinny_32_wide", 32)),
-        _ => None,
-    }
-}
-
 pub(crate) fn gemm(d: &CudaDevice, g: &Gemm) -> Result<(), EngineError> {
     if g.m == 0 || g.n == 0 {
         return Ok(());
@@ -103,12 +83,6 @@ pub(crate) fn gemm(d: &CudaDevice, g: &Gemm) -> Result<(), EngineError> {
     needs.extend(g.bias.map(|b| (b, g.n, size)));
     check(&needs)?;
     let stream = d.stream(Stream::Compute);
-    if let Some((name, columns)) = skinny(d, g) {
-        let l = Launch::new((g.n.div_ceil(columns) as u32, 1, 1), (256, 1));
-        let (a, b, out, add, bias) = (g.a.ptr, g.b.ptr, g.d.ptr, address(g.add), address(g.bias));
-        let (m, n, k) = (int(g.m)?, int(g.n)?, int(g.k)?);
-        return launch!(d.kernels.get(name)?, l, stream, "gemm"; a, b, out, add, bias, m, n, k);
-    }
     let mut rest = d.products.borrow_mut().run(g, stream, &d.workspace)?;
     let f32_result = g.d_dtype != d.dtype;
     let ending = if f32_result { "f32" } else { "real" };

@@ -152,8 +152,7 @@ fn unaligned() {
     });
 }
 
-/// Decoding: as many rows as there are texts, weights `[out, in]`; sizes around those of the kernel's tiles, its tails, and more rows
-/// than it takes. Matrices wide enough for either of its variants on any GPU.
+/// Decoding: as many rows as there are texts, weights `[out, in]`; sizes around those of tiles, and tails of all kinds.
 fn few_rows() {
     // A tool that watches every access takes minutes for all of them.
     let (rows, shapes): (&[usize], &[(usize, usize)]) = match watched() {
