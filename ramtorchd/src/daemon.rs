@@ -19,7 +19,7 @@ use crate::socket::{PATH_MAX_BYTES, Socket, SocketError};
 use crate::statedir::{StateDir, StateDirError};
 use crate::supervisor::devices::DevicePool;
 use crate::supervisor::outside::Engine;
-use crate::supervisor::{self, Handle, Leftovers, Message, Supervisor};
+use crate::supervisor::{self, Handle, Leftovers, Message, Pulse, Supervisor};
 use crate::telemetry;
 use crate::world::World;
 use ramtorch_proto::v1::worker_server::WorkerServer;
@@ -28,7 +28,7 @@ use ramtorch_worker::DeviceKind;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -193,9 +193,11 @@ impl Daemon {
             supervisor.quarantine_survivor(&id, &worker);
             tokio::spawn(await_survivor(worker.identity, boot_id.clone(), answers.clone()));
         }
-        let supervisor = tokio::spawn(supervisor::run(supervisor, inbox, Watchdog::from_environment()));
+        let pulse = Pulse::new(Instant::now());
+        let supervisor = tokio::spawn(supervisor::run(supervisor, inbox, Watchdog::from_environment(), pulse.clone()));
         let context = Context {
             handle: handle.clone(),
+            pulse,
             engine,
             jobs: state.jobs(),
             records,

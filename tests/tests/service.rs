@@ -8,6 +8,9 @@ use ramtorch_tests::{Daemon, Fixture, Sandbox, exit};
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 /// For what must come.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -110,6 +113,29 @@ fn the_service_manager_is_told_and_the_watchdog_fed_while_the_daemon_runs() {
     manager.wait_for("STOPPING=1");
 }
 
+/// What the daemon's health service says of itself and of its jobs' service.
+fn health(daemon: &Daemon) -> [ServingStatus; 2] {
+    let endpoint = tonic::transport::Endpoint::try_from(format!("unix://{}", daemon.socket().display())).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut client = HealthClient::new(endpoint.connect().await.unwrap());
+        let mut said = [ServingStatus::Unknown; 2];
+        for (said, service) in said.iter_mut().zip(["", "ramtorch.v1.Jobs"]) {
+            let request = HealthCheckRequest { service: service.to_owned() };
+            *said = client.check(request).await.unwrap().into_inner().status();
+        }
+        said
+    })
+}
+
+fn wait_for_health(daemon: &Daemon, wanted: ServingStatus) {
+    let end = Instant::now() + LIMIT;
+    while health(daemon) != [wanted; 2] {
+        assert!(Instant::now() < end, "{:?}, not {wanted:?}", health(daemon));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 /// The loop that owns all state is stuck, and it alone: the process has not stopped, takes connections and answers what it need not
 /// ask the loop for. A watchdog that anything else than the loop fed would be content with that.
 #[test]
@@ -127,6 +153,7 @@ fn the_watchdog_is_not_fed_by_a_daemon_whose_state_loop_is_stuck() {
     for _ in 0..2 {
         manager.wait_for("WATCHDOG=1");
     }
+    assert_eq!(health(&daemon), [ServingStatus::Serving; 2]);
     let job = Fixture::load("llama").job("held").set("train.steps", 2).set("schedule.warmup_steps", 0).unset("output.path");
     let mut submission = daemon.start_client(["submit".as_ref(), sandbox.write_job("held", &job).as_os_str()]);
     let end = Instant::now() + LIMIT;
@@ -142,10 +169,13 @@ fn the_watchdog_is_not_fed_by_a_daemon_whose_state_loop_is_stuck() {
     assert_ne!(state(daemon.process().pid()), 'T');
     assert!(!submission.has_ended(), "nobody but the loop can answer this:\n{}", submission.stdout());
     assert_eq!(manager.next(Duration::from_millis(1)), None, "it was fed meanwhile");
+    // Whoever asks for its health is told, too, when it has lasted.
+    wait_for_health(&daemon, ServingStatus::NotServing);
 
     std::fs::write(marks.join("0-job.submitted.go"), "").unwrap();
     manager.wait_for("WATCHDOG=1");
     submission.wait(LIMIT).expect_success();
+    wait_for_health(&daemon, ServingStatus::Serving);
     daemon.wait_for_state("held", "succeeded");
     daemon.stop();
     manager.wait_for("STOPPING=1");

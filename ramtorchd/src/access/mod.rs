@@ -12,6 +12,7 @@
 
 pub mod config;
 pub mod gate;
+mod health;
 mod idle;
 pub mod outputs;
 pub mod paths;

@@ -1,6 +1,7 @@
 //! The two ways in: the unix socket, and TCP with TLS. Both end in the same services behind the same gate.
 
 use super::gate::Gate;
+use super::health;
 use super::idle::{Limits, Line, Timer};
 use super::places::{Place, Places};
 use super::tls::{Peer, Tls};
@@ -240,18 +241,18 @@ where
     I: Clone + Send + Sync + Unpin + 'static,
 {
     let most = services.request_bytes;
+    let pulse = services.pulse.clone();
     let jobs = JobsServer::new(JobsService::new(services.clone())).max_decoding_message_size(most);
     let node = NodeServer::new(NodeService::new(services)).max_decoding_message_size(most);
-    let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_serving::<JobsServer<JobsService>>().await;
-    reporter.set_serving::<NodeServer<NodeService>>().await;
+    let (reporter, health_service) = tonic_health::server::health_reporter();
+    let following = health::begin(reporter, pulse).await;
     let mut server = Server::builder()
         .max_concurrent_streams(STREAMS_PER_CONNECTION)
         .http2_max_header_list_size(HEADERS_MAX)
         .http2_keepalive_interval(keepalive)
         .http2_keepalive_timeout(Some(KEEPALIVE_ANSWER))
         .layer(gate);
-    let mut router = server.add_service(jobs).add_service(node).add_service(health);
+    let mut router = server.add_service(jobs).add_service(node).add_service(health_service);
     if reflection {
         let all = || {
             let own = tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET);
@@ -268,6 +269,7 @@ where
         if let Err(e) = router.serve_with_incoming_shutdown(incoming, signal).await {
             tracing::error!("the service for clients ended: {e}");
         }
+        following.abort();
     });
     Ok((stop, task))
 }

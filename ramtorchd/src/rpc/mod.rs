@@ -17,7 +17,7 @@ use crate::access::paths::{PathError, Roots};
 use crate::disk::Witness;
 use crate::supervisor::Message;
 use crate::supervisor::outside::Engine;
-use crate::supervisor::{Handle, Refusal, RefusalKind};
+use crate::supervisor::{Handle, Pulse, Refusal, RefusalKind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tonic::transport::server::UdsConnectInfo;
@@ -33,6 +33,8 @@ pub const MAX_WORKER_BYTES: usize = 256 << 20;
 pub struct Context {
     /// Way to the state task.
     pub handle: Handle,
+    /// Whether that goes round.
+    pub pulse: Pulse,
     /// For plans outside jobs.
     pub engine: Arc<dyn Engine>,
     /// Folder of all jobs.

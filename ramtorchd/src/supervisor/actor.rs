@@ -1,7 +1,7 @@
 //! The task that owns the books, and the ways to it.
 
 use super::message::{Message, Refusal, RefusalKind, Reply};
-use super::{Leftovers, Supervisor};
+use super::{Leftovers, Pulse, Supervisor};
 use crate::notify::Watchdog;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
@@ -50,8 +50,8 @@ impl Handle {
 
 /// Runs until the daemon was told to stop and is done, or its time is up. Returns what was left over.
 ///
-/// The service manager's watchdog is fed from here: a loop that hangs is noticed, whatever else still answers.
-pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Watchdog) -> Leftovers {
+/// The service manager's watchdog is fed from here, and `pulse` beats: a loop that hangs is noticed, whatever else still answers.
+pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Watchdog, pulse: Pulse) -> Leftovers {
     supervisor.begin(Instant::now());
     let mut next_tick = Instant::now();
     let mut callers = true;
@@ -60,6 +60,7 @@ pub async fn run(mut supervisor: Supervisor, mut inbox: Inbox, mut watchdog: Wat
         if now >= next_tick {
             supervisor.tick(now);
             watchdog.feed(now, || supervisor.status());
+            pulse.beat(now);
             next_tick = now + supervisor.idle_tick();
         }
         if supervisor.is_done() || supervisor.is_overdue(now) {

@@ -66,6 +66,7 @@ pub mod message;
 pub mod oneoff;
 pub mod outside;
 mod proc;
+mod pulse;
 mod queue;
 pub mod record;
 #[cfg(any(test, fuzzing))]
@@ -79,6 +80,7 @@ pub mod watchers;
 
 pub use actor::{Handle, Inbox, channel, run};
 pub use message::{JobKey, Message, Refusal, RefusalKind};
+pub use pulse::Pulse;
 
 use crate::config::{JobLimits, KeepSegments, Supervision};
 use crate::faults::kept::Fault;
