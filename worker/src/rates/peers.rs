@@ -18,7 +18,8 @@ fn key(name: &str, driver: u32, gpus: &[u32]) -> String {
 pub(super) fn bytes_per_second(gpus: &[u32], free: bool, cache: &Path) -> Result<f64, EngineError> {
     let known = ramtorch_cuda::available()?;
     let Some(first) = gpus.first().and_then(|g| known.iter().find(|k| k.ordinal == *g)) else { return Ok(0.0) };
-    with(&key(&first.name, first.driver_version, gpus), free, cache, || ramtorch_cuda::peer_bytes_per_second(gpus))
+    let take = || Ok(Rates { peer_bytes: ramtorch_cuda::peer_bytes_per_second(gpus)?, ..Default::default() });
+    Ok(of(&key(&first.name, first.driver_version, gpus), free, cache, take)?.map_or(0.0, |found| found.peer_bytes))
 }
 
 /// What [`Rates::together`] is for these GPUs, which have `memory` bytes each for it: from the cache, or taken now where they are
@@ -27,32 +28,24 @@ pub(super) fn together(gpus: &[u32], free: bool, memory: u64, cache: &Path) -> R
     let known = ramtorch_cuda::available()?;
     let Some(first) = gpus.first().and_then(|g| known.iter().find(|k| k.ordinal == *g)) else { return Ok(None) };
     let key = format!("together {}", key(&first.name, first.driver_version, gpus));
-    if let Some(found) = cached(cache, &key) {
-        return Ok(found.together);
-    }
     let bytes = Sizes::GPU.bytes(Dtype::Bf16.size());
-    if !free || gpus.len() < 2 || bytes > memory {
-        return Ok(None);
-    }
     let open = |rank: usize| -> Result<Box<dyn Device>, EngineError> {
         Ok(Box::new(ramtorch_cuda::CudaDevice::open(gpus[rank], Dtype::Bf16, bytes, true)?))
     };
-    let taken = together::measure(gpus.len(), Sizes::GPU, &open)?;
-    remember(cache, &key, &Rates { together: Some(taken), gpu: Some(GpuRates::default()), ..Default::default() });
-    Ok(Some(taken))
+    let take = || Ok(Rates { together: Some(together::measure(gpus.len(), Sizes::GPU, &open)?), ..Default::default() });
+    Ok(of(&key, free && gpus.len() > 1 && bytes <= memory, cache, take)?.and_then(|found| found.together))
 }
 
-fn with(key: &str, free: bool, cache: &Path, take: impl FnOnce() -> Result<f64, EngineError>) -> Result<f64, EngineError> {
-    if let Some(found) = cached(cache, key) {
-        return Ok(found.peer_bytes);
+/// What the cache has under `key`, or what `take` measures where the GPUs are `free`; nothing where neither is.
+fn of(key: &str, free: bool, cache: &Path, take: impl FnOnce() -> Result<Rates, EngineError>) -> Result<Option<Rates>, EngineError> {
+    let found = cached(cache, key);
+    if found.is_some() || !free {
+        return Ok(found);
     }
-    if !free {
-        return Ok(0.0);
-    }
-    let peer_bytes = take()?;
     // Entries of the cache are of GPUs.
-    remember(cache, key, &Rates { peer_bytes, gpu: Some(GpuRates::default()), ..Default::default() });
-    Ok(peer_bytes)
+    let taken = Rates { gpu: Some(GpuRates::default()), ..take()? };
+    remember(cache, key, &taken);
+    Ok(Some(taken))
 }
 
 #[cfg(test)]
@@ -62,14 +55,18 @@ mod tests {
     #[test]
     fn peers_are_measured_once_and_only_where_they_are_free() {
         let folder = tempfile::tempdir().unwrap();
-        let never = || -> Result<f64, EngineError> { panic!("measured") };
+        let with = |key: &str, free: bool, take: &dyn Fn() -> Result<f64, EngineError>| {
+            let found = of(key, free, folder.path(), || Ok(Rates { peer_bytes: take()?, ..Default::default() }))?;
+            Ok::<_, EngineError>(found.map(|found| found.peer_bytes))
+        };
+        let never: &dyn Fn() -> Result<f64, EngineError> = &|| panic!("measured");
         let (two, four) = (key("H100", 13000, &[0, 1]), key("H100", 13000, &[0, 1, 2, 3]));
-        assert_eq!(with(&two, false, folder.path(), never).unwrap(), 0.0, "somebody works there");
-        assert!(with(&two, true, folder.path(), || Err(EngineError::internal("no"))).is_err(), "and nothing is kept");
-        assert_eq!(with(&two, true, folder.path(), || Ok(1.5e10)).unwrap(), 1.5e10);
-        assert_eq!(with(&two, true, folder.path(), never).unwrap(), 1.5e10);
-        assert_eq!(with(&two, false, folder.path(), never).unwrap(), 1.5e10);
-        assert_eq!(with(&four, true, folder.path(), || Ok(9e10)).unwrap(), 9e10, "another gang");
+        assert_eq!(with(&two, false, never).unwrap(), None, "somebody works there");
+        assert!(with(&two, true, &|| Err(EngineError::internal("no"))).is_err(), "and nothing is kept");
+        assert_eq!(with(&two, true, &|| Ok(1.5e10)).unwrap(), Some(1.5e10));
+        assert_eq!(with(&two, true, never).unwrap(), Some(1.5e10));
+        assert_eq!(with(&two, false, never).unwrap(), Some(1.5e10));
+        assert_eq!(with(&four, true, &|| Ok(9e10)).unwrap(), Some(9e10), "another gang");
         assert_ne!(two, key("H100", 13000, &[2, 3]), "another pair may have other links");
     }
 }
