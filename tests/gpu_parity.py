@@ -1,12 +1,13 @@
 """Trains the fixtures on GPU 0, evaluates and generates with them, and compares with PyTorch's runs. See gpu.sh.
 
-    python3 gpu_parity.py RAMTORCHD OUT [NAME...]      NAME: a run of fixtures/expected, bf16, wide, inference (default: all)
+    python3 gpu_parity.py RAMTORCHD OUT [NAME...]      NAME: a run of fixtures/expected, bf16, wide, inference, ends (default: all)
 
 The client lies beside RAMTORCHD. With DEVICES=cpu in the environment it goes through the same on a CPU device, to test itself."""
 import glob
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -231,6 +232,47 @@ def inference(tally, binary, out):
                 tally.say(exact if precision == "fp32" else same >= LEAST_SAME_BF16 * total, f"{what}, {where}: {same} of {total} tokens before a difference")
 
 
+def ending(texts):
+    """A token that ends most texts early, so that their rows are given up, and each text's length before it; None where there is none."""
+    for word in sorted({w for t in texts for w in t}):
+        at = [t.index(word) if word in t else len(t) for t in texts]
+        live = sum(a == len(t) for a, t in zip(at, texts))
+        if 0 < live <= len(texts) // 2 and min(at) > 0:
+            return word, at
+    return None
+
+
+def ends(tally, binary, out):
+    """Texts that end early, and give up their rows for those that go on, are as they are without an end, up to there."""
+    with open(os.path.join(FIXTURES, "expected", "inference.json")) as f:
+        stored = json.load(f)
+    bin_folder, log_path, shortened = os.path.dirname(os.path.abspath(binary)), os.path.join(out, "ends.log"), 0
+    with open(log_path, "a") as log, Node(bin_folder, DEVICE, log, None, ("--device-memory", str(ROOM))) as node:
+        for name, e in stored.items():
+            for precision in LIMITS:
+                def texts(folder):
+                    answer = node.ask("generate", folder, "--temperature", "0", "--max-new-tokens", str(3 * e["max_new_tokens"]),
+                                      "--precision", precision, *(x for p in e["prompts"] for x in ("--prompt", p)), timeout=120)
+                    return [t.split() for t in answer["texts"]]
+                endless = texts(os.path.join(FIXTURES, "models", name))
+                found = ending(endless)
+                if found is None:
+                    continue
+                word, lengths = found
+                folder = os.path.join(out, f"ends-{name}-{precision}")
+                shutil.copytree(os.path.join(FIXTURES, "models", name), folder, dirs_exist_ok=True)
+                path = os.path.join(folder, "config.json")
+                with open(path) as f:
+                    config = json.load(f)
+                # Tokens of the fixtures' tokenizer are named by their ids.
+                with open(path, "w") as f:
+                    json.dump({**config, "eos_token_id": int(word[1:])}, f)
+                ended, shortened = texts(folder), shortened + 1
+                wanted = [t[:n] for t, n in zip(endless, lengths)]
+                tally.say(ended == wanted, f"texts of {name} {precision} that end at {word}: {[len(t) for t in ended]} tokens of {lengths}")
+    tally.say(shortened > 0, f"{shortened} runs with texts that end early")
+
+
 def main():
     binary, out, chosen = sys.argv[1], os.path.abspath(sys.argv[2]), sys.argv[3:]
     os.makedirs(out, exist_ok=True)
@@ -248,7 +290,7 @@ def main():
     if not chosen or "llama" in chosen:
         with open(os.path.join(FIXTURES, "expected", "llama.json")) as f:
             compare(tally, binary, out, "llama", json.load(f), "fp32", "deterministic = false")
-    for name, check in dict(bf16=bf16, wide=wide, inference=inference).items():
+    for name, check in dict(bf16=bf16, wide=wide, inference=inference, ends=ends).items():
         if not chosen or name in chosen:
             try:
                 check(tally, binary, out)
