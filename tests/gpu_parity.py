@@ -4,6 +4,7 @@
 
 The client lies beside RAMTORCHD. With DEVICES=cpu in the environment it goes through the same on a CPU device, to test itself."""
 import glob
+import itertools
 import json
 import os
 import re
@@ -180,12 +181,22 @@ def seeded_folder(binary, out, model, reference):
     return os.path.join(folder, "model"), failure
 
 
+def stored_models():
+    """Fixtures that are evaluated and generated with: name, folder, what is expected."""
+    with open(os.path.join(FIXTURES, "expected", "inference.json")) as f:
+        return [(name, os.path.join(FIXTURES, "models", name), e) for name, e in json.load(f).items()]
+
+
+def greedy(folder, e, precision, tokens):
+    """The call that has the likeliest tokens made after each of a model's prompts."""
+    prompts = (x for p in e["prompts"] for x in ("--prompt", p))
+    return ["generate", folder, "--temperature", "0", "--max-new-tokens", str(tokens), "--precision", precision, *prompts]
+
+
 def inference(tally, binary, out):
     """`ramtorch eval` and greedy `ramtorch generate`, weights on the device and streamed to it, against PyTorch in fp64."""
-    with open(os.path.join(FIXTURES, "expected", "inference.json")) as f:
-        stored = json.load(f)
     reference, _ = wide_runs()
-    models = [(name, os.path.join(FIXTURES, "models", name), "held-out.bin", e) for name, e in stored.items()]
+    models = [(name, folder, "held-out.bin", e) for name, folder, e in stored_models()]
     for name, e in reference["inference"].items():
         folder, failure = seeded_folder(binary, out, name, reference)
         if failure:
@@ -205,8 +216,7 @@ def inference(tally, binary, out):
             keys += [(name, precision, "eval"), (name, precision, "generate")]
             calls.append(["eval", folder, "--data", os.path.join(FIXTURES, data), "--format", "tokens", "--sequence-length", length,
                           "--max-tokens", tokens, "--micro-batch-size", "4", "--precision", precision])
-            calls.append(["generate", folder, "--temperature", "0", "--max-new-tokens", str(e["max_new_tokens"]), "--precision", precision,
-                          *(x for p in e["prompts"] for x in ("--prompt", p))])
+            calls.append(greedy(folder, e, precision, e["max_new_tokens"]))
     # What is said of `generate` leaves the libraries out: so much less than the daemon has is given to what can never fit.
     endless = ["generate", models[0][1], "--max-new-tokens", "1000000", *["--prompt", "w1"] * 48]
     *answers, (_, given) = with_daemon(ROOM, lambda node: [*(node.ask(*call, timeout=120) for call in calls), refusal(node, endless)])
@@ -244,32 +254,30 @@ def ending(texts):
 
 def ends(tally, binary, out):
     """Texts that end early, and give up their rows for those that go on, are as they are without an end, up to there."""
-    with open(os.path.join(FIXTURES, "expected", "inference.json")) as f:
-        stored = json.load(f)
-    bin_folder, log_path, shortened = os.path.dirname(os.path.abspath(binary)), os.path.join(out, "ends.log"), 0
-    with open(log_path, "a") as log, Node(bin_folder, DEVICE, log, None, ("--device-memory", str(ROOM))) as node:
-        for name, e in stored.items():
-            for precision in LIMITS:
-                def texts(folder):
-                    answer = node.ask("generate", folder, "--temperature", "0", "--max-new-tokens", str(3 * e["max_new_tokens"]),
-                                      "--precision", precision, *(x for p in e["prompts"] for x in ("--prompt", p)), timeout=120)
-                    return [t.split() for t in answer["texts"]]
-                endless = texts(os.path.join(FIXTURES, "models", name))
-                found = ending(endless)
-                if found is None:
-                    continue
-                word, lengths = found
-                folder = os.path.join(out, f"ends-{name}-{precision}")
-                shutil.copytree(os.path.join(FIXTURES, "models", name), folder, dirs_exist_ok=True)
-                path = os.path.join(folder, "config.json")
-                with open(path) as f:
-                    config = json.load(f)
-                # Tokens of the fixtures' tokenizer are named by their ids.
-                with open(path, "w") as f:
-                    json.dump({**config, "eos_token_id": int(word[1:])}, f)
-                ended, shortened = texts(folder), shortened + 1
-                wanted = [t[:n] for t, n in zip(endless, lengths)]
-                tally.say(ended == wanted, f"texts of {name} {precision} that end at {word}: {[len(t) for t in ended]} tokens of {lengths}")
+    bin_folder, shortened = os.path.dirname(os.path.abspath(binary)), 0
+
+    def texts(node, folder, e, precision):
+        return [t.split() for t in node.ask(*greedy(folder, e, precision, 3 * e["max_new_tokens"]), timeout=120)["texts"]]
+
+    def ending_at(folder, word, copy):
+        """A copy of a model in which a token ends texts; tokens of the fixtures' tokenizer are named by their ids."""
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+        with open(os.path.join(copy, "config.json"), "w") as f:
+            json.dump({**config, "eos_token_id": int(word[1:])}, f)
+        return copy
+
+    with open(os.path.join(out, "ends.log"), "a") as log, Node(bin_folder, DEVICE, log, None, ("--device-memory", str(ROOM))) as node:
+        for (name, folder, e), precision in itertools.product(stored_models(), LIMITS):
+            endless = texts(node, folder, e, precision)
+            found = ending(endless)
+            if found is None:
+                continue
+            word, lengths = found
+            ended = texts(node, ending_at(folder, word, os.path.join(out, f"ends-{name}-{precision}")), e, precision)
+            wanted, shortened = [t[:n] for t, n in zip(endless, lengths)], shortened + 1
+            tally.say(ended == wanted, f"texts of {name} {precision} that end at {word}: {[len(t) for t in ended]} tokens of {lengths}")
     tally.say(shortened > 0, f"{shortened} runs with texts that end early")
 
 

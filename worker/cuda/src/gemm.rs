@@ -5,9 +5,9 @@
 //!
 //! For each kind of product (shape, transpositions, formats, alignments, epilogue) an algorithm is chosen once and kept
 //! as long as the device: the heuristic's first choice in deterministic mode, otherwise the fastest of several, timed when the
-//! product is first met. For few rows of bf16 it is the heuristic's choice for more of them. Every algorithm gives the same bits each time it runs, those that split the inner dimension too
-//! (their parts are added in a fixed order; the workspace belongs to one stream); what differs from run to run is which one
-//! a timing prefers.
+//! product is first met; for few rows of bf16 the heuristic's choice for more of them. Every algorithm gives the same bits each
+//! time it runs, those that split the inner dimension too (their parts are added in a fixed order; the workspace belongs to one
+//! stream); what differs from run to run is which one a timing prefers.
 
 use crate::driver::{Memory, RawStream, check};
 use cudarc::cublaslt::sys as lt;
@@ -162,11 +162,8 @@ impl Products {
     }
 
     fn plan(&self, key: &Key, operands: Operands, stream: &RawStream, workspace: &Memory) -> Result<Plan, EngineError> {
-        let mut plan = Plan::new(key, self.dtype)?;
-        if key.bias {
-            set_attribute(plan.desc, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
-        }
-        if let Some(algorithm) = self.of_more_rows(&plan, key, operands, workspace)? {
+        let mut plan = Plan::new(key, self.dtype, operands.bias)?;
+        if let Some(algorithm) = self.of_more_rows(&plan, key, operands.bias, workspace)? {
             plan.algorithm = Some(algorithm);
             return Ok(plan);
         }
@@ -186,41 +183,13 @@ impl Products {
     }
 
     /// For few rows: the heuristic's choice for [`FEW_ROWS`], where it takes them, too.
-    fn of_more_rows(
-        &self,
-        plan: &Plan,
-        key: &Key,
-        operands: Operands,
-        workspace: &Memory,
-    ) -> Result<Option<lt::cublasLtMatmulAlgo_t>, EngineError> {
+    fn of_more_rows(&self, plan: &Plan, key: &Key, bias: u64, workspace: &Memory) -> Result<Option<lt::cublasLtMatmulAlgo_t>, EngineError> {
         if key.m >= FEW_ROWS || key.transpose_a || !key.transpose_b || key.d != self.dtype || self.dtype == Dtype::F32 {
             return Ok(None);
         }
         let more = Key { m: FEW_ROWS, ..*key };
-        let larger = Plan::new(&more, self.dtype)?;
-        if more.bias {
-            set_attribute(larger.desc, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
-        }
-        let takes = |algorithm: &lt::cublasLtMatmulAlgo_t| {
-            // SAFETY: plain data, for which zero bytes are a value.
-            let mut result: lt::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
-            // SAFETY: live descriptors, and an algorithm that the library made; it writes the result.
-            let status = unsafe {
-                lt::cublasLtMatmulAlgoCheck(
-                    self.handle,
-                    plan.desc,
-                    plan.left,
-                    plan.right,
-                    plan.result,
-                    plan.result,
-                    std::ptr::from_ref(algorithm),
-                    &mut result,
-                )
-            };
-            let good = lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
-            status == good && result.state == good && result.workspaceSize as u64 <= workspace.bytes
-        };
-        let found = self.candidates(&larger, &more, workspace)?.into_iter().find(takes);
+        let larger = Plan::new(&more, self.dtype, bias)?;
+        let found = self.candidates(&larger, &more, workspace)?.into_iter().find(|a| plan.takes(self.handle, a, workspace));
         tracing::debug!("{key:?}: {} the algorithm for {FEW_ROWS} rows", if found.is_some() { "takes" } else { "does not take" });
         Ok(found)
     }
@@ -332,7 +301,8 @@ impl Products {
 }
 
 impl Plan {
-    fn new(key: &Key, dtype: Dtype) -> Result<Plan, EngineError> {
+    /// Without an algorithm. `bias` is where that of the first call lies, if `key` has one: choices depend on its alignment.
+    fn new(key: &Key, dtype: Dtype, bias: u64) -> Result<Plan, EngineError> {
         let mut plan = Plan {
             desc: std::ptr::null_mut(),
             left: std::ptr::null_mut(),
@@ -360,6 +330,7 @@ impl Plan {
                 DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
                 &(lt::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32),
             )?;
+            set_attribute(plan.desc, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         let format = |d: Dtype| if d == Dtype::F32 { single } else { lt::cudaDataType::CUDA_R_16BF };
         let (m, n, k) = (key.m as u64, key.n as u64, key.k as u64);
@@ -374,6 +345,17 @@ impl Plan {
             ok(unsafe { lt::cublasLtMatrixLayoutCreate(layout, format, rows, cols, rows as i64) }, "cublasLtMatrixLayoutCreate")?;
         }
         Ok(plan)
+    }
+
+    /// Whether it can be done by `algorithm`, which was chosen for another one.
+    fn takes(&self, handle: lt::cublasLtHandle_t, algorithm: &lt::cublasLtMatmulAlgo_t, workspace: &Memory) -> bool {
+        // SAFETY: plain data, for which zero bytes are a value.
+        let mut result: lt::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        let Plan { desc, left, right, result: d, .. } = *self;
+        // SAFETY: live descriptors, and an algorithm that the library made; it writes the result.
+        let status = unsafe { lt::cublasLtMatmulAlgoCheck(handle, desc, left, right, d, d, std::ptr::from_ref(algorithm), &mut result) };
+        let good = lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+        status == good && result.state == good && result.workspaceSize as u64 <= workspace.bytes
     }
 }
 

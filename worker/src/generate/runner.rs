@@ -6,11 +6,11 @@
 //! A chunk is a part of every sequence. A prompt of many chunks goes through a block as a whole before the next block's turn,
 //! where weights are streamed and memory allows: they cross the bus once for all of its chunks.
 //!
-//! Where all weights stay, a device that keeps work gets the sweep for one token of each sequence in one call: of a
-//! few sequences, launching its hundreds of kernels takes longer than they do.
+//! Where all weights stay, a device that keeps work gets the sweep for one token of each sequence in one call: one by one, the launches of
+//! its hundreds of small kernels are a part of a token's time.
 
 use crate::api::*;
-use crate::model::{Block, Cache, MicroBatch, Model, Shape, Tables, Visit, Weights};
+use crate::model::{Block, Cache, Head, MicroBatch, Model, Shape, Tables, Visit, Weights};
 use crate::plan::{resident, rounded};
 use crate::session::rope_table;
 use crate::weights::WeightCache;
@@ -214,6 +214,41 @@ impl Runner {
         self.dev.upload(Stream::Compute, dst, &bytes)
     }
 
+    /// The chunk `mb` through block `b`, where that is not the head. What becomes of `x` lies where is said first; the other place is free.
+    fn pass(
+        &self,
+        b: usize,
+        w: Weights,
+        mb: &MicroBatch,
+        (positions, past): (DevBuf, DevBuf),
+        (x, free): (DevBuf, DevBuf),
+    ) -> Result<(DevBuf, DevBuf), EngineError> {
+        let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb, scratch: self.scratch };
+        match &self.model.blocks[b] {
+            Block::Embed(e) => e.at_positions(&v, w, positions, x).map(|()| (x, free)),
+            Block::Layer(l) => {
+                let (keys, values) = self.caches[b];
+                let cache = Cache { keys, values, capacity: self.capacity, past, positions };
+                l.step(&v, w, x, self.saved, free, &cache).map(|()| (free, x))
+            }
+            Block::Head(_) => Ok((x, free)),
+            Block::Stack(_) => Err(EngineError::internal("a stack has no tokens")),
+        }
+    }
+
+    /// Logits of the first `count` of `rows` of what lies at `x`.
+    fn logits(&self, head: &Head, w: &[Weights], x: DevBuf, count: usize) -> Result<DevBuf, EngineError> {
+        let predicted = head.predict(self.dev.as_ref(), w, x, self.rows, count, self.scratch)?;
+        Ok(predicted.slice(0, (count * head.vocab) as u64 * self.model.dtype.size()))
+    }
+
+    /// Places of the activations of so many chunks, and the one that is free.
+    fn places(&self, chunks: usize) -> (Vec<DevBuf>, DevBuf) {
+        let each = chunk_bytes(&self.model, self.shape);
+        let place = |at: usize| self.x.slice(at as u64 * each, each);
+        ((0..chunks).map(place).collect(), place(chunks))
+    }
+
     /// Runs the chunks of a group, in the order of their positions, through `blocks`. `look` is shown the logits of the rows that
     /// each chunk wants, in the compute format, where it wants any. A product for the rows of several chunks at once could have
     /// other bits than one for each.
@@ -224,10 +259,7 @@ impl Runner {
         self.put(self.past, chunks.iter().flat_map(|c| c.past.iter().map(|p| *p as u32)))?;
         // This sweep, and the one after it: its first weights are on their way while tokens are chosen.
         self.weights.plan_visits(self.visits(blocks.iter().copied()).repeat(2), self.version);
-        let each = chunk_bytes(&self.model, self.shape);
-        // Where each chunk's activations are, and the place that is free.
-        let (mut places, mut free): (Vec<usize>, usize) = ((0..chunks.len()).collect(), chunks.len());
-        let place = |at: usize| self.x.slice(at as u64 * each, each);
+        let (mut places, mut free) = self.places(chunks.len());
         for &b in blocks {
             let needs = self.model.forward_needs(b);
             let w = self.weights.acquire(self.dev.as_ref(), &needs)?;
@@ -236,20 +268,8 @@ impl Runner {
                 let part = |buf: DevBuf| buf.slice(first as u64 * 4, chunk.tokens.len() as u64 * 4);
                 let (ids, positions) = (part(self.ids), part(self.positions));
                 first += chunk.tokens.len();
-                let mb = micro_batch(chunk, ids);
-                let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb: &mb, scratch: self.scratch };
-                match &self.model.blocks[b] {
-                    Block::Embed(e) => e.at_positions(&v, w[0], positions, place(places[c]))?,
-                    Block::Layer(l) => {
-                        let (keys, values) = self.caches[b];
-                        let past = self.past.slice((c * chunk.past.len()) as u64 * 4, chunk.past.len() as u64 * 4);
-                        let cache = Cache { keys, values, capacity: self.capacity, past, positions };
-                        l.step(&v, w[0], place(places[c]), self.saved, place(free), &cache)?;
-                        std::mem::swap(&mut places[c], &mut free);
-                    }
-                    Block::Head(_) => {}
-                    Block::Stack(_) => return Err(EngineError::internal("a stack has no tokens")),
-                }
+                let past = self.past.slice((c * chunk.past.len()) as u64 * 4, chunk.past.len() as u64 * 4);
+                (places[c], free) = self.pass(b, w[0], &micro_batch(chunk, ids), (positions, past), (places[c], free))?;
             }
             // The last logits are looked at when the weights are free for what comes next.
             let mut last = None;
@@ -259,9 +279,7 @@ impl Runner {
                         self.dev.read(Stream::Compute, before, &mut |logits| look(c, logits))?;
                     }
                     self.put(self.rows, chunk.wanted.iter().copied())?;
-                    let count = chunk.wanted.len();
-                    let predicted = h.predict(self.dev.as_ref(), &w, place(places[c]), self.rows, count, self.scratch)?;
-                    last = Some((c, predicted.slice(0, (count * h.vocab) as u64 * self.model.dtype.size())));
+                    last = Some((c, self.logits(h, &w, places[c], chunk.wanted.len())?));
                 }
             }
             self.weights.release(self.dev.as_ref(), &needs)?;
@@ -309,26 +327,15 @@ impl Runner {
         let ids = self.ids.slice(0, sequences as u64 * 4);
         let chunk = Chunk { tokens: vec![0; sequences], new: 1, past: vec![0; sequences], wanted: Vec::new() };
         let mb = micro_batch(&chunk, ids);
-        let v = Visit { dev: self.dev.as_ref(), shape: self.shape, tables: self.tables, mb: &mb, scratch: self.scratch };
-        let each = chunk_bytes(&self.model, self.shape);
-        let (mut x, mut free) = (self.x.slice(0, each), self.x.slice(each, each));
+        let (places, free) = self.places(1);
+        let mut places = (places[0], free);
         // Where one token is new, its position is how many went before.
         let positions = self.positions.slice(0, sequences as u64 * 4);
         for (b, w) in weights.iter().enumerate() {
-            match &self.model.blocks[b] {
-                Block::Embed(e) => e.at_positions(&v, w[0], positions, x)?,
-                Block::Layer(l) => {
-                    let (keys, values) = self.caches[b];
-                    let cache = Cache { keys, values, capacity: self.capacity, past: positions, positions };
-                    l.step(&v, w[0], x, self.saved, free, &cache)?;
-                    std::mem::swap(&mut x, &mut free);
-                }
-                Block::Head(h) => {
-                    let logits = h.predict(self.dev.as_ref(), w, x, self.rows, sequences, self.scratch)?;
-                    return Ok(logits.slice(0, (sequences * h.vocab) as u64 * self.model.dtype.size()));
-                }
-                Block::Stack(_) => break,
+            if let Block::Head(h) = &self.model.blocks[b] {
+                return self.logits(h, w, places.0, sequences);
             }
+            places = self.pass(b, w[0], &mb, (positions, positions), places)?;
         }
         Err(EngineError::internal("no head to tell tokens"))
     }

@@ -19,11 +19,11 @@ mod tests;
 
 pub(crate) use carve::Carver;
 pub(crate) use decoder::{Cache, DecoderLayer};
+pub(crate) use head::Head;
 pub(crate) use stack::StackLayer;
 
 use crate::api::EngineError;
 use embed::Embedding;
-use head::Head;
 use ramtorch_device::{AttentionShape, DevBuf, Device, Dtype, TokenIndex};
 use ramtorch_modelio::Architecture;
 use ramtorch_store::Layout;

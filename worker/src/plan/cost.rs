@@ -163,6 +163,7 @@ fn or(x: f64, default: f64) -> f64 {
 impl Cost {
     /// `moment` is the bytes of one moment of a parameter; `split`: the device updates pages too; of `world` ranks.
     pub fn new(rates: Rates, kind: DeviceKind, dtype: Dtype, moment: u64, split: bool, world: usize) -> Cost {
+        let between = |ranks: f64| if world > 1 { ranks } else { f64::INFINITY };
         if kind == DeviceKind::Cpu {
             let copy = or(rates.copy_bytes, 4e9);
             let basis = if rates.gemm_flops > 0.0 { Basis::Measured } else { Basis::Typical };
@@ -183,8 +184,8 @@ impl Cost {
                 adamw,
                 adamw_gpu: 0.0,
                 basis,
-                peers: if world > 1 { copy } else { f64::INFINITY },
-                reduces: if world > 1 { copy } else { f64::INFINITY },
+                peers: between(copy),
+                reduces: between(copy),
                 drag_in: DRAG_IN,
                 drag_peers: [PEERS_DRAG; 2],
                 // The segment is as near as another rank's memory.
@@ -233,8 +234,8 @@ impl Cost {
             adamw: or(if rates.gpu.is_some() { rates.optimizer_parameters } else { 0.0 }, typical::ADAMW * n),
             adamw_gpu: if split { n / ((STAGED_IN + moments) / both[0]).max((STAGED_OUT + moments) / both[1]) } else { 0.0 },
             basis,
-            peers: together.map_or(if world > 1 { peers } else { f64::INFINITY }, |t| received(t.gather_bytes)),
-            reduces: together.map_or(if world > 1 { peers } else { f64::INFINITY }, |t| received(t.reduce_bytes)),
+            peers: together.map_or(between(peers), |t| received(t.gather_bytes)),
+            reduces: together.map_or(between(peers), |t| received(t.reduce_bytes)),
             drag_in: together.map_or(DRAG_IN, |t| 1.0 - t.pull_products),
             drag_peers: together.map_or([PEERS_DRAG; 2], |t| [1.0 - t.gather_products, 1.0 - t.reduce_products]),
             gathers,

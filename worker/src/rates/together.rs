@@ -47,6 +47,8 @@ pub(super) type Open<'a> = dyn Fn(usize) -> Result<Box<dyn Device>, EngineError>
 pub(super) fn measure(world: usize, sizes: Sizes, open: &Open) -> Result<Together, EngineError> {
     let meeting = temporary(&StoreSpec { world_size: world as u32, exchange_bytes: Collectives::exchange_bytes(world), ..one_block(64) })?;
     let all: Vec<Arc<Collectives>> = (0..world).map(|rank| Arc::new(Collectives::new(meeting.clone(), rank, world, 1))).collect();
+    // Nobody else tells the ranks. A gang that gives up does not wait for its peers any longer, on the device either.
+    let give_up = || all.iter().for_each(|comm| comm.abort());
     let rank = |rank: usize| -> Result<Together, EngineError> {
         let comm = &all[rank];
         let result = caught("the measurement of a rank", || {
@@ -56,8 +58,7 @@ pub(super) fn measure(world: usize, sizes: Sizes, open: &Open) -> Result<Togethe
             Rank::new(comm, dev.as_mut(), sizes)?.measure()
         });
         if result.is_err() {
-            // Nobody else tells the others.
-            all.iter().for_each(|comm| comm.abort());
+            give_up();
         }
         result
     };
@@ -73,12 +74,10 @@ pub(super) fn measure(world: usize, sizes: Sizes, open: &Open) -> Result<Togethe
             std::thread::Builder::new().name(format!("rates{i}")).spawn_scoped(scope, run)
         };
         let ranks = (0..world).map(spawn).collect::<Result<Vec<_>, _>>();
-        let give_up = || all.iter().for_each(|comm| comm.abort());
         let ranks = ranks.map_err(|e| {
             give_up(); // those that began wait for the others
             EngineError::internal(format!("no thread to measure with: {e}"))
         })?;
-        // A gang that gives up does not wait for its peers any longer, on the device either.
         let begin = Instant::now();
         if ranks.iter().any(|_| ends.recv_timeout(LIMIT.saturating_sub(begin.elapsed())).is_err()) {
             give_up();
