@@ -1,7 +1,8 @@
 """Several GPUs against one, against themselves, with workers killed and stopped, with little memory, and without peer access. See
 gpus.sh.
 
-With DEVICES=cpu in the environment it goes through the same with CPU devices and a tiny model, to test itself."""
+With DEVICES=cpu in the environment it goes through the same with CPU devices and a tiny model, to test itself. With DEVICES=shared all
+ranks share the first GPU and talk through sockets: slowly, with a smaller model, and through the same code as with GPUs of their own."""
 import array
 import json
 import os
@@ -27,13 +28,21 @@ CONFIG = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size
               bos_token_id=1, eos_token_id=2)
 
 
-CPU = os.environ.get("DEVICES") == "cpu"
+CPU, SHARED = (os.environ.get("DEVICES") == x for x in ("cpu", "shared"))
+if SHARED:
+    os.environ["RAMTORCH_SHARE_GPUS"] = "1"
+    CONFIG.update(vocab_size=9_011, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 if CPU:
     CONFIG.update(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, head_dim=12)
     SEQUENCE = 16
 # Nearly all of it in layers: in half of a layer's sum of gradients there is room for the state of a page, a sixteenth of all.
 LARGE_LAYERS = {**CONFIG, "vocab_size": 211 if CPU else 8_009, "hidden_size": 256 if CPU else 2048, "head_dim": 64,
                 "intermediate_size": 512 if CPU else 12_288, "num_hidden_layers": 2}
+
+
+def devices_of(gpus):
+    """The devices of `gpus` ranks, as the daemon is told of them."""
+    return f"cpu:{gpus}" if CPU else ",".join(f"cuda:{0 if SHARED else i}" for i in range(gpus))
 
 
 class Rig:
@@ -87,8 +96,7 @@ metrics = "metrics.jsonl"
         return folder, path
 
     def start(self, folder, path, gpus, env=None, options=()):
-        devices = f"cpu:{gpus}" if CPU else ",".join(f"cuda:{i}" for i in range(gpus))
-        command = [self.binary, "run", path, "--state-dir", os.path.join(self.out, "state"), "--devices", devices, *options]
+        command = [self.binary, "run", path, "--state-dir", os.path.join(self.out, "state"), "--devices", devices_of(gpus), *options]
         log = open(os.path.join(folder, "log.txt"), "w")
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(env or {})})
 
@@ -206,8 +214,7 @@ def visit(rig):
     two_groups = f'micro_batch_size = {1 if CPU else 4}\ngroups = 2\nprecision = "bf16"\n' + ("gather_weights = true\nreduce = \"bf16\"\n" if rig.gpus > 1 else "")
     visits = f"{two_groups}held_state_gib = {0.002 if CPU else 0.3}\nwrite_back_steps = 1\n"
     _, path = rig.job("visited", visits, 60)
-    devices = f"cpu:{rig.gpus}" if CPU else ",".join(f"cuda:{i}" for i in range(rig.gpus))
-    with open(os.path.join(rig.out, "plan.txt"), "w") as log, Node(os.path.dirname(rig.binary), devices, log) as node:
+    with open(os.path.join(rig.out, "plan.txt"), "w") as log, Node(os.path.dirname(rig.binary), devices_of(rig.gpus), log) as node:
         text = node.ask("plan", path)["text"]
         log.write(text)
     rig.say("comes with the backward pass" in text, "the plan has state come and go")

@@ -2,7 +2,7 @@
 
 use crate::config::{ConfigFile, KeepSegments, LogFormat, Overrides, Settings};
 use crate::daemon::Daemon;
-use crate::devices::{DeviceRequest, Host, parse_bytes};
+use crate::devices::{DeviceRequest, Host, SHARE_GPUS, parse_bytes};
 use crate::gpus;
 use crate::journal;
 use crate::notify::notify;
@@ -147,7 +147,9 @@ impl Common {
     }
 
     fn resolve(self, file: ConfigFile, socket: Option<PathBuf>) -> Result<Settings, (u8, String)> {
-        let devices = DeviceRequest { devices: self.devices, gpus: self.gpus, memory_bytes: self.device_memory, threads: self.threads };
+        let share_gpus = std::env::var_os(SHARE_GPUS).is_some_and(|v| v == "1");
+        let devices =
+            DeviceRequest { devices: self.devices, gpus: self.gpus, memory_bytes: self.device_memory, threads: self.threads, share_gpus };
         let flags = Overrides { socket, state_dir: self.state_dir, devices };
         file.resolve(flags, &Host::probe(), gpus::seen).map_err(|e| (e.exit_code(), e.to_string()))
     }

@@ -366,6 +366,7 @@ impl ConfigFile {
             gpus: flags.devices.gpus.or(if chosen_by_flag { None } else { self.gpus }),
             memory_bytes: flags.devices.memory_bytes.or(self.device_memory_bytes),
             threads: flags.devices.threads.or(self.threads),
+            share_gpus: flags.devices.share_gpus,
         };
         let inventory = devices::choose(&request, host, ask_gpus)?;
         let absolute = |p: PathBuf| std::path::absolute(p).map_err(ConfigError::CurrentDir);

@@ -8,6 +8,7 @@ use crate::access::paths::Roots;
 use crate::access::serve::{self, Running};
 use crate::access::tls::{Tls, TlsError};
 use crate::config::Settings;
+use crate::devices;
 use crate::disk::Disk;
 use crate::faults::{kept, kernel_log};
 use crate::node;
@@ -169,6 +170,7 @@ impl Daemon {
             one_offs: state.empty_one_offs()?,
             cache: settings.cache_dir.clone(),
             boot_id: boot_id.clone(),
+            gpus_are_shared: devices::are_shared(&settings.devices),
             signals: HashMap::new(),
             roots: roots.clone(),
         };

@@ -18,7 +18,13 @@ pub struct DeviceRequest {
     pub memory_bytes: Option<u64>,
     /// `--threads`: CPU threads of all devices together.
     pub threads: Option<usize>,
+    /// A GPU may be named several times, and then is so many devices that share its memory: for tests of gangs on a machine with
+    /// one GPU. Never faster.
+    pub share_gpus: bool,
 }
+
+/// In the environment, with the value 1: [`DeviceRequest::share_gpus`].
+pub const SHARE_GPUS: &str = "RAMTORCH_SHARE_GPUS";
 
 /// A device, and what it is called.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,7 +54,7 @@ pub enum DeviceError {
     #[error("`{0}` mixes CPU devices and GPUs; a gang runs on one kind")]
     Mixed(String),
     /// The same GPU twice.
-    #[error("`{list}` names cuda:{index} twice")]
+    #[error("`{list}` names cuda:{index} twice; a rank needs a GPU of its own (tests may share one: {SHARE_GPUS}=1)")]
     Twice {
         /// As written.
         list: String,
@@ -164,7 +170,7 @@ pub fn choose(
     let threads = request.threads.unwrap_or(host.cores).clamp(1, 4096);
     let found = u32::try_from(host.gpus.len()).unwrap_or(u32::MAX);
     let (wanted, why) = match (&request.devices, request.gpus) {
-        (Some(list), _) => (parse(list)?, String::new()),
+        (Some(list), _) => (parse(list, request.share_gpus)?, String::new()),
         (None, Some(0)) => (Wanted::Cpu(1), String::new()),
         (None, Some(n)) => (Wanted::Cuda((0..n).collect()), String::new()),
         (None, None) if found > 0 => (Wanted::Cuda((0..found).collect()), String::new()),
@@ -191,7 +197,8 @@ pub fn choose(
                 let unusable = |reason: &str| DeviceError::GpuUnusable { index, reason: reason.to_string() };
                 let gpu = seen.as_ref().map_err(|e| unusable(e))?.iter().find(|g| g.index == index);
                 let gpu = gpu.ok_or_else(|| unusable("CUDA does not show it, or it is too old"))?;
-                let most = usable(gpu.memory_bytes);
+                let sharers = list.iter().filter(|i| **i == index).count() as u64;
+                let most = usable(gpu.memory_bytes) / sharers.max(1);
                 let memory_bytes = request.memory_bytes.map_or(most, |wanted| wanted.min(most));
                 let spec = DeviceSpec { kind: DeviceKind::Cuda, index, threads: each, memory_bytes, bus_id: Some(gpu.bus_id.clone()) };
                 Ok(Device { spec, model: host.gpus[index as usize].clone() })
@@ -202,6 +209,12 @@ pub fn choose(
             Ok(Inventory { devices, note })
         }
     }
+}
+
+/// Whether one of them is a part of a GPU only.
+pub fn are_shared(devices: &[Device]) -> bool {
+    let gpus = || devices.iter().map(|d| &d.spec).filter(|s| s.kind == DeviceKind::Cuda);
+    gpus().any(|a| gpus().filter(|b| b.index == a.index).count() > 1)
 }
 
 /// What plans may use of a GPU's memory. They count the driver's context and the libraries; what the driver keeps for the
@@ -216,7 +229,7 @@ enum Wanted {
     Cuda(Vec<u32>),
 }
 
-fn parse(list: &str) -> Result<Wanted, DeviceError> {
+fn parse(list: &str, share_gpus: bool) -> Result<Wanted, DeviceError> {
     let syntax = || DeviceError::Syntax(list.to_string());
     let parts: Vec<&str> = list.split(',').map(str::trim).collect();
     let is_cpu = |p: &&str| *p == "cpu" || p.starts_with("cpu:");
@@ -234,7 +247,7 @@ fn parse(list: &str) -> Result<Wanted, DeviceError> {
     let mut indices = Vec::new();
     for part in parts {
         let index: u32 = part.strip_prefix("cuda:").ok_or_else(syntax)?.parse().map_err(|_| syntax())?;
-        if indices.contains(&index) {
+        if indices.contains(&index) && !share_gpus {
             return Err(DeviceError::Twice { list: list.to_string(), index });
         }
         indices.push(index);
@@ -319,6 +332,9 @@ mod tests {
         assert_eq!(memory(&ask("cuda:0")), 1 << 30);
         assert_eq!(names(&ask("cuda:4")).unwrap_err(), DeviceError::NoSuchGpu { index: 4, found: 4 });
         assert!(matches!(names(&ask("cuda:1,cuda:1")), Err(DeviceError::Twice { index: 1, .. })));
+        let shared = |devices: &str| DeviceRequest { memory_bytes: None, share_gpus: true, ..ask(devices) };
+        assert_eq!(names(&shared("cuda:0,cuda:1,cuda:0")).unwrap(), ["cuda:0", "cuda:1", "cuda:0"]);
+        assert_eq!(memory(&shared("cuda:0,cuda:0")), ((80 << 30) - (640 << 20)) / 2, "half of what it has alone");
     }
 
     #[test]

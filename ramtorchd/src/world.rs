@@ -54,6 +54,8 @@ pub struct World {
     pub boot_id: String,
     /// Folders that workers may use.
     pub roots: Arc<Roots>,
+    /// Several devices are one GPU: NCCL is told that each process is on a machine of its own, or it would refuse them.
+    pub gpus_are_shared: bool,
     /// Ways to signal the processes that live.
     pub signals: HashMap<ProcKey, mpsc::UnboundedSender<Signal>>,
 }
@@ -95,6 +97,11 @@ impl Outside for World {
             // Sums that switches make (NVLink multicast) come in no fixed order.
             ("NCCL_NVLS_ENABLE", "0".into()),
         ];
+        if self.gpus_are_shared {
+            env.push(("NCCL_HOSTID", key.0.to_string().into()));
+            // The only way between such machines that a machine without a network has.
+            env.push(("NCCL_SOCKET_IFNAME", "lo".into()));
+        }
         let rules = self.rules(job);
         if rules.sandbox.is_some() && std::env::var_os(CUDA_CACHE).is_none() {
             // The driver's own place is in the home of the daemon's user, which may be the state folder.
