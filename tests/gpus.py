@@ -36,7 +36,7 @@ if CPU:
     CONFIG.update(vocab_size=211, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, head_dim=12)
     SEQUENCE = 16
 # Nearly all of it in layers: in half of a layer's sum of gradients there is room for the state of a page, a sixteenth of all.
-LARGE_LAYERS = {**CONFIG, "vocab_size": 211 if CPU else 8_009, "hidden_size": 256 if CPU else 2048, "head_dim": 64,
+LARGE_LAYERS = {**CONFIG, "vocab_size": 211 if CPU else 8_009, "hidden_size": 256 if CPU else 1024 if SHARED else 2048, "head_dim": 64,
                 "intermediate_size": 512 if CPU else 12_288, "num_hidden_layers": 2}
 
 
@@ -212,7 +212,7 @@ def visit(rig):
     if not CPU:
         rig.batch = 64  # a step of arithmetic enough for state to come and go
     two_groups = f'micro_batch_size = {1 if CPU else 4}\ngroups = 2\nprecision = "bf16"\n' + ("gather_weights = true\nreduce = \"bf16\"\n" if rig.gpus > 1 else "")
-    visits = f"{two_groups}held_state_gib = {0.002 if CPU else 0.3}\nwrite_back_steps = 1\n"
+    visits = f"{two_groups}held_state_gib = {0.002 if CPU else 0.15 if SHARED else 0.3}\nwrite_back_steps = 1\n"
     _, path = rig.job("visited", visits, 60)
     with open(os.path.join(rig.out, "plan.txt"), "w") as log, Node(os.path.dirname(rig.binary), devices_of(rig.gpus), log) as node:
         text = node.ask("plan", path)["text"]
@@ -364,6 +364,55 @@ def hang(rig):
     killed(rig, "hung", whole, steps, options=("--config", config), blows=((15, -1),), sign=signal.SIGSTOP, limit=heartbeat + 2 + GONE)
 
 
+def service(rig):
+    """What an operator does: starts the daemon, submits a job, watches it, asks for a checkpoint, loses a worker, exports and tests
+    the result. The curve is that of a run which nobody disturbed."""
+    steps = 600 if CPU else 60
+    whole = rig.run("alone", rig.gpus, ONE_ORDER, steps=steps)
+    folder, path = rig.job("served", ONE_ORDER, steps, more='[checkpoint]\npath = "checkpoints"\nat_end = true\n')
+    segments = set(os.listdir("/dev/shm"))
+    with open(os.path.join(folder, "log.txt"), "w") as log, \
+            Node(os.path.dirname(rig.binary), devices_of(rig.gpus), log, state=os.path.join(rig.out, "served-state")) as node:
+        job = node.ask("submit", path)["id"]
+        seen = open(os.path.join(folder, "watch.jsonl"), "w")
+        watch = subprocess.Popen([node.client, "--socket", node.socket, "--output", "json", "watch", job], stdout=seen, stderr=log)
+        end = time.time() + 200
+
+        def reaches(step):
+            while len(read(folder)) < step and watch.poll() is None and time.time() < end:
+                time.sleep(0.01)
+
+        reaches(10)
+        saved = node.ask("checkpoint", job)
+        reaches(25)
+        gang = workers(node.process.pid)
+        rig.say(len(gang) == rig.gpus, f"service: {len(gang)} workers at step {len(read(folder))}")
+        if gang:
+            os.kill(gang[len(gang) // 2], signal.SIGKILL)
+        try:
+            code = watch.wait(max(1, end - time.time()))
+        except subprocess.TimeoutExpired:
+            watch.kill()
+            code = "time limit"
+        same = bool(whole) and bits(read(folder)) == bits(whole)
+        rig.say(code == 0 and same, f"service: watched to its end, exit {code}, a worker killed, {'the same bits' if same else 'other numbers'}")
+        seen.close()
+        with open(seen.name) as f:
+            events = [json.loads(line) for line in f]
+        steps_seen = {e["metrics"]["step"] for e in events if e["event"] == "metrics"}
+        told = node.ask("describe", job)
+        good = steps_seen == set(range(1, steps + 1)) and told["world_size"] == rig.gpus and told["restarts"] == 1
+        rig.say(good, f"service: {len(steps_seen)} steps watched, {told['world_size']} ranks, {told['restarts']} restart, a checkpoint at step {saved['step']}")
+        checkpoints = sorted(os.listdir(os.path.join(folder, "checkpoints")))
+        exported = os.path.join(folder, "exported")
+        node.ask("export", os.path.join(folder, "checkpoints"), exported, "--overwrite")
+        data = ("--data", os.path.join(rig.out, "tokens.bin"), "--format", "tokens", "--sequence-length", str(SEQUENCE), "--max-tokens", str(40 * SEQUENCE))
+        losses = [node.ask("eval", source, *data)["loss"] for source in (os.path.join(folder, "checkpoints"), exported)]
+        rig.say(losses[0] == losses[1], f"service: {len(checkpoints)} checkpoints; the last one and what was exported of it have the loss {losses}")
+    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl")) and n not in segments]
+    rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
+
+
 # Seconds in which all workers of a gang are to be gone after one of them.
 GONE = 3
 
@@ -418,7 +467,7 @@ def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, 
     rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
 
 
-CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, log=log, visit=visit, stream=stream, place=place, resize=resize, pull=pull,
+CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, log=log, visit=visit, stream=stream, place=place, resize=resize, pull=pull, service=service,
               nop2p=nop2p)
 
 

@@ -3,7 +3,7 @@
 # is killed or stopped, when pages are updated beside the backward pass, when weights are streamed into the least memory, when
 # gradients stay on a GPU, and without peer access; and on fewer GPUs from a checkpoint. Some minutes in all; the first failure
 # does not end it.
-#   tests/gpus.sh OUT_FOLDER N [CHECK...]    CHECK: repeat parity kill hang early hold log visit stream place resize pull nop2p (default: all)
+#   tests/gpus.sh OUT_FOLDER N [CHECK...]    CHECK: repeat parity kill hang service early hold log visit stream place resize pull nop2p (default: all)
 # With DEVICES=shared in the environment all ranks share one GPU.
 # Needs no compiler: takes ramtorchd from $RAMTORCHD (default: target/release/ramtorchd) and python3.
 set -u
