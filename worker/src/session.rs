@@ -349,7 +349,7 @@ impl Session {
                 self.close_gradient(b, g, final_group, before)?;
                 if final_group {
                     self.fetch_visiting(b)?;
-                    self.stage(b)?;
+                    self.stage(b, before)?;
                     closed(self, b)?;
                 }
             }

@@ -145,6 +145,10 @@ pub fn update_pages_recorded(
 ) -> Result<PagesUpdated, EngineError> {
     let begin = Instant::now();
     let layout = owner.store().layout();
+    // An update of another step's state would be lost, or worse, and nobody would see it. Pages that are at the step already are skipped.
+    if let Some(s) = staged.iter().find(|s| s.step + 1 != k.step && s.step != k.step) {
+        return Err(EngineError::internal(format!("page {} was brought to the device at step {}, for step {}", s.page, s.step, k.step)));
+    }
     // Nobody else could bring these pages to the step.
     let held = if updater.is_some() { held } else { &mut [] };
     let holds = !held.is_empty();

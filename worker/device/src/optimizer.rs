@@ -352,11 +352,13 @@ pub struct StagedPage {
     pub page: PageId,
     /// Its state, a buffer for each [`staged_parameters`].
     pub state: Vec<DevBuf>,
+    /// The step that the state is of.
+    pub step: u64,
 }
 
 impl StagedPage {
-    /// Enqueues the copies of `page`'s state on `CopyIn`, into buffers that `room` gives, each for [`staged_parameters`]
-    /// ([`staged_rooms`]). They have to be done, and the page not updated meanwhile, before it is used.
+    /// Enqueues the copies of `page`'s state, as it is published now, on `CopyIn`, into buffers that `room` gives, each for
+    /// [`staged_parameters`] ([`staged_rooms`]). They have to be done, and the page not updated meanwhile, before it is used.
     ///
     /// # Errors
     /// Those of the device, and too little room.
@@ -369,15 +371,15 @@ impl StagedPage {
         let layout = store.layout();
         let range = layout.page_range(page);
         let (len, part) = (range.end - range.start, staged_parameters(u64::from(layout.page_parameters())));
-        let mut state = Vec::new();
+        let (mut state, published) = (Vec::new(), store.entry(page));
         for offset in (0..len).step_by(part as usize) {
             let count = part.min(len - offset);
             let buf = room().ok_or_else(|| EngineError::internal(format!("no room for the state of page {page}")))?;
             let buf = buf.slice(0, count * state_bytes(layout.spec()));
-            dev.load_state(Stream::CopyIn, buf, store, store.entry(page).physical, offset, count)?;
+            dev.load_state(Stream::CopyIn, buf, store, published.physical, offset, count)?;
             state.push(buf);
         }
-        Ok(StagedPage { page, state })
+        Ok(StagedPage { page, state, step: published.step })
     }
 }
 

@@ -5,6 +5,8 @@
 //!   visiting  comes when a block's sum of gradients is closed, to where that was ─► updated ─► published before the sum is opened again
 //!   staged    comes when a block's backward visit is done, to where activations were ─► updated ─► published before they are written again
 //! ```
+//! What is brought is the state that the step before has published. For pages of this rank's shares the forward pass has waited for that;
+//! a page across borders of shares may belong to a rank that has no part of it in its own, whose host then runs ahead of the page.
 
 use super::Session;
 use crate::api::EngineError;
@@ -84,8 +86,9 @@ impl Session {
         Ok(())
     }
 
-    /// Begins to bring the state of pages to where activations were, when the backward visit of block `b` is over, which is enqueued.
-    pub(super) fn stage(&mut self, b: usize) -> Result<(), EngineError> {
+    /// Begins to bring the state of pages, of step `before`, to where activations were, when the backward visit of block `b` is over,
+    /// which is enqueued.
+    pub(super) fn stage(&mut self, b: usize, before: u64) -> Result<(), EngineError> {
         let Some(staging) = self.staging.as_mut().filter(|s| !s.pages[b].is_empty()) else { return Ok(()) };
         let dev = self.dev.as_ref();
         dev.record(staging.visited[b], Stream::Compute)?;
@@ -94,6 +97,7 @@ impl Session {
         let bytes = state_bytes(layout.spec());
         for (page, room) in &staging.pages[b] {
             let range = layout.page_range(*page);
+            self.weights.await_published(dev, range.clone(), before)?;
             let stretch = dev.begin(Stream::CopyIn, &Label::copy("stage page", (range.end - range.start) * bytes).page(*page))?;
             let mut parts = room.iter().copied();
             staging.staged.push(StagedPage::load(dev, &self.store, *page, || parts.next())?);

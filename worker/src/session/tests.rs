@@ -41,7 +41,7 @@ fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
     run_on(tag, tied, train, (staged_pages, 0, 1, false), false)
 }
 
-/// An updater whose held pages take their time.
+/// An updater whose held and staged pages take their time.
 struct Slow<'a> {
     updater: &'a mut dyn PageUpdater,
     pause: std::time::Duration,
@@ -60,6 +60,9 @@ impl PageUpdater for Slow<'_> {
         state: &[DevBuf],
         gradients: PageGradients<'_>,
     ) -> Result<(), EngineError> {
+        if !state.is_empty() {
+            std::thread::sleep(self.pause);
+        }
         self.updater.submit(k, update, runs, state, gradients)
     }
 

@@ -5,6 +5,22 @@ use super::*;
 use crate::plan::rank_share;
 use ramtorch_cpu::Channel;
 
+/// The store of a plan, with weights.
+fn filled(tag: &str, a: &Architecture, p: &EnginePlan) -> Arc<Store> {
+    let world = p.store.world_size;
+    let name = format!("/ramtorch-gang-{tag}-{world}-{}", std::process::id());
+    let store = Arc::new(Store::create(&name, &p.store).unwrap());
+    Store::unlink(&name).unwrap();
+    let weights = open_weights(a, None, 5).unwrap();
+    for rank in 0..world {
+        let mut owner = store.claim(rank).unwrap();
+        for page in owner.pages() {
+            fill_page(&mut owner, store.layout(), page, 0, weights.as_ref()).unwrap();
+        }
+    }
+    store
+}
+
 /// Bits of the store and of each rank's losses after four steps on `world` ranks; pages of each that were held.
 ///
 /// With `reduce` in bf16 rounded gradients of all blocks but one stay for held pages: where sums of gradients were, if those stay.
@@ -29,16 +45,7 @@ fn run(
         p.store.log = GradientLog::of(log, (0..pages).filter(|page| page % 7 != 3));
     }
     let a = architecture(tied);
-    let name = format!("/ramtorch-gang-{tag}-{tied}-{world}-{}", std::process::id());
-    let store = Arc::new(Store::create(&name, &p.store).unwrap());
-    Store::unlink(&name).unwrap();
-    let weights = open_weights(&a, None, 5).unwrap();
-    for rank in 0..world as u32 {
-        let mut owner = store.claim(rank).unwrap();
-        for page in owner.pages() {
-            fill_page(&mut owner, store.layout(), page, 0, weights.as_ref()).unwrap();
-        }
-    }
+    let store = filled(&format!("{tag}-{tied}"), &a, &p);
     let model = Model::new(&a, store.layout(), p.dtype).unwrap();
     if sums {
         p.visiting_pages = p.visiting_rooms(&model).len();
@@ -66,13 +73,16 @@ fn run(
         let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
         for step in 1..=STEPS + 1 {
             std::thread::scope(|scope| {
-                let (owner, updater, held, gang) = (&owner, updater.as_mut(), &mut held, &comm);
+                let (owner, held, gang) = (&owner, &mut held, &comm);
+                // Where nothing but staged pages is the device's, they take their time.
+                let pause = std::time::Duration::from_millis(if most == 0 && staged_pages > 0 { 3 } else { 0 });
+                let mut updater = Slow { updater: updater.as_mut(), pause };
                 let pending = due.take().map(|(k, staged)| {
                     scope.spawn(move || {
                         update_pages_recorded(
                             owner,
                             &k,
-                            Some(&mut *updater),
+                            Some(&mut updater),
                             staged,
                             (held.as_mut_slice(), here),
                             None,
@@ -81,7 +91,7 @@ fn run(
                         .unwrap();
                         // Weights of held pages are gathered from here on, and gradients of the next step wait for what follows.
                         std::thread::sleep(std::time::Duration::from_millis(2 + rank as u64));
-                        write_back(owner, k.step, updater, held, k.step == STEPS).unwrap();
+                        write_back(owner, k.step, &mut updater, held, k.step == STEPS).unwrap();
                         gang.barrier(Channel::Optimizer).unwrap();
                     })
                 });
@@ -124,4 +134,72 @@ fn pages_held_by_several_ranks_change_nothing() {
             assert!(run.0 == plain.0, "the store; {what}");
         }
     }
+}
+
+/// A page that lies across borders of shares may belong to a rank that has no part of it in its own: what the rank has of it in memory of
+/// activations is not overwritten before it is updated all the same.
+#[test]
+fn pages_staged_by_several_ranks_change_nothing() {
+    for world in [2, 3, 4] {
+        let plain = run("unstaged", false, world, "fp32", (0, 0, 1, false));
+        for staged in [1, 3, 40] {
+            let run = run(&format!("staged-{staged}"), false, world, "fp32", (staged, 0, 1, false));
+            assert_eq!(run.1, plain.1, "losses; {staged} pages staged, {world} ranks");
+            assert!(run.0 == plain.0, "the store; {staged} pages staged, {world} ranks");
+        }
+    }
+}
+
+/// Such a page is brought to the device when its rank has published it, however far ahead the host is: the forward pass waits for
+/// pages of the rank's own shares.
+#[test]
+fn what_is_staged_is_published() {
+    let strangers: usize = (2..9).map(staged_and_published).sum();
+    assert!(strangers > 0, "all pages that are staged lie in their owners' shares");
+}
+
+/// On how many of `world` ranks pages are staged of which the rank has no part in its shares.
+fn staged_and_published(world: usize) -> usize {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut p, _) = planned(dir.path(), false, "gather_weights = true\ngroups = 1\n", world as u32);
+    p.store = StoreSpec { page_parameters: Some(1024), spare_pages_per_rank: 3, ..p.store };
+    p.staged_pages = vec![40; p.keep.len() - 1];
+    let a = architecture(false);
+    let store = filled("published", &a, &p);
+    let model = Model::new(&a, store.layout(), p.dtype).unwrap();
+    p.uses = DeviceUse { optimizer: 0, ..device_use(&model, &p, &|_| Ok(0)).unwrap() };
+    let mut strangers = 0;
+    for rank in 0..world {
+        let dev = CpuDevice::open(rank as u32, p.dtype, 1, p.uses.allocated()).unwrap();
+        let model = Model::new(&a, store.layout(), p.dtype).unwrap();
+        let places = model.places.clone();
+        let mut session = Session::new(Box::new(dev), model, store.clone(), &p, true).unwrap();
+        let comm = Arc::new(Collectives::new(store.clone(), rank, world, 1));
+        session.join(&comm).unwrap();
+        let of_shares = |page: PageId| {
+            let params = store.layout().page_range(page);
+            let own = |(start, len): &(u64, u64)| start + comm.ranks().own(*len).start..start + comm.ranks().own(*len).end;
+            places.iter().map(own).any(|own| own.start.max(params.start) < own.end.min(params.end))
+        };
+        let staged = session.staging.as_ref().unwrap().pages.clone();
+        let Some(b) = staged.iter().position(|pages| pages.iter().any(|(page, _)| !of_shares(*page))) else { continue };
+        strangers += 1;
+        let owner = SharedOwner::new(store.claim(rank as u32).unwrap());
+        let published = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                published.store(true, std::sync::atomic::Ordering::SeqCst);
+                update_pages_recorded(&owner, &adamw(1), None, Vec::new(), (&mut [], None), None, &Default::default()).unwrap();
+            });
+            session.stage(b, 1).unwrap();
+            assert!(published.load(std::sync::atomic::Ordering::SeqCst), "rank {rank} brought pages of another step");
+        });
+        let staged = session.take_staged().unwrap();
+        assert!(!staged.is_empty() && staged.iter().all(|s| s.step == 1), "{staged:?}");
+        // For any other step they are not taken.
+        let e = update_pages_recorded(&owner, &adamw(3), None, staged, (&mut [], None), None, &Default::default()).unwrap_err();
+        assert!(e.message.contains("at step 1, for step 3"), "{e}");
+    }
+    strangers
 }
