@@ -201,6 +201,12 @@ impl WeightCache {
         self.await_pages(dev, params, |page| !behind(&page))
     }
 
+    /// Waits until `page` is published at `step` itself, or was when it went ahead: its state is that of the step.
+    pub fn await_state(&self, dev: &dyn Device, page: PageId, step: u64) -> Result<(), EngineError> {
+        let there = |page| self.store.entry(page).step == step || self.is_kept(page, step);
+        self.await_pages(dev, self.store.layout().page_range(page), there)
+    }
+
     /// Waits until this rank's pages of block `b` are updated, published or not: what they were made of is read no more.
     pub fn await_updated(&self, dev: &dyn Device, b: usize) -> Result<(), EngineError> {
         self.await_pages(dev, self.own_part(b), |page| self.is_there(b, page))

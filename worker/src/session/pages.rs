@@ -97,7 +97,7 @@ impl Session {
         let bytes = state_bytes(layout.spec());
         for (page, room) in &staging.pages[b] {
             let range = layout.page_range(*page);
-            self.weights.await_published(dev, range.clone(), before)?;
+            self.weights.await_state(dev, *page, before)?;
             let stretch = dev.begin(Stream::CopyIn, &Label::copy("stage page", (range.end - range.start) * bytes).page(*page))?;
             let mut parts = room.iter().copied();
             staging.staged.push(StagedPage::load(dev, &self.store, *page, || parts.next())?);

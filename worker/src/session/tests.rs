@@ -41,10 +41,10 @@ fn run(tag: &str, tied: bool, train: &str, staged_pages: usize) -> Run {
     run_on(tag, tied, train, (staged_pages, 0, 1, false), false)
 }
 
-/// An updater whose held and staged pages take their time.
+/// An updater that takes its time: `pause` before what it does with pages that are held or staged.
 struct Slow<'a> {
     updater: &'a mut dyn PageUpdater,
-    pause: std::time::Duration,
+    pause: &'a (dyn Fn() + Sync),
 }
 
 impl PageUpdater for Slow<'_> {
@@ -61,7 +61,7 @@ impl PageUpdater for Slow<'_> {
         gradients: PageGradients<'_>,
     ) -> Result<(), EngineError> {
         if !state.is_empty() {
-            std::thread::sleep(self.pause);
+            (self.pause)();
         }
         self.updater.submit(k, update, runs, state, gradients)
     }
@@ -75,7 +75,7 @@ impl PageUpdater for Slow<'_> {
     }
 
     fn advance(&mut self, k: &AdamwStep, held: &HeldPage, runs: &[DecayRun], gradients: PageGradients<'_>) -> Result<(), EngineError> {
-        std::thread::sleep(self.pause);
+        (self.pause)();
         self.updater.advance(k, held, runs, gradients)
     }
 
@@ -280,8 +280,8 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log,
                     return by_device(owner, &k, updater, &staged, gradients);
                 }
                 let kept = gradients.zip(reader).map(|(gradients, reader)| Kept { gradients, reader: reader.as_mut() });
-                let pause = std::time::Duration::from_millis(if last_alone { 5 } else { 0 });
-                let updater: &mut dyn PageUpdater = &mut Slow { updater, pause };
+                let pause = || std::thread::sleep(std::time::Duration::from_millis(if last_alone { 5 } else { 0 }));
+                let updater: &mut dyn PageUpdater = &mut Slow { updater, pause: &pause };
                 let done =
                     update_pages_recorded(owner, &k, Some(&mut *updater), staged, (held.as_mut_slice(), here), kept, &Default::default())
                         .unwrap();

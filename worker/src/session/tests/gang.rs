@@ -4,6 +4,8 @@
 use super::*;
 use crate::plan::rank_share;
 use ramtorch_cpu::Channel;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The store of a plan, with weights.
 fn filled(tag: &str, a: &Architecture, p: &EnginePlan) -> Arc<Store> {
@@ -21,15 +23,51 @@ fn filled(tag: &str, a: &Architecture, p: &EnginePlan) -> Arc<Store> {
     store
 }
 
+/// Who is late, and when: pauses of some milliseconds, as the seed has them.
+#[derive(Debug)]
+struct Pauses(AtomicU64);
+
+impl Pauses {
+    fn new(seed: u64) -> Pauses {
+        Pauses(AtomicU64::new(seed | 1))
+    }
+
+    /// Mostly none; none at all for seed 0.
+    fn pause(&self) {
+        let step = |x: u64| x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |x| Some(step(x))).unwrap_or(1);
+        if before != 1 && (before >> 33) % 4 == 0 {
+            std::thread::sleep(Duration::from_micros((before >> 40) % 6000));
+        }
+    }
+}
+
+/// A rank that panics takes the others with it, who would wait for it.
+struct Leaver<'a>(&'a [Arc<Collectives>]);
+
+impl Drop for Leaver<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.iter().for_each(|comm| comm.abort());
+        }
+    }
+}
+
 /// Bits of the store and of each rank's losses after four steps on `world` ranks; pages of each that were held.
 ///
 /// With `reduce` in bf16 rounded gradients of all blocks but one stay for held pages: where sums of gradients were, if those stay.
-fn run(
+fn run(tag: &str, tied: bool, world: usize, reduce: &str, pages: Pages) -> (Vec<Vec<u32>>, Vec<Vec<u64>>, Vec<usize>) {
+    run_with(tag, tied, world, reduce, pages, 0)
+}
+
+/// As [`run`], with ranks, their optimizers and their devices late as `seed` has it.
+fn run_with(
     tag: &str,
     tied: bool,
     world: usize,
     reduce: &str,
     (staged_pages, most, log, sums): Pages,
+    seed: u64,
 ) -> (Vec<Vec<u32>>, Vec<Vec<u64>>, Vec<usize>) {
     let dir = tempfile::tempdir().unwrap();
     let (mut p, dataset) = planned(dir.path(), tied, &format!("gather_weights = true\ngroups = 1\nreduce = \"{reduce}\"\n"), world as u32);
@@ -51,9 +89,11 @@ fn run(
         p.visiting_pages = p.visiting_rooms(&model).len();
     }
     p.uses = DeviceUse { optimizer: 0, ..device_use(&model, &p, &|_| Ok(0)).unwrap() };
+    let all: Vec<Arc<Collectives>> = (0..world).map(|rank| Arc::new(Collectives::new(store.clone(), rank, world, 1))).collect();
     let one = |rank: usize| {
-        let owner = SharedOwner::new(store.claim(rank as u32).unwrap());
-        let comm = Arc::new(Collectives::new(store.clone(), rank, world, 1));
+        let (owner, comm, all) = (SharedOwner::new(store.claim(rank as u32).unwrap()), all[rank].clone(), &all);
+        let _leaver = Leaver(all);
+        let pauses = Pauses::new(if seed == 0 { 0 } else { seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rank as u64) << 7 });
         let dev = CpuDevice::open(rank as u32, p.dtype, 1, p.uses.allocated()).unwrap();
         let model = Model::new(&a, store.layout(), p.dtype).unwrap();
         let mut session = Session::new(Box::new(dev), model, store.clone(), &p, true).unwrap();
@@ -73,12 +113,19 @@ fn run(
         let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
         for step in 1..=STEPS + 1 {
             std::thread::scope(|scope| {
-                let (owner, held, gang) = (&owner, &mut held, &comm);
+                let (owner, held, gang, pauses) = (&owner, &mut held, &comm, &pauses);
                 // Where nothing but staged pages is the device's, they take their time.
-                let pause = std::time::Duration::from_millis(if most == 0 && staged_pages > 0 { 3 } else { 0 });
-                let mut updater = Slow { updater: updater.as_mut(), pause };
+                let fixed = Duration::from_millis(if seed == 0 && most == 0 && staged_pages > 0 { 3 } else { 0 });
+                let pause = move || {
+                    std::thread::sleep(fixed);
+                    pauses.pause();
+                };
+                let updater = updater.as_mut();
                 let pending = due.take().map(|(k, staged)| {
                     scope.spawn(move || {
+                        let _leaver = Leaver(all);
+                        let mut updater = Slow { updater, pause: &pause };
+                        pauses.pause();
                         update_pages_recorded(
                             owner,
                             &k,
@@ -90,7 +137,8 @@ fn run(
                         )
                         .unwrap();
                         // Weights of held pages are gathered from here on, and gradients of the next step wait for what follows.
-                        std::thread::sleep(std::time::Duration::from_millis(2 + rank as u64));
+                        std::thread::sleep(Duration::from_millis(if seed == 0 { 2 + rank as u64 } else { 0 }));
+                        pauses.pause();
                         write_back(owner, k.step, &mut updater, held, k.step == STEPS).unwrap();
                         gang.barrier(Channel::Optimizer).unwrap();
                     })
@@ -98,7 +146,12 @@ fn run(
                 if step <= STEPS {
                     let visits = session.visits(p.groups, true);
                     session.weights.plan_visits(visits, step - 1);
-                    session.train_step(&reader, &batches, 1.0 / 128.0, p.groups, step - 1, &mut |_, _| Ok(())).unwrap();
+                    pauses.pause();
+                    let mut closed = |_: &Session, _: usize| {
+                        pauses.pause();
+                        Ok(())
+                    };
+                    session.train_step(&reader, &batches, 1.0 / 128.0, p.groups, step - 1, &mut closed).unwrap();
                     session.finish_gradients().unwrap();
                     losses.push(session.sum_losses(&batches).unwrap().to_bits());
                 }
@@ -185,15 +238,15 @@ fn staged_and_published(world: usize) -> usize {
         let Some(b) = staged.iter().position(|pages| pages.iter().any(|(page, _)| !of_shares(*page))) else { continue };
         strangers += 1;
         let owner = SharedOwner::new(store.claim(rank as u32).unwrap());
-        let published = std::sync::atomic::AtomicBool::new(false);
+        let published = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                std::thread::sleep(std::time::Duration::from_millis(20));
-                published.store(true, std::sync::atomic::Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(20));
+                published.store(true, Ordering::SeqCst);
                 update_pages_recorded(&owner, &adamw(1), None, Vec::new(), (&mut [], None), None, &Default::default()).unwrap();
             });
             session.stage(b, 1).unwrap();
-            assert!(published.load(std::sync::atomic::Ordering::SeqCst), "rank {rank} brought pages of another step");
+            assert!(published.load(Ordering::SeqCst), "rank {rank} brought pages of another step");
         });
         let staged = session.take_staged().unwrap();
         assert!(!staged.is_empty() && staged.iter().all(|s| s.step == 1), "{staged:?}");
@@ -202,4 +255,23 @@ fn staged_and_published(world: usize) -> usize {
         assert!(e.message.contains("at step 1, for step 3"), "{e}");
     }
     strangers
+}
+
+/// Whoever is late, and wherever state lies: the bits are those of pages in RAM. `RAMTORCH_GANG_SEEDS` says how many seeds are tried.
+#[test]
+fn nobodys_lateness_changes_a_bit() {
+    let seeds: u64 = std::env::var("RAMTORCH_GANG_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    let mut plain = std::collections::HashMap::new();
+    for seed in 1..=seeds {
+        let pick = |salt: u64, of: u64| (seed.wrapping_mul(0xd134_2543_de82_ef95).rotate_left(salt as u32) >> 32) % of;
+        let (tied, world) = (pick(3, 4) == 0, 2 + pick(11, 5) as usize);
+        let reduce = if pick(19, 2) == 0 { "fp32" } else { "bf16" };
+        let sums = pick(37, 3) == 0;
+        let pages = ([0, 1, 3, 40][pick(23, 4) as usize], [0, 3, 40][pick(29, 3) as usize], 1 + pick(31, 3) as u32, sums);
+        let what = format!("seed {seed}: tied: {tied}, {world} ranks, {reduce}, pages {pages:?}");
+        let plain = plain.entry((tied, world, reduce)).or_insert_with(|| run("late-plain", tied, world, reduce, (0, 0, 1, false)));
+        let late = run_with(&format!("late-{seed}"), tied, world, reduce, pages, seed);
+        assert_eq!(late.1, plain.1, "losses; {what}");
+        assert!(late.0 == plain.0, "the store; {what}");
+    }
 }
