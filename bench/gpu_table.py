@@ -58,12 +58,14 @@ ROWS = {
     "qwen-14b-65k": (qwen2(5120, 13824, 48, 40, 8), 1024, 64, 6400, 8000, "", 'moments = "bf16"\n'),
     "llama-3b-16k": (llama(3072, 8192, 28, 24, 8, True), 2048, 8, 25000, 33000, "", ""),
     "llama-8b-65k": (LLAMA_8B, 2048, 32, 11500, 14450, "", ""),
+    # Of qwen-7b-131k half, on each of eight GPUs: 524,288 tokens a step.
+    "qwen-7b-65k": (qwen2(3584, 18944, 28, 28, 4), 1024, 64, 14000, 17000, "", ""),
     "qwen-32b-32k": (qwen2(5120, 27648, 64, 40, 8), 2048, 16, 2250, 3700, "", ""),
 }
 # With --gpus, sequences are those of each GPU. Rows that run by default then, and what all GPUs together are to reach, a GPU.
-SEVERAL = {"llama-8b-16k": 9500, "llama-8b-65k": 11500, "qwen-32b-32k": 2250}
+SEVERAL = {"llama-8b-16k": 9500, "llama-8b-65k": 11500, "qwen-7b-65k": 14000, "qwen-32b-32k": 2250}
 # On one GPU only where they are asked for.
-LARGE = {"llama-8b-16k-log", "llama-8b-65k", "qwen-32b-32k"}
+LARGE = {"llama-8b-16k-log", "llama-8b-65k", "qwen-7b-65k", "qwen-32b-32k"}
 
 
 def write_job(folder, name, config, length, batch, steps, more, train, weights):

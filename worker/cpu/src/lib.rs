@@ -85,6 +85,14 @@ impl CpuDevice {
         })
     }
 
+    /// For tests: has each stream's work begin late at times, as `seed` has it, so that what one stream does not wait for on another
+    /// shows.
+    pub fn be_late(&self, seed: u64) {
+        for (i, queue) in (1u64..).zip(&self.queues) {
+            queue.be_late(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_mul(i));
+        }
+    }
+
     fn queue(&self, s: Stream) -> &Queue {
         &self.queues[s.index()]
     }

@@ -11,6 +11,7 @@ use ramtorch_device::EngineError;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -88,6 +89,21 @@ pub(crate) struct Queue {
     jobs: Option<mpsc::Sender<Job>>,
     drained: Arc<EventState>,
     failure: Arc<Failure>,
+    /// State of the generator of pauses; 0: there are none.
+    pauses: Arc<AtomicU64>,
+}
+
+/// Mostly nothing, sometimes up to two milliseconds, as the generator has it.
+fn pause(state: &AtomicU64) {
+    let x = state.load(Ordering::Relaxed);
+    if x == 0 {
+        return;
+    }
+    // Only the queue's thread is here.
+    state.store(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407) | 1, Ordering::Relaxed);
+    if (x >> 33).is_multiple_of(16) {
+        std::thread::sleep(Duration::from_micros((x >> 40) % 2000));
+    }
 }
 
 impl Queue {
@@ -111,7 +127,7 @@ impl Queue {
             }
             end.complete(last);
         }));
-        Queue { jobs: Some(jobs), drained, failure }
+        Queue { jobs: Some(jobs), drained, failure, pauses: Arc::default() }
     }
 
     fn push(&self, job: Job) -> Result<(), EngineError> {
@@ -119,11 +135,17 @@ impl Queue {
         self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())
     }
 
+    /// Has work that is enqueued from now on begin late at times.
+    pub(crate) fn be_late(&self, seed: u64) {
+        self.pauses.store(seed | 1, Ordering::Relaxed);
+    }
+
     /// Enqueues work; dropped without running once anything has failed.
     pub(crate) fn run(&self, work: impl FnOnce() + Send + 'static) -> Result<(), EngineError> {
         self.failure.check()?;
-        let failure = self.failure.clone();
+        let (failure, pauses) = (self.failure.clone(), self.pauses.clone());
         self.push(Box::new(move || {
+            pause(&pauses);
             if !failure.set.load(Ordering::Acquire) {
                 work();
             }

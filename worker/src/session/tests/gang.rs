@@ -95,6 +95,9 @@ fn run_with(
         let _leaver = Leaver(all);
         let pauses = Pauses::new(if seed == 0 { 0 } else { seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rank as u64) << 7 });
         let dev = CpuDevice::open(rank as u32, p.dtype, 1, p.uses.allocated()).unwrap();
+        if seed != 0 {
+            dev.be_late(seed ^ (rank as u64) << 32);
+        }
         let model = Model::new(&a, store.layout(), p.dtype).unwrap();
         let mut session = Session::new(Box::new(dev), model, store.clone(), &p, true).unwrap();
         let mut updater = session.dev.page_updater(&store).unwrap().unwrap();
