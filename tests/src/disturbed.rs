@@ -25,6 +25,14 @@ settle_seconds = 0.02
 /// Devices of a disturbed run where nothing else is asked for.
 pub const TWO_CPUS: &str = "cpu:2";
 
+/// Those of a job: two, or as many as it has ranks.
+fn devices_of(job: &JobFile) -> String {
+    match job.get("device.ranks").and_then(|ranks| ranks.parse::<u32>().ok()) {
+        Some(ranks @ 3..) => format!("cpu:{ranks}"),
+        _ => TWO_CPUS.to_owned(),
+    }
+}
+
 /// What a run leaves: every deterministic number of every step, in the user's file and in the daemon's, the trained model, its
 /// checkpoints.
 #[derive(Debug)]
@@ -72,7 +80,7 @@ impl Outcome {
     /// The same job, undisturbed.
     #[track_caller]
     pub fn undisturbed(job: &JobFile) -> Outcome {
-        Outcome::undisturbed_on(job, TWO_CPUS)
+        Outcome::undisturbed_on(job, &devices_of(job))
     }
 
     /// The same job on these devices, undisturbed.
@@ -226,7 +234,7 @@ fn text_below(folder: &Path) -> String {
     text
 }
 
-/// Runs a job on two CPU devices into fail points, all of which have to fire, until it has succeeded. Where it ran, and what its record,
+/// Runs a job on two CPU devices, or as many as it has ranks, into fail points, all of which have to fire, until it has succeeded. Where it ran, and what its record,
 /// logs and end tell.
 #[track_caller]
 pub fn run_into(what: &str, job: &JobFile, entries: &[&str]) -> (Sandbox, String) {
@@ -234,7 +242,8 @@ pub fn run_into(what: &str, job: &JobFile, entries: &[&str]) -> (Sandbox, String
     let marks = sandbox.path("marks");
     std::fs::create_dir(&marks).expect("a folder of a sandbox");
     let armed = entries.join(";");
-    let mut daemon = Immortal::start(&sandbox, &[(VARIABLE, &armed), (MARKS_VARIABLE, marks.to_str().expect("a path of a sandbox"))]);
+    let environment = [(VARIABLE, armed.as_str()), (MARKS_VARIABLE, marks.to_str().expect("a path of a sandbox"))];
+    let mut daemon = Immortal::start_on(&sandbox, &devices_of(job), &environment);
     let id = daemon.submit(job);
     let begun = std::time::Instant::now();
     let end = daemon.wait(&id, Duration::from_secs(150), |_| {});

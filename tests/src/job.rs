@@ -28,6 +28,12 @@ impl JobFile {
         self
     }
 
+    /// What a key is set to, as it stands in the file.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        let (table, leaf) = key.rsplit_once('.').unwrap_or(("", key));
+        self.tables.get(table)?.get(leaf).map(String::as_str)
+    }
+
     /// Takes a key out.
     pub fn unset(mut self, key: &str) -> JobFile {
         let (table, leaf) = key.rsplit_once('.').unwrap_or(("", key));

@@ -22,7 +22,7 @@ enum Kind {
     Plain,
     /// bf16 on one rank with tied embeddings; two groups of micro-batches, whose gradients add up in the segment.
     Tied,
-    /// bf16 with fp32 gradients on two ranks, weights streamed through slots.
+    /// bf16 with fp32 gradients on three ranks, some of which own pages of the others' shares; weights gathered, and streamed through slots.
     Streamed,
 }
 
@@ -36,9 +36,13 @@ fn job(kind: Kind) -> JobFile {
             .set("train.groups", 2)
             .set("device.ranks", 1),
         // Where memory is short, how fast this machine is at the time decides about groups, and they about the order of sums.
-        Kind::Streamed => {
-            job.set("train.precision", "bf16").set("train.gradients", "fp32").set("train.groups", 2).set("device.memory_bytes", SMALL)
-        }
+        Kind::Streamed => job
+            .set("train.precision", "bf16")
+            .set("train.gradients", "fp32")
+            .set("train.groups", 2)
+            .set("train.gather_weights", true)
+            .set("device.ranks", 3)
+            .set("device.memory_bytes", SMALL),
     }
 }
 
