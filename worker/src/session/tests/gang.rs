@@ -23,21 +23,23 @@ fn filled(tag: &str, a: &Architecture, p: &EnginePlan) -> Arc<Store> {
     store
 }
 
-/// Who is late, and when: pauses of some milliseconds, as the seed has them.
+/// Who is late, and when: pauses of some milliseconds, as the seed has them; none for seed 0.
 #[derive(Debug)]
 struct Pauses(AtomicU64);
 
 impl Pauses {
-    fn new(seed: u64) -> Pauses {
-        Pauses(AtomicU64::new(seed | 1))
+    /// Of a rank.
+    fn new(seed: u64, rank: usize) -> Pauses {
+        Pauses(AtomicU64::new(if seed == 0 { 0 } else { seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rank as u64) << 7 | 1 }))
     }
 
-    /// Mostly none; none at all for seed 0.
+    /// Mostly nothing.
     fn pause(&self) {
-        let step = |x: u64| x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |x| Some(step(x))).unwrap_or(1);
-        if before != 1 && (before >> 33) % 4 == 0 {
-            std::thread::sleep(Duration::from_micros((before >> 40) % 6000));
+        let step = |x: u64| x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407) | 1;
+        let next = |x: u64| (x != 0).then(|| step(x));
+        let Ok(x) = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next) else { return };
+        if (x >> 33).is_multiple_of(4) {
+            std::thread::sleep(Duration::from_micros((x >> 40) % 6000));
         }
     }
 }
@@ -99,7 +101,7 @@ fn run_with(
     let one = |rank: usize| {
         let (owner, comm, all) = (SharedOwner::new(store.claim(rank as u32).unwrap()), all[rank].clone(), &all);
         let _leaver = Leaver(all);
-        let pauses = Pauses::new(if seed == 0 { 0 } else { seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rank as u64) << 7 });
+        let pauses = Pauses::new(seed, rank);
         let dev = CpuDevice::open(rank as u32, p.dtype, 1, p.uses.allocated()).unwrap();
         if seed != 0 {
             dev.be_late(seed ^ (rank as u64) << 32);
