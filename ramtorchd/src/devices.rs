@@ -205,7 +205,8 @@ pub fn choose(
             };
             let devices = list.iter().map(device).collect::<Result<Vec<_>, _>>()?;
             let least = devices.iter().map(|d| d.spec.memory_bytes).min().unwrap_or(0);
-            let note = format!("{} GPU(s) with {} each for plans, {each} CPU thread(s) each", list.len(), node::human_bytes(least));
+            let shared = if are_shared(&devices) { "; several are one GPU, for tests" } else { "" };
+            let note = format!("{} GPU(s) with {} each for plans, {each} CPU thread(s) each{shared}", list.len(), node::human_bytes(least));
             Ok(Inventory { devices, note })
         }
     }
@@ -335,6 +336,7 @@ mod tests {
         let shared = |devices: &str| DeviceRequest { memory_bytes: None, share_gpus: true, ..ask(devices) };
         assert_eq!(names(&shared("cuda:0,cuda:1,cuda:0")).unwrap(), ["cuda:0", "cuda:1", "cuda:0"]);
         assert_eq!(memory(&shared("cuda:0,cuda:0")), ((80 << 30) - (640 << 20)) / 2, "half of what it has alone");
+        assert!(choose(&shared("cuda:0,cuda:0"), &host(1)).unwrap().note.contains("several are one GPU"));
     }
 
     #[test]

@@ -271,7 +271,7 @@ fn staged_and_published(world: usize) -> usize {
 /// Whoever is late, and wherever state lies: the bits are those of pages in RAM. `RAMTORCH_GANG_SEEDS` says how many seeds are tried.
 #[test]
 fn nobodys_lateness_changes_a_bit() {
-    let seeds: u64 = std::env::var("RAMTORCH_GANG_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    let seeds: u64 = std::env::var("RAMTORCH_GANG_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
     let mut plain = std::collections::HashMap::new();
     for seed in 1..=seeds {
         let pick = |salt: u64, of: u64| (seed.wrapping_mul(0xd134_2543_de82_ef95).rotate_left(salt as u32) >> 32) % of;
