@@ -198,7 +198,7 @@ pub fn choose(
                 let gpu = seen.as_ref().map_err(|e| unusable(e))?.iter().find(|g| g.index == index);
                 let gpu = gpu.ok_or_else(|| unusable("CUDA does not show it, or it is too old"))?;
                 let sharers = list.iter().filter(|i| **i == index).count() as u64;
-                let most = usable(gpu.memory_bytes) / sharers.max(1);
+                let most = usable(gpu.memory_bytes) / sharers;
                 let memory_bytes = request.memory_bytes.map_or(most, |wanted| wanted.min(most));
                 let spec = DeviceSpec { kind: DeviceKind::Cuda, index, threads: each, memory_bytes, bus_id: Some(gpu.bus_id.clone()) };
                 Ok(Device { spec, model: host.gpus[index as usize].clone() })

@@ -179,9 +179,12 @@ impl WeightCache {
 
     /// Weights of page `p` can be had for block `b`.
     fn is_there(&self, b: usize, p: PageId) -> bool {
-        self.store.entry(p).step == self.version
-            || self.direct_of(b).is_some_and(|d| d.delivered(p, self.version))
-            || self.is_kept(p, self.version)
+        self.was_published(p, self.version) || self.direct_of(b).is_some_and(|d| d.delivered(p, self.version))
+    }
+
+    /// `page` is published at `step` itself, or was when it went ahead.
+    fn was_published(&self, page: PageId, step: u64) -> bool {
+        self.store.entry(page).step == step || self.is_kept(page, step)
     }
 
     /// Who is told of weights that are written to the place of block `b`.
@@ -203,8 +206,7 @@ impl WeightCache {
 
     /// Waits until `page` is published at `step` itself, or was when it went ahead: its state is that of the step.
     pub fn await_state(&self, dev: &dyn Device, page: PageId, step: u64) -> Result<(), EngineError> {
-        let there = |page| self.store.entry(page).step == step || self.is_kept(page, step);
-        self.await_pages(dev, self.store.layout().page_range(page), there)
+        self.await_pages(dev, self.store.layout().page_range(page), |page| self.was_published(page, step))
     }
 
     /// Waits until this rank's pages of block `b` are updated, published or not: what they were made of is read no more.

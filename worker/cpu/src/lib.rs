@@ -15,6 +15,7 @@ mod memory;
 mod norm;
 mod pages;
 mod parameters;
+mod pauses;
 mod pointwise;
 mod reader;
 mod simd;
@@ -27,6 +28,7 @@ pub use collectives::{Channel, Collectives, MAX_RANKS, read_gradient_range, read
 pub use early::{keeps_weights, kept_weights, update_page_early};
 use memory::{Arena, Bf16, view, view_mut};
 pub use pages::{Kept, PagesUpdated, replay_page, update_pages, update_pages_recorded, write_back};
+pub use pauses::Pauses;
 use ramtorch_device::trace::{Label, Recorder, Waits};
 use ramtorch_device::*;
 use ramtorch_store::{GradientFormat, Store};
@@ -88,9 +90,7 @@ impl CpuDevice {
     /// For tests: has each stream's work begin late at times, as `seed` has it, so that what one stream does not wait for on another
     /// shows.
     pub fn be_late(&self, seed: u64) {
-        for (i, queue) in (1u64..).zip(&self.queues) {
-            queue.be_late(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_mul(i));
-        }
+        (1..).zip(&self.queues).for_each(|(i, queue)| queue.be_late(seed.wrapping_mul(i)));
     }
 
     fn queue(&self, s: Stream) -> &Queue {

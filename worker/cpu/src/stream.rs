@@ -7,11 +7,15 @@
 //! A stream is a queue with one thread. The compute stream's thread belongs to the rayon pool that operations use,
 //! so that an operation starts without crossing threads.
 
+use crate::pauses::Pauses;
 use ramtorch_device::EngineError;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
+
+/// How late work begins at most, where it is to be late.
+const LATE: Duration = Duration::from_millis(2);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -89,21 +93,7 @@ pub(crate) struct Queue {
     jobs: Option<mpsc::Sender<Job>>,
     drained: Arc<EventState>,
     failure: Arc<Failure>,
-    /// State of the generator of pauses; 0: there are none.
-    pauses: Arc<AtomicU64>,
-}
-
-/// Mostly nothing, sometimes up to two milliseconds, as the generator has it.
-fn pause(state: &AtomicU64) {
-    let x = state.load(Ordering::Relaxed);
-    if x == 0 {
-        return;
-    }
-    // Only the queue's thread is here.
-    state.store(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407) | 1, Ordering::Relaxed);
-    if (x >> 33).is_multiple_of(16) {
-        std::thread::sleep(Duration::from_micros((x >> 40) % 2000));
-    }
+    pauses: Arc<Pauses>,
 }
 
 impl Queue {
@@ -127,7 +117,7 @@ impl Queue {
             }
             end.complete(last);
         }));
-        Queue { jobs: Some(jobs), drained, failure, pauses: Arc::default() }
+        Queue { jobs: Some(jobs), drained, failure, pauses: Arc::new(Pauses::of(0)) }
     }
 
     fn push(&self, job: Job) -> Result<(), EngineError> {
@@ -135,9 +125,9 @@ impl Queue {
         self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())
     }
 
-    /// Has work that is enqueued from now on begin late at times.
+    /// Has work begin late at times from now on.
     pub(crate) fn be_late(&self, seed: u64) {
-        self.pauses.store(seed | 1, Ordering::Relaxed);
+        self.pauses.begin(seed);
     }
 
     /// Enqueues work; dropped without running once anything has failed.
@@ -145,7 +135,7 @@ impl Queue {
         self.failure.check()?;
         let (failure, pauses) = (self.failure.clone(), self.pauses.clone());
         self.push(Box::new(move || {
-            pause(&pauses);
+            pauses.pause(16, LATE);
             if !failure.set.load(Ordering::Acquire) {
                 work();
             }

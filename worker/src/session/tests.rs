@@ -137,6 +137,22 @@ fn by_device(
     layout.page_count().into()
 }
 
+/// The store of a plan, with weights.
+fn filled(tag: &str, a: &Architecture, p: &EnginePlan) -> Arc<Store> {
+    let world = p.store.world_size;
+    let name = format!("/ramtorch-{tag}-{world}-{}", std::process::id());
+    let store = Arc::new(Store::create(&name, &p.store).unwrap());
+    Store::unlink(&name).unwrap();
+    let weights = open_weights(a, None, 5).unwrap();
+    for rank in 0..world {
+        let mut owner = store.claim(rank).unwrap();
+        for page in owner.pages() {
+            fill_page(&mut owner, store.layout(), page, 0, weights.as_ref()).unwrap();
+        }
+    }
+    store
+}
+
 /// A job of four steps in bf16, its data in `dir`, and what is planned for `world` ranks.
 fn planned(dir: &Path, tied: bool, train: &str, world: u32) -> (EnginePlan, Dataset) {
     let tokens: Vec<u8> = (0..4000u32).flat_map(|i| ((i * i / 7 + i) % VOCABULARY as u32).to_le_bytes()).collect();
@@ -241,15 +257,8 @@ fn run_interrupted(tag: &str, tied: bool, train: &str, (staged_pages, held, log,
         // Gradients of some blocks stay for them.
         p.held_gradients = (0..p.keep.len()).map(|b| b != 1).collect();
     }
-    let name = format!("/ramtorch-session-{tag}-{tied}-{}", std::process::id());
-    let store = Arc::new(Store::create(&name, &p.store).unwrap());
-    Store::unlink(&name).unwrap();
-    let mut owner = store.claim(0).unwrap();
-    let weights = open_weights(&a, None, 5).unwrap();
-    for page in owner.pages() {
-        fill_page(&mut owner, store.layout(), page, 0, weights.as_ref()).unwrap();
-    }
-    let owner = SharedOwner::new(owner);
+    let store = filled(&format!("session-{tag}-{tied}"), &a, &p);
+    let owner = SharedOwner::new(store.claim(0).unwrap());
     let model = Model::new(&a, store.layout(), p.dtype).unwrap();
     p.visiting_pages = visiting;
     assert!(visiting <= p.visiting_rooms(&model).len());

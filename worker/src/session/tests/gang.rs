@@ -3,46 +3,9 @@
 
 use super::*;
 use crate::plan::rank_share;
-use ramtorch_cpu::Channel;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use ramtorch_cpu::{Channel, Pauses};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-
-/// The store of a plan, with weights.
-fn filled(tag: &str, a: &Architecture, p: &EnginePlan) -> Arc<Store> {
-    let world = p.store.world_size;
-    let name = format!("/ramtorch-gang-{tag}-{world}-{}", std::process::id());
-    let store = Arc::new(Store::create(&name, &p.store).unwrap());
-    Store::unlink(&name).unwrap();
-    let weights = open_weights(a, None, 5).unwrap();
-    for rank in 0..world {
-        let mut owner = store.claim(rank).unwrap();
-        for page in owner.pages() {
-            fill_page(&mut owner, store.layout(), page, 0, weights.as_ref()).unwrap();
-        }
-    }
-    store
-}
-
-/// Who is late, and when: pauses of some milliseconds, as the seed has them; none for seed 0.
-#[derive(Debug)]
-struct Pauses(AtomicU64);
-
-impl Pauses {
-    /// Of a rank.
-    fn new(seed: u64, rank: usize) -> Pauses {
-        Pauses(AtomicU64::new(if seed == 0 { 0 } else { seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rank as u64) << 7 | 1 }))
-    }
-
-    /// Mostly nothing.
-    fn pause(&self) {
-        let step = |x: u64| x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407) | 1;
-        let next = |x: u64| (x != 0).then(|| step(x));
-        let Ok(x) = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next) else { return };
-        if (x >> 33).is_multiple_of(4) {
-            std::thread::sleep(Duration::from_micros((x >> 40) % 6000));
-        }
-    }
-}
 
 /// A rank that panics takes the others with it, who would wait for it.
 struct Leaver<'a>(&'a [Arc<Collectives>]);
@@ -91,7 +54,7 @@ fn run_with(
         p.store.log = GradientLog::of(log, (0..pages).filter(|page| page % 7 != 3));
     }
     let a = architecture(tied);
-    let store = filled(&format!("{tag}-{tied}"), &a, &p);
+    let store = filled(&format!("gang-{tag}-{tied}"), &a, &p);
     let model = Model::new(&a, store.layout(), p.dtype).unwrap();
     if sums {
         p.visiting_pages = p.visiting_rooms(&model).len();
@@ -101,11 +64,12 @@ fn run_with(
     let one = |rank: usize| {
         let (owner, comm, all) = (SharedOwner::new(store.claim(rank as u32).unwrap()), all[rank].clone(), &all);
         let _leaver = Leaver(all);
-        let pauses = Pauses::new(seed, rank);
+        // Of this rank; 0 for seed 0.
+        let mine = seed.wrapping_mul(0x10001 + rank as u64);
+        let (pauses, longest) = (Pauses::of(mine), Duration::from_millis(6));
+        let late = || pauses.pause(4, longest);
         let dev = CpuDevice::open(rank as u32, p.dtype, 1, p.uses.allocated()).unwrap();
-        if seed != 0 {
-            dev.be_late(seed ^ (rank as u64) << 32);
-        }
+        dev.be_late(mine);
         let model = Model::new(&a, store.layout(), p.dtype).unwrap();
         let mut session = Session::new(Box::new(dev), model, store.clone(), &p, true).unwrap();
         let mut updater = session.dev.page_updater(&store).unwrap().unwrap();
@@ -124,19 +88,19 @@ fn run_with(
         let mut due: Option<(AdamwStep, Vec<StagedPage>)> = None;
         for step in 1..=STEPS + 1 {
             std::thread::scope(|scope| {
-                let (owner, held, gang, pauses) = (&owner, &mut held, &comm, &pauses);
+                let (owner, held, gang, late) = (&owner, &mut held, &comm, &late);
                 // Where nothing but staged pages is the device's, they take their time.
                 let fixed = Duration::from_millis(if seed == 0 && most == 0 && staged_pages > 0 { 3 } else { 0 });
                 let pause = move || {
                     std::thread::sleep(fixed);
-                    pauses.pause();
+                    late();
                 };
                 let updater = updater.as_mut();
                 let pending = due.take().map(|(k, staged)| {
                     scope.spawn(move || {
                         let _leaver = Leaver(all);
                         let mut updater = Slow { updater, pause: &pause };
-                        pauses.pause();
+                        late();
                         update_pages_recorded(
                             owner,
                             &k,
@@ -149,7 +113,7 @@ fn run_with(
                         .unwrap();
                         // Weights of held pages are gathered from here on, and gradients of the next step wait for what follows.
                         std::thread::sleep(Duration::from_millis(if seed == 0 { 2 + rank as u64 } else { 0 }));
-                        pauses.pause();
+                        late();
                         write_back(owner, k.step, &mut updater, held, k.step == STEPS).unwrap();
                         gang.barrier(Channel::Optimizer).unwrap();
                     })
@@ -157,9 +121,9 @@ fn run_with(
                 if step <= STEPS {
                     let visits = session.visits(p.groups, true);
                     session.weights.plan_visits(visits, step - 1);
-                    pauses.pause();
+                    late();
                     let mut closed = |_: &Session, _: usize| {
-                        pauses.pause();
+                        late();
                         Ok(())
                     };
                     session.train_step(&reader, &batches, 1.0 / 128.0, p.groups, step - 1, &mut closed).unwrap();
