@@ -364,6 +364,18 @@ def hang(rig):
     killed(rig, "hung", whole, steps, options=("--config", config), blows=((15, -1),), sign=signal.SIGSTOP, limit=heartbeat + 2 + GONE)
 
 
+def await_step(folder, step, process, end):
+    """Until so many steps are in the metrics, the process ends, or it is `end`."""
+    while len(read(folder)) < step and process.poll() is None and time.time() < end:
+        time.sleep(0.01)
+
+
+def nothing_left(rig, before):
+    """No segments but those of `before`."""
+    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl")) and n not in before]
+    rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
+
+
 def service(rig):
     """What an operator does: starts the daemon, submits a job, watches it, asks for a checkpoint, loses a worker, exports and tests
     the result. The curve is that of a run which nobody disturbed."""
@@ -377,14 +389,9 @@ def service(rig):
         seen = open(os.path.join(folder, "watch.jsonl"), "w")
         watch = subprocess.Popen([node.client, "--socket", node.socket, "--output", "json", "watch", job], stdout=seen, stderr=log)
         end = time.time() + 200
-
-        def reaches(step):
-            while len(read(folder)) < step and watch.poll() is None and time.time() < end:
-                time.sleep(0.01)
-
-        reaches(10)
+        await_step(folder, 10, watch, end)
         saved = node.ask("checkpoint", job)
-        reaches(25)
+        await_step(folder, 25, watch, end)
         gang = workers(node.process.pid)
         rig.say(len(gang) == rig.gpus, f"service: {len(gang)} workers at step {len(read(folder))}")
         if gang:
@@ -403,14 +410,13 @@ def service(rig):
         told = node.ask("describe", job)
         good = steps_seen == set(range(1, steps + 1)) and told["world_size"] == rig.gpus and told["restarts"] == 1
         rig.say(good, f"service: {len(steps_seen)} steps watched, {told['world_size']} ranks, {told['restarts']} restart, a checkpoint at step {saved['step']}")
-        checkpoints = sorted(os.listdir(os.path.join(folder, "checkpoints")))
-        exported = os.path.join(folder, "exported")
-        node.ask("export", os.path.join(folder, "checkpoints"), exported, "--overwrite")
+        checkpoints, exported = os.path.join(folder, "checkpoints"), os.path.join(folder, "exported")
+        count = sum(n.startswith("step-") for n in os.listdir(checkpoints))
+        node.ask("export", checkpoints, exported, "--overwrite")
         data = ("--data", os.path.join(rig.out, "tokens.bin"), "--format", "tokens", "--sequence-length", str(SEQUENCE), "--max-tokens", str(40 * SEQUENCE))
-        losses = [node.ask("eval", source, *data)["loss"] for source in (os.path.join(folder, "checkpoints"), exported)]
-        rig.say(losses[0] == losses[1], f"service: {len(checkpoints)} checkpoints; the last one and what was exported of it have the loss {losses}")
-    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl")) and n not in segments]
-    rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
+        losses = [node.ask("eval", source, *data)["loss"] for source in (checkpoints, exported)]
+        rig.say(losses[0] == losses[1], f"service: {count} checkpoints; the last one and what was exported of it have the loss {losses}")
+    nothing_left(rig, segments)
 
 
 # Seconds in which all workers of a gang are to be gone after one of them.
@@ -426,8 +432,7 @@ def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, 
     process = rig.start(folder, path, gpus, options=options)
     end = time.time() + 200
     for at, rank in blows:
-        while len(read(folder)) < at and process.poll() is None and time.time() < end:
-            time.sleep(0.01)
+        await_step(folder, at, process, end)
         gang = workers(process.pid)
         if len(gang) < gpus:
             rig.say(False, f"{what}: {len(gang)} workers at step {at}\n{tail(folder)}")
@@ -463,8 +468,7 @@ def killed(rig, name, whole, steps, train="", optimizer="", more="", gpus=None, 
             process.kill()
     same = bool(whole) and bits(read(folder)) == bits(whole)
     rig.say(code == 0 and same, f"{name}: exit {code}, {'the same bits' if same else 'other numbers'}")
-    left = [n for n in os.listdir("/dev/shm") if n.startswith(("ramtorch", "nccl")) and n not in segments]
-    rig.say(not left, f"nothing is left in /dev/shm{': ' + ', '.join(left) if left else ''}")
+    nothing_left(rig, segments)
 
 
 CHECKS = dict(repeat=repeat, parity=parity, kill=kill, hang=hang, early=early, hold=hold, log=log, visit=visit, stream=stream, place=place, resize=resize, pull=pull, service=service,
